@@ -1,0 +1,247 @@
+"""Train the general-purpose base: a small DINOv2-shaped vision transformer, self-supervised, no labels.
+
+Several cheap views of each image (random crop, flip, colours, most tokens left out) are told apart from all
+other images by their summary (SimCLR, Chen et al. 2020, with several views), and places of two views that
+show the same spot are told apart from all other places by their patch tokens (DenseCL, Wang et al. 2021).
+
+    python benchmarks/teachers/base.py --data ../shared/data --out benchmarks/teachers/base
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import common
+import torch
+import torch.nn.functional as F
+from base_views import GRID, PATCH, SIZE, load_images, make_views
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModel, Dinov2Config, Dinov2Model
+
+VIEWS, BATCH, SEED = 4, 128, 0
+
+
+def build_model() -> Dinov2Model:
+    """Six layers, 192 wide, patches of 8 px, 64 px images."""
+    return Dinov2Model(
+        Dinov2Config(
+            patch_size=PATCH, image_size=SIZE, hidden_size=192, num_hidden_layers=6, num_attention_heads=3
+        )
+    )
+
+
+class Heads(nn.Module):
+    """Projectors used in training only: one for summaries, one for patch tokens."""
+
+    def __init__(self, width: int, hidden: int = 1024, latent: int = 128) -> None:
+        super().__init__()
+        self.summary = nn.Sequential(
+            nn.Linear(width, hidden, bias=False),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, latent, bias=False),
+            nn.BatchNorm1d(latent, affine=False),
+        )
+        self.spatial = nn.Sequential(
+            nn.Linear(width, hidden // 2, bias=False),
+            nn.BatchNorm1d(hidden // 2),
+            nn.ReLU(),
+            nn.Linear(hidden // 2, latent, bias=False),
+        )
+
+
+class Encoder(nn.Module):
+    """The model, asked for the CLS token and the places `keep` (B, k) alone: tokens (B, 1 + k, C)."""
+
+    def __init__(self, model: Dinov2Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, keep: Tensor) -> Tensor:
+        tokens = self.model.embeddings(images)
+        index = torch.cat([torch.zeros(len(keep), 1, dtype=torch.long), keep + 1], 1)
+        tokens = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+        return self.model.layernorm(self.model.encoder(tokens).last_hidden_state)
+
+
+def encode(encoder: Encoder, images: Tensor, keep: Tensor) -> Tensor:
+    """Run wholly in bf16 on a bf16 reading of the fp32 weights: 1.5 times as fast here as autocast."""
+    reading = {name: weight.bfloat16() for name, weight in encoder.named_parameters()}
+    return functional_call(encoder, reading, (images.bfloat16(), keep)).float()
+
+
+def summary_term(latent: Tensor, views: int, temperature: float) -> Tensor:
+    """Cross entropy of finding the other views of an image among all; latent (V*B, D), view by view."""
+    unit = F.normalize(latent, dim=1)
+    logits = unit @ unit.T / temperature
+    count = len(latent)
+    same = torch.arange(count) % (count // views)
+    itself = torch.eye(count, dtype=torch.bool)
+    positive = (same[:, None] == same) & ~itself
+    others = logits.masked_fill(positive | itself, -torch.inf).logsumexp(1, keepdim=True)
+    # each positive competes with the negatives alone, not with the other positives
+    return (torch.logaddexp(logits, others) - logits)[positive].mean()
+
+
+def matching_places(
+    spots: Tensor, other: Tensor, keep: Tensor, limit: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Flat indices of pairs of kept places of two views showing the same spot, `limit` of them at random."""
+    first = spots.gather(1, keep[0][..., None].expand(-1, -1, 2))
+    second = other.gather(1, keep[1][..., None].expand(-1, -1, 2))
+    distance, nearest = torch.cdist(first, second).min(2)  # (B, k)
+    close = (distance < 0.6 / GRID).flatten().nonzero()[:, 0]
+    close = close[torch.randperm(len(close), generator=generator)[:limit]]
+    partner = nearest + torch.arange(len(nearest))[:, None] * second.shape[1]
+    return close, partner.flatten()[close]
+
+
+def spatial_term(
+    head: nn.Module,
+    tokens: Tensor,
+    spots: Tensor,
+    keep: Tensor,
+    temperature: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Cross entropy of finding the same spot of view 2i among places of view 2i + 1, both ways."""
+    views = len(tokens)
+    losses = []
+    for first in range(0, views, 2):
+        here, there = matching_places(spots[first], spots[first + 1], keep[first : first + 2], 768, generator)
+        a = F.normalize(head(tokens[first].flatten(0, 1)[here]).float(), dim=1)
+        b = F.normalize(head(tokens[first + 1].flatten(0, 1)[there]).float(), dim=1)
+        logits = a @ b.T / temperature
+        truth = torch.arange(len(logits))
+        losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
+    return torch.stack(losses).mean()
+
+
+@torch.no_grad()
+def summaries(model: nn.Module, pixels: Tensor) -> Tensor:
+    """The summary (B, C) of each image, rendered as at inference."""
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = [
+            model(pixel_values=common.render(part, SIZE, SIZE)).pooler_output for part in pixels.split(500)
+        ]
+    return torch.cat(parts).float()
+
+
+def knn_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, k: int = 20) -> float:
+    """Top-1 in percent by the k nearest training summaries, votes weighted by exp(cosine / 0.07)."""
+    bank, hits = F.normalize(seen, dim=1), 0
+    for part, right in zip(F.normalize(asked, dim=1).split(1000), truth.split(1000), strict=True):
+        close, index = (part @ bank.T).topk(k)
+        votes = torch.zeros(len(part), int(labels.max()) + 1).scatter_add_(
+            1, labels[index], (close / 0.07).exp()
+        )
+        hits += int((votes.argmax(1) == right).sum())
+    return 100 * hits / len(truth)
+
+
+def linear_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> float:
+    """Top-1 in percent of a linear map fitted on frozen, standardized summaries (L-BFGS, light decay)."""
+    mean, deviation = seen.mean(0), seen.std(0)
+    seen, asked = (seen - mean) / deviation, (asked - mean) / deviation
+    layer = nn.Linear(seen.shape[1], int(labels.max()) + 1)
+    nn.init.zeros_(layer.weight)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(layer(seen), labels) + 1e-4 * layer.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return 100 * float((layer(asked).argmax(1) == truth).float().mean())
+
+
+def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.3) -> float:
+    """Share of the peak learning rate: up, constant, then linearly to zero over the last `cool` of the run.
+
+    The constant part does not know `steps`, so a run may be resumed with another length before it cools.
+    """
+    return min(1.0, (step + 1) / warmup, (steps - step) / (cool * steps))
+
+
+def train(
+    model: Dinov2Model, images: Tensor, steps: int, keep_places: int, work: Path, watch: tuple[Tensor, Tensor]
+) -> float:
+    """Train in place; k-NN from 3,000 to 1,000 watched training images is printed. Minutes spent."""
+    encoder, heads = Encoder(model), Heads(model.config.hidden_size)
+    model.set_attn_implementation("eager")  # twice as fast as sdpa's backward on so few tokens
+    both = nn.ModuleDict({"model": model, "heads": heads})
+    matrices = [weight for weight in both.parameters() if weight.ndim == 2 and min(weight.shape) > 1]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in both.parameters() if id(weight) not in chosen]
+    optimizers = common.Optimizers(matrices, rest, lr=0.02, rest_lr=1e-3, decay=0.05)
+    progress = common.Progress(work, steps, 20, {"model": both, "optimizers": optimizers})
+    for step, batch in common.epoch_batches(len(images), BATCH, SEED, progress.start, steps):
+        generator = torch.Generator().manual_seed(SEED * 10**6 + step)
+        pairs = [make_views(images[batch], generator) for _ in range(VIEWS)]
+        keep = torch.rand(VIEWS * BATCH, GRID**2, generator=generator).argsort(1)[:, :keep_places]
+        tokens = encode(encoder, torch.cat([view for view, _ in pairs]), keep)
+        with torch.autocast("cpu", torch.bfloat16):
+            summary = summary_term(heads.summary(tokens[:, 0]).float(), VIEWS, 0.2)
+            spatial = spatial_term(
+                heads.spatial,
+                tokens[:, 1:].unflatten(0, (VIEWS, BATCH)),
+                torch.stack([spots for _, spots in pairs]),
+                keep.unflatten(0, (VIEWS, BATCH)),
+                0.2,
+                generator,
+            )
+        (summary + 0.3 * spatial).backward()
+        optimizers.step(hold_then_cool(step, steps))
+        progress.line(step, summary=float(summary.detach()), spatial=float(spatial.detach()))
+        if (step + 1) % 100 == 0:
+            known = summaries(model, watch[0])
+            score = knn_top1(known[:3000], watch[1][:3000], known[3000:], watch[1][3000:])
+            print(f"k-NN top-1 with 3,000 neighbours {score:.1f} %", flush=True)
+        progress.save(step, 100)
+    return progress.minutes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/teachers/base"))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--keep", type=int, default=24, help="places of 64 that each view keeps")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    model = build_model().train()
+    images = load_images(given.data, SEED)
+    pixels, labels = common.load_cifar10(given.data, "train")  # labels only measure, they never train
+    minutes = train(model, images, given.steps, given.keep, given.work, (pixels[:4000], labels[:4000]))
+    common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
+    saved = AutoModel.from_pretrained(given.out, dtype=torch.float32).eval()
+    asked, truth = common.load_cifar10(given.data, "test")
+    known, found = summaries(saved, pixels), summaries(saved, asked)
+    knn, linear = knn_top1(known, labels, found, truth), linear_top1(known, labels, found, truth)
+    facts = {
+        "architecture": f"Dinov2Model, 6 layers, 192 wide, 3 heads, patches of {PATCH} px, {SIZE}x{SIZE} px, "
+        f"grid {GRID}x{GRID}, {common.count_parameters(saved)} parameters",
+        "data": f"{len(images):,} images, no labels: CIFAR-10 train (50,000), random boxes of CamVid train, "
+        "BCCD train, Penn-Fudan train and 1,000 photos",
+        "recipe": f"{given.steps} steps of {BATCH} images x {VIEWS} views, {given.keep} of {GRID**2} places "
+        "kept; contrastive on summaries and (weight 0.3) on matching places; Muon on matrices, AdamW on the "
+        "rest; bf16",
+        "score": "CIFAR-10 test top-1 on frozen summaries (the last CLS token): linear probe "
+        f"{linear:.2f} %, k-NN (k = 20) {knn:.2f} %",
+    }
+    terms = (
+        "CIFAR-10 (Krizhevsky 2009), CamVid (Brostow 2008), Penn-Fudan (Wang 2007) and the photos (ImageNet "
+        "samples) are distributed for research, BCCD under MIT"
+    )
+    common.write_card(given.out, "base: a small vision transformer, no labels", minutes, SEED, terms, facts)
+    print(f"test: linear probe {linear:.2f} %, k-NN {knn:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Train the classifier teacher: a three-stage ResNet on CIFAR-10 rendered at 64 px, with a last grid of 4x4.
+
+python benchmarks/teachers/classifier.py --data ../shared/data --out benchmarks/teachers/classifier
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import common
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+SIZE, BATCH, SEED = 64, 256, 0
+
+
+def build_model() -> ResNetForImageClassification:
+    """A ResNet of three stages of two basic blocks, 64/128/256 wide."""
+    names = dict(enumerate(common.CIFAR_CLASSES))
+    config = ResNetConfig(
+        embedding_size=64,
+        hidden_sizes=[64, 128, 256],
+        depths=[2, 2, 2],
+        layer_type="basic",
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    return ResNetForImageClassification(config)
+
+
+def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (B, 3, 32, 32) to float (B, 3, 64, 64): shift, mild zoom and flip in one go, then cutout."""
+    count = len(pixels)
+    draw = torch.rand(count, 6, generator=generator)
+    zoom = 0.85 + 0.25 * draw[:, 0]
+    flip = torch.where(draw[:, 1] < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = zoom * flip, zoom
+    theta[:, :, 2] = (draw[:, 2:4] - 0.5) * 0.4  # up to 3.2 of 32 pixels either way
+    places = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
+    images = F.grid_sample(
+        common.normalize(pixels.float() / 255),
+        places,
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=False,
+    )
+    corner = (draw[:, 4:6] * (SIZE + 16) - 16).long()  # a hole of 20 of 64 px, partly outside at times
+    at = torch.arange(SIZE)
+    inside = (at >= corner[:, :, None]) & (at < corner[:, :, None] + 20)  # (B, 2, 64)
+    return images * ~(inside[:, 0, None, :, None] & inside[:, 1, None, None, :])
+
+
+@torch.no_grad()
+def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor) -> float:
+    """Top-1 in percent, images rendered as at inference, no test-time augmentation."""
+    model.eval()
+    hits = sum(
+        int((model(pixel_values=common.render(part, SIZE, SIZE)).logits.argmax(1) == truth).sum())
+        for part, truth in zip(pixels.split(500), labels.split(500), strict=True)
+    )
+    model.train()
+    return 100 * hits / len(labels)
+
+
+def train(
+    model: ResNetForImageClassification, pixels: Tensor, labels: Tensor, held: int, epochs: float, work: Path
+) -> float:
+    """Train in place on all but the last `held` images of a fixed shuffle; minutes spent."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
+    seen, kept = order[: len(order) - held], order[len(order) - held :]
+    steps = int(epochs * (len(seen) // BATCH))
+    matrices = [weight for weight in model.resnet.parameters() if weight.ndim == 4]
+    chosen = {id(weight) for weight in matrices}
+    rest = [weight for weight in model.parameters() if id(weight) not in chosen]
+    optimizers = common.Optimizers(matrices, rest, lr=0.03, rest_lr=3e-3, decay=0.05)
+    progress = common.Progress(work, steps, 25, {"model": model, "optimizers": optimizers})
+    for step, batch in common.epoch_batches(len(seen), BATCH, SEED, progress.start, steps):
+        generator = torch.Generator().manual_seed(SEED * 10**6 + step)
+        images = augment(pixels[seen[batch]], generator).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixel_values=images).logits
+        loss = F.cross_entropy(logits.float(), labels[seen[batch]], label_smoothing=0.1)
+        loss.backward()
+        optimizers.step(common.one_cycle(step, steps))
+        progress.line(step, loss=float(loss.detach()))
+        if held and (step + 1) % 195 == 0:
+            print(f"held-out top-1 {top1(model, pixels[kept], labels[kept]):.1f} %", flush=True)
+        progress.save(step, 195)
+    return progress.minutes()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("runs/teachers/classifier"))
+    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--held", type=int, default=1000, help="training images kept aside to watch progress")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    model = build_model().to(memory_format=torch.channels_last).train()
+    pixels, labels = common.load_cifar10(given.data, "train")
+    minutes = train(model, pixels, labels, given.held, given.epochs, given.work)
+    common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
+    saved = AutoModelForImageClassification.from_pretrained(given.out, dtype=torch.float32)
+    score = top1(saved, *common.load_cifar10(given.data, "test"))
+    facts = {
+        "architecture": "ResNetForImageClassification, basic blocks 2-2-2, 64/128/256 wide, 64x64 px, "
+        f"last grid 4x4, {common.count_parameters(saved)} parameters",
+        "data": f"CIFAR-10 train, images and labels (50,000; {given.held:,} of them only watched)",
+        "recipe": f"{given.epochs:g} epochs, batch {BATCH}, Muon on convolutions, AdamW on the rest; "
+        "one cycle; shift, zoom, flip, cutout; label smoothing 0.1; bf16 autocast",
+        "score": f"{score:.2f} % top-1 on the CIFAR-10 test set (10,000), no test-time augmentation",
+    }
+    terms = "CIFAR-10 (Krizhevsky 2009) is distributed for research"
+    common.write_card(given.out, "classifier: a small ResNet, ten classes", minutes, SEED, terms, facts)
+    print(f"test top-1 {score:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

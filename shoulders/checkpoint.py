@@ -1,0 +1,150 @@
+"""Checkpoints: written aside, synced, renamed; verified byte for byte before anything is read from them.
+
+A checkpoint is a folder ``step-00001000`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``
+(size and sha256 of the other files: no tensor format in use notices a flipped bit by itself).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from shoulders.errors import DataError, SpaceError
+
+NAME = "step-{:08d}"
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and then remove all but the newest ``keep``.
+
+    Raises:
+        SpaceError: if the disk is full; what was there before is untouched.
+    """
+
+    def write(aside: Path) -> None:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, aside / "tensors.safetensors")
+        (aside / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
+        files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(files, indent=1))
+
+    final = folder / NAME.format(step)
+    write_folder(final, write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of one checkpoint.
+
+    Raises:
+        DataError: if any file is missing, has another size or other bytes than the manifest says.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _fingerprint(path / name) != expected:
+                raise DataError(f"{path / name}: not the bytes that were saved")
+        return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from error
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that verifies, or None where there is none at all; damaged ones are named to ``say``.
+
+    Raises:
+        DataError: if there are checkpoints and none verifies.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return load_checkpoint(path)
+        except DataError as error:
+            say(f"{error}; trying the one before")
+    if found:
+        raise DataError(f"{folder}: none of the {len(found)} checkpoints verifies; start again without --resume in a new out")
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a folder aside, sync every byte, and rename it to ``final``: never half there.
+
+    Raises:
+        SpaceError: if the disk is full.
+    """
+    aside = final.with_name(final.name + ".partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
+        aside.mkdir(parents=True)
+        write(aside)
+        for path in sorted(aside.rglob("*")):
+            _sync(path)
+        _sync(aside)
+        if final.exists():
+            replaced = final.with_name(final.name + ".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+            aside.rename(final)
+            shutil.rmtree(replaced)
+        else:
+            aside.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise _as_space_error(error, final) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: aside, sync, rename.
+
+    Raises:
+        SpaceError: if the disk is full.
+    """
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.write_text(text)
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise _as_space_error(error, path) from error
+
+
+def _as_space_error(error: Exception, path: Path) -> Exception:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full:
+        return error
+    free = shutil.disk_usage(path.parent).free // 2**20
+    return SpaceError(f"{path}: no space left on the disk ({free} MiB free); make room and start again with --resume")
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,117 @@
+"""The command line: what each command takes and prints. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shoulders.errors import RecipeError, ShouldersError
+
+app = typer.Typer(
+    help="Build a vision foundation model from models instead of labels.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@app.command()
+def distill(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as train.steps=2000.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Distil the teachers of a recipe into one student."""
+    from shoulders.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides or ())
+    from shoulders.distill import distill
+
+    summary = distill(checked, resume=resume)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        _print_table(["measure", "value"], [[k, f"{v:.4f}"] for k, v in summary.items() if k.startswith("fvu")])
+        print(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s; the student is in {summary['out']}/student")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a student's folder.")],
+    task: Annotated[str, typer.Option(help="What to measure: classification.")],
+    data: Annotated[Path, typer.Option(help="Labelled images: class folders, parquet or tar, split or not.")],
+    models: Annotated[str, typer.Option(help="student, base, teachers, or teachers by name.")] = "student,base,teachers",
+    column: Annotated[str, typer.Option(help="The image column of parquet files.")] = "image",
+    batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that decode.", min=0)] = 1,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the student, its base and its teachers on a task."""
+    from shoulders.evaluate import evaluate
+
+    def say(name: str) -> None:
+        print(f"measuring {name} ...", file=sys.stderr)
+
+    rows = evaluate(run, task, data, models.split(","), column=column, batch=batch, workers=workers, seed=seed,
+                    on_model=say)  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    values = {(row["model"], row["metric"]): f"{100 * row['value']:.1f}" for row in rows}
+    print(f"{task}, % of {rows[0]['n']} images")
+    _print_table(["model", *metrics], [[name, *(values.get((name, metric), "-") for metric in metrics)] for name in names])
+
+
+@app.command()
+def teachers(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe: say what each of its teachers is.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as teachers.x.size=224.")] = None,
+    families: Annotated[bool, typer.Option("--families", help="List the model families that can teach.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the teachers of a recipe are, or which families can teach."""
+    if families == (recipe is not None):
+        raise RecipeError("give a recipe, or --families")
+    if recipe is None:
+        from shoulders.teachers import families as list_families
+
+        rows = list_families()
+    else:
+        from shoulders.recipe import read_recipe
+
+        checked = read_recipe(recipe, overrides or ())
+        from shoulders.teachers import describe, load_teacher
+
+        rows = [describe(name, load_teacher(name, spec)) for name, spec in checked.teachers.items()]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+
+
+def main() -> None:
+    """The console script: runs a command and turns our errors into one line and their exit code."""
+    try:
+        app()
+    except ShouldersError as error:
+        print(f"shoulders: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _print_table(titles: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in [titles, ["-" * width for width in widths], *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

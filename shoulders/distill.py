@@ -1,0 +1,304 @@
+"""The story: images -> teachers -> features -> transfer <- student. Read it straight down.
+
+The order of images, their views, the dropping of teachers and the schedule are pure functions of (seed, step), so
+a run that was killed needs one integer and the tensors that learn to go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shoulders.checkpoint import checkpoints, load_newest, save_checkpoint, write_folder, write_text
+from shoulders.errors import NumericError, RecipeError, Stopped
+from shoulders.features import Batch, Features
+from shoulders.heldout import HeldOut
+from shoulders.hub import licence_of
+from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_source
+from shoulders.journal import Journal
+from shoulders.learner import Learner, Optimization
+from shoulders.model import ShouldersModel, build_student, student_config
+from shoulders.ranks import Rank, join
+from shoulders.recipe import Recipe, Train, as_size, check_resumed, dump_recipe
+from shoulders.student.base import check_base, load_base
+from shoulders.teachers import Teacher, Teachers, check_teacher, load_teacher
+from shoulders.transfer.objective import BASE
+from shoulders.transfer.projectors import Widths
+from shoulders.transfer.standardize import Moments
+
+
+def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume: bool = False) -> dict[str, Any]:
+    """Distil the recipe's teachers into one student; everything it leaves is in the folder ``recipe.out``.
+
+    Args:
+        own: teachers beside those of the recipe, as modules of your own, by name.
+        resume: go on from the newest checkpoint in ``recipe.out`` that verifies.
+
+    Returns:
+        A summary: out, steps, seconds, and the last held-out measures.
+
+    Raises:
+        RecipeError: if the recipe cannot work; before any weight is loaded.
+        DataError: if too many images are unreadable, or no checkpoint verifies.
+        NumericError: if the loss is no longer finite.
+        SpaceError: if the disk is full.
+        Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
+    """
+    started = time.perf_counter()
+    with join() as rank:
+        check(recipe, own or {}, rank, resume)
+        rank.barrier()  # nobody writes before all have checked
+        if rank.is_main:
+            recipe.out.mkdir(parents=True, exist_ok=True)
+            write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
+        images = _open_images(recipe)
+        teachers = Teachers(
+            {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own or {}),
+            bf16=use_bf16(recipe.train, rank.device),
+        ).to(rank.device)
+        torch.manual_seed(recipe.train.seed)
+        learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
+        measures = Run(recipe, learner, teachers, images, rank).train(resume)
+        summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started} | measures
+        if rank.is_main:
+            write_folder(recipe.out / "student", learner.student.save_pretrained)
+            write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(images.heldout)), indent=1))
+        rank.barrier()
+        return summary
+
+
+def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) -> None:
+    """Refuse what cannot work, before the first costly second.
+
+    Raises:
+        RecipeError: one line with the fix.
+    """
+    if not recipe.teachers and not own:
+        raise RecipeError("teachers: none; name at least one model to learn from")
+    if not recipe.images.all_sources():
+        raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
+    for name, source in recipe.images.all_sources().items():
+        if not source.path.exists():
+            raise RecipeError(f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards")
+    share = rank.world * recipe.train.accumulate
+    if recipe.train.batch % share:
+        raise RecipeError(
+            f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
+            f"parts (train.accumulate); make it a multiple of {share}"
+        )
+    check_base(recipe.student, as_size(recipe.images.size))
+    for name, spec in recipe.teachers.items():
+        check_teacher(name, spec)
+    there = checkpoints(recipe.out / "checkpoints")
+    if there and not resume:
+        raise RecipeError(f"out: {recipe.out} holds a run already ({there[-1].name}); add --resume, or choose another out")
+    if there:
+        check_resumed(recipe, recipe.out / "recipe.yaml")
+
+
+class Run:
+    """One run in progress: images, teachers and the student's state, and the loop over them."""
+
+    def __init__(self, recipe: Recipe, learner: Learner, teachers: Teachers, images: ImageSet, rank: Rank):
+        self.recipe, self.learner, self.teachers, self.images, self.rank = recipe, learner, teachers, images, rank
+        self.student = learner.student
+        self.size = as_size(recipe.images.size)
+        self.sizes = sorted({self.size, *teachers.sizes})
+        self.optimization = Optimization(learner, recipe.train)
+        self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
+        self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
+        parallel = DistributedDataParallel(learner) if rank.world > 1 else learner
+        self.forward = torch.compile(parallel) if recipe.train.compile else parallel
+
+    def train(self, resume: bool) -> dict[str, float]:
+        """From the first step, or the newest checkpoint, to the last. Returns the last held-out measures."""
+        train, rank = self.recipe.train, self.rank
+        first = self._resume() if resume else 0
+        if first == 0:
+            self._calibrate()
+        journal = Journal(self.recipe.out, train.steps, first, rank.is_main, train.tensorboard)
+        report = SkipReport(self.recipe.out / "skipped.jsonl", len(self.images), self.recipe.images.max_bad)
+        heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
+        measures = self._evaluate(heldout, journal, first) if first in (0, train.steps) else {}
+        stream = self._batches(first, train.steps, rank.index, rank.world)
+        skipped = []
+        with _signals() as asked:
+            for step, batch in enumerate(stream, first + 1):
+                loss, terms, norm = self._step(step, batch)
+                journal.advance(train.batch)
+                skipped += batch.skipped
+
+                due = {what: step == train.steps or step % every == 0 for what, every in (
+                    ("log", train.log_every), ("evaluate", train.evaluate_every), ("save", train.save_every)
+                )}  # fmt: skip
+                if not any(due.values()) and not (asked and rank.world == 1):
+                    continue  # no host sync, no talk between ranks
+                report.add([skip for said in rank.gather(skipped) for skip in said])
+                skipped = []
+                self._stop_unless_finite(step)
+                if due["log"]:
+                    journal.train(step, rank.means(terms | {"loss": loss}), self.optimization.lr(step), norm.item())
+                if due["evaluate"]:
+                    measures = self._evaluate(heldout, journal, step)
+                stop = rank.any(bool(asked))
+                if due["save"] or stop:
+                    self._save(step)
+                if stop and step < train.steps:
+                    journal.close()
+                    raise Stopped(asked[0] if asked else signal.SIGTERM, step)
+        journal.close()
+        self.optimization.keep_average()
+        return measures
+
+    def _step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """One update from one batch, in ``accumulate`` parts. Nothing here waits for the device."""
+        self.learner.train()
+        parts = batch.to(self.rank.device).split(self.recipe.train.accumulate)
+        losses, terms = [], {}
+        for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
+            taught = self._teach(part)
+            with self.autocast(), self._sync_gradients(i == len(parts) - 1):
+                loss, terms = self.forward(part.pixels(self.size), taught, coins)
+                (loss / len(parts)).backward()
+            losses.append(loss.detach())
+        norm = self.optimization.step(step)
+        self.finite &= torch.isfinite(norm)
+        return torch.stack(losses).mean(), terms, norm
+
+    def _teach(self, batch: Batch) -> dict[str, Features]:
+        """What the teachers say of the batch; the base is one of them where it is to be preserved."""
+        taught = self.teachers(batch)
+        if self.recipe.transfer.preserve:
+            with torch.no_grad(), self.autocast(), self.student.encoder.off():
+                said = self.student.encoder(batch.pixels(self.size))["latent"]
+            taught[f"{BASE}/latent"] = said.map(torch.Tensor.float)
+        return taught
+
+    def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
+        return ((batch, self._teach(batch)) for batch in (batch.to(self.rank.device) for batch in stream))
+
+    def _batches(self, first: int, steps: int, rank: int, world: int) -> Iterator[Batch]:
+        """A rank's part of the training batches of steps (first, steps]."""
+        return batches(self.images, self.sizes, batch=self.recipe.train.batch, settings=self.recipe.images,
+                       seed=self.recipe.train.seed, first_step=first, steps=steps - first, rank=rank, world=world)  # fmt: skip
+
+    def _heldout_batches(self) -> Iterator[Batch]:
+        how = self.recipe.images
+        return evaluation_batches(self.images.images, self.sizes, batch=self.recipe.train.batch,
+                                  indices=self.images.heldout, workers=how.workers, max_pixels=how.max_pixels)  # fmt: skip
+
+    def _coins(self, step: int) -> Tensor:
+        """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
+        generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
+        coins = torch.rand(self.recipe.train.batch, len(self.teachers.teachers), generator=generator)
+        return coins.chunk(self.rank.world)[self.rank.index].to(self.rank.device)
+
+    def _calibrate(self) -> None:
+        """Fit the standardizers on the first ``calibration`` images; every rank does the same, to the same bits."""
+        how, train = self.recipe.transfer, self.recipe.train
+        if how.standardize == "none":
+            return
+        moments: dict[str, dict[str, Moments]] = {}
+        steps = -(-how.calibration // train.batch)
+        for _, taught in self._taught(self._batches(0, steps, 0, 1)):
+            for tap, features in taught.items():
+                for part, x in features.parts().items():
+                    moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
+        for tap in self.student.taps:
+            self.student.standardizer(tap).fit(moments[tap])
+
+    def _evaluate(self, heldout: HeldOut, journal: Journal, step: int) -> dict[str, float]:
+        self.learner.eval()
+        with self.autocast(), self.optimization.averaged():
+            numbers, per_teacher = heldout.measure(self.student, self.rank.device)
+        journal.evaluation(step, numbers, per_teacher)
+        return numbers
+
+    def _stop_unless_finite(self, step: int) -> None:
+        if self.rank.any(not self.finite.item()):
+            raise NumericError(
+                f"the gradients are no longer finite at step {step}; lower train.lr, or set train.precision=fp32, and "
+                f"go on with --resume from the newest checkpoint, which is sound"
+            )
+
+    def _save(self, step: int) -> None:
+        if self.rank.is_main:
+            folder = self.recipe.out / "checkpoints"
+            save_checkpoint(folder, step, self.optimization.tensors(), {"world": self.rank.world}, self.recipe.train.keep)
+
+    def _resume(self) -> int:
+        """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
+        saved = load_newest(self.recipe.out / "checkpoints", print if self.rank.is_main else lambda line: None)
+        if saved is None:
+            return 0
+        tensors, state = saved
+        self.optimization.restore(tensors)
+        return int(state["step"])
+
+    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """DDP averages the gradients of a step once, in its last part."""
+        held = isinstance(self.forward, DistributedDataParallel) and not last
+        return self.forward.no_sync() if held else nullcontext()  # type: ignore[union-attr]
+
+
+def _open_images(recipe: Recipe) -> ImageSet:
+    sources = recipe.images.all_sources()
+    opened = {name: open_source(source.path, source.column) for name, source in sources.items()}
+    shares = {name: source.share for name, source in sources.items()}
+    return ImageSet(opened, shares, recipe.train.seed, recipe.images.holdout)
+
+
+def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
+    """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
+    base, pixels = load_base(recipe.student)
+    taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
+    whose = {name: {"source": t.source, "revision": t.revision, "licence": t.licence} for name, t in teachers.teachers.items()}
+    if recipe.transfer.preserve:
+        taps[f"{BASE}/latent"] = Widths(base.config.hidden_size, base.config.hidden_size)
+    whose[BASE] = {"source": recipe.student.base, "revision": recipe.student.revision, "licence": licence_of(recipe.student.base)}
+    return build_student(base, student_config(recipe, base, pixels.mean, pixels.std, whose, taps))
+
+
+def use_bf16(train: Train, device: torch.device) -> bool:
+    """Whether this run computes in bfloat16: where the hardware has it, unless the recipe says otherwise."""
+    if train.precision != "auto":
+        return train.precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put themselves into; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _rows(summary: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
+    measures = {name: value for name, value in summary.items() if name.startswith("fvu")}
+    return [
+        {"model": "student", "task": "inheritance", "metric": name, "value": value, "n": n, "seconds": summary["seconds"]}
+        for name, value in measures.items()
+    ]

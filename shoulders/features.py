@@ -1,0 +1,121 @@
+"""The two value types that cross every border: what a model says of images, and the images themselves.
+
+Legend of all shape comments: B images, N places (H * W), H W grid, C width of a space,
+D latent width, K classes, T teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model says of B images: one summary vector each, one vector per place, or both.
+
+    Args:
+        summary: (B, C), or None where the model has no vector for the whole image.
+        spatial: (B, N, C), row-major over ``grid``, or None.
+        grid: (H, W) with H * W == N; (0, 0) where ``spatial`` is None.
+
+    Raises:
+        ValueError: if both are None, or the shapes contradict each other.
+    """
+
+    summary: Tensor | None
+    spatial: Tensor | None
+    grid: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        if self.summary is None and self.spatial is None:
+            raise ValueError("Features need a summary, spatial features, or both; got neither")
+        if self.summary is not None and self.summary.ndim != 2:
+            raise ValueError(f"summary must be (B, C), got {tuple(self.summary.shape)}")
+        if self.spatial is not None:
+            h, w = self.grid
+            if self.spatial.ndim != 3 or self.spatial.shape[1] != h * w:
+                raise ValueError(f"spatial must be (B, {h * w}, C) for grid {self.grid}, got {tuple(self.spatial.shape)}")
+
+    @classmethod
+    def from_map(cls, maps: Tensor, summary: Tensor | None = None) -> Features:
+        """Features of a channels-first map (B, C, H, W)."""
+        return cls(summary, maps.flatten(2).transpose(1, 2), (maps.shape[2], maps.shape[3]))
+
+    def to_map(self) -> Tensor:
+        """The spatial features as a channels-first map (B, C, H, W)."""
+        if self.spatial is None:
+            raise ValueError("these Features have no spatial part")
+        return self.spatial.transpose(1, 2).unflatten(2, self.grid)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """The same Features with ``change`` applied to each part that is present."""
+        return Features(
+            None if self.summary is None else change(self.summary),
+            None if self.spatial is None else change(self.spatial),
+            self.grid,
+        )
+
+    def parts(self) -> dict[str, Tensor]:
+        """``{"summary": (B, C), "spatial": (B, N, C)}``, without the absent ones."""
+        named = {"summary": self.summary, "spatial": self.spatial}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be used: its name in the source and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B views of B images, rendered from the decoded originals at every size that someone asked for.
+
+    Args:
+        ids: (B,) int64, the stable id of each image.
+        rendered: {(h, w): (B, 3, h, w) uint8}.
+        labels: (B,) int64 where the source has labels and the caller wants them, else None.
+        skipped: images that failed to decode and were replaced in this batch.
+    """
+
+    ids: Tensor
+    rendered: dict[tuple[int, int], Tensor]
+    labels: Tensor | None = None
+    skipped: tuple[Skipped, ...] = field(default=())
+
+    def pixels(self, size: tuple[int, int]) -> Tensor:
+        """Pixels (B, 3, h, w) in [0, 1], float32, at ``size`` = (h, w).
+
+        Raises:
+            KeyError: if the loader was not asked for this size.
+        """
+        if size not in self.rendered:
+            raise KeyError(f"this batch was rendered at {sorted(self.rendered)}, not at {size}: add the size to the loader")
+        return self.rendered[size].to(torch.float32) / 255
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its pixels on ``device``."""
+        moved = {size: images.to(device, non_blocking=True) for size, images in self.rendered.items()}
+        return Batch(self.ids, moved, self.labels, self.skipped)
+
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in ``parts`` consecutive ones of equal size."""
+        each = len(self) // parts
+        pieces = [slice(i * each, (i + 1) * each) for i in range(parts)]
+        return [
+            Batch(
+                self.ids[piece],
+                {size: images[piece] for size, images in self.rendered.items()},
+                None if self.labels is None else self.labels[piece],
+            )
+            for piece in pieces
+        ]
+
+    def __len__(self) -> int:
+        return len(self.ids)

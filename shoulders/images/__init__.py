@@ -1,0 +1,27 @@
+"""Where pixels come from: folders, parquet files and tar shards; decoding; views; batches."""
+
+from shoulders.images.decode import Undecodable, decode, decode_with_size
+from shoulders.images.image_set import Collection, ImageSet
+from shoulders.images.loader import batches, evaluation_batches
+from shoulders.images.skips import SkipReport
+from shoulders.images.source import ImageSource, image_id
+from shoulders.images.sources import open_source
+from shoulders.images.views import View, central_view, random_view, render
+
+__all__ = [
+    "Collection",
+    "ImageSet",
+    "ImageSource",
+    "SkipReport",
+    "Undecodable",
+    "View",
+    "batches",
+    "central_view",
+    "decode",
+    "decode_with_size",
+    "evaluation_batches",
+    "image_id",
+    "open_source",
+    "random_view",
+    "render",
+]

@@ -1,0 +1,122 @@
+"""From the bytes of an image file to pixels, or to the reason why not."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from shoulders.errors import DataError
+
+# what Pillow may try; EPS would start Ghostscript, and rare formats are where decoders break
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_ORIENTATION_TAG = 0x0112
+# (swap rows and columns first, then reverse these axes of (H, W)) for each EXIF orientation
+_ORIENTATIONS = {
+    2: (False, (1,)),
+    3: (False, (0, 1)),
+    4: (False, (0,)),
+    5: (True, ()),
+    6: (True, (1,)),
+    7: (True, (0, 1)),
+    8: (True, (0,)),
+}
+
+
+class Undecodable(DataError):
+    """An image that cannot be used; the message is ``kind: details``, so that kinds can be counted."""
+
+
+def decode(data: bytes, max_pixels: int, at_least: int | None = None) -> Tensor:
+    """Pixels (3, H, W) uint8 of an encoded image, upright; the first frame where there are several.
+
+    Transparent parts are put on white: that is what cut-out photos are shown on, so teachers have seen it.
+    Colour profiles are ignored, as everywhere in the field.
+
+    Args:
+        data: the file.
+        max_pixels: refuse more than this many, from the header, before any pixel is decoded.
+        at_least: decode JPEG at a smaller scale as long as both sides keep this many pixels; None: full size.
+
+    Raises:
+        Undecodable: for anything that is not a whole image of a known format.
+    """
+    return decode_with_size(data, max_pixels, at_least)[0]
+
+
+def decode_with_size(
+    data: bytes, max_pixels: int, at_least: int | None = None
+) -> tuple[Tensor, tuple[int, int]]:
+    """Like `decode`, with the (H, W) that the upright image has at full size."""
+    if not data:
+        raise Undecodable("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters is raised
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                width, height = image.size
+                _check_size(width, height, max_pixels)
+                if at_least is not None:
+                    image.draft(None, (at_least, at_least))
+                image.load()
+                turned, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
+                pixels = _to_rgb(image)  # (H, W, 3)
+        except Undecodable:
+            raise
+        except UnidentifiedImageError as error:
+            raise Undecodable(f"not an image: no {', '.join(FORMATS)} that can be read") from error
+        except Image.DecompressionBombError as error:  # Pillow's own limit, 179 million pixels
+            raise Undecodable(f"too many pixels: {' '.join(str(error).split())}") from error
+        except Exception as error:  # no list of what decoders raise is ever complete
+            message = " ".join(str(error).split())
+            raise Undecodable(f"damaged: {type(error).__name__} {message}"[:200]) from error
+    upright = pixels.swapaxes(0, 1) if turned else pixels
+    upright = np.flip(upright, flips)
+    if image.format != "JPEG" and image.format != "MPO":
+        height, width = pixels.shape[:2]  # TIFF is already upright after load
+    tensor = torch.from_numpy(np.ascontiguousarray(upright)).permute(2, 0, 1)  # (3, H, W)
+    return tensor, (width, height) if turned else (height, width)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise Undecodable(f"too many pixels: {width} x {height}, at most {max_pixels} (images.max_pixels)")
+    if width < 1 or height < 1:
+        raise Undecodable(f"damaged: size {width} x {height}")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # broken metadata must not cost a good photo
+        return 1
+
+
+def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, 3) of any mode that Pillow has."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = _to_eight_bits(np.asarray(image))
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, "white")
+        return np.array(Image.alpha_composite(white, layers).convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _to_eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """Deep greys (H, W) to 0..255 by the range they are stored in; Pillow's conversion would clip at 255."""
+    exact = values.astype(np.float64)
+    finite = np.isfinite(exact)
+    if not finite.any():
+        raise Undecodable("damaged: no finite pixel")
+    low, high = float(exact[finite].min()), float(exact[finite].max())
+    tops = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    bottom, top = next(((0.0, top) for top in tops if low >= 0 and high <= top), (low, high))
+    scaled = (np.where(finite, exact, bottom) - bottom) * (255.0 / max(top - bottom, 1e-300))
+    return np.rint(scaled).clip(0, 255).astype(np.uint8)

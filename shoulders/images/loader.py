@@ -1,0 +1,214 @@
+"""Batches of rendered views: for training in an endless random order, for evaluation in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shoulders import recipe
+from shoulders.errors import DataError, RecipeError
+from shoulders.features import Batch, Skipped
+from shoulders.images.decode import Undecodable
+from shoulders.images.image_set import Collection, ImageSet
+from shoulders.images.views import central_view, random_view, render, smallest_decode
+
+Size = tuple[int, int]
+# plain containers, because DataLoader pins nothing else: the four fields of Batch
+Rendered = tuple[Tensor, dict[Size, Tensor], Tensor | None, tuple[Skipped, ...]]
+
+
+def batches(
+    image_set: ImageSet,
+    sizes: list[Size],
+    settings: recipe.Images,
+    *,
+    batch: int,
+    seed: int,
+    steps: int,
+    first_step: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """This rank's part of the batches of steps [first_step, steps).
+
+    Content depends neither on the number of workers nor on where a run was resumed. Step s is made of
+    positions [s * batch, (s + 1) * batch) of the order of `ImageSet`; each rank has a contiguous slice. An
+    image that cannot be decoded is replaced by another of its source and reported in ``Batch.skipped``. JPEG
+    is decoded no larger than the largest of ``sizes`` needs, so a rendering may depend a little on that size.
+
+    Args:
+        image_set: see `ImageSet`.
+        sizes: every (h, w) that someone will ask the batch for.
+        settings: views, scale, flip, max_pixels and workers are used.
+        batch: images per step over all ranks.
+        seed: of the views.
+        steps: of the whole run; one that is resumed goes on at ``first_step``.
+
+    Raises:
+        RecipeError: batch not divisible by world.
+        DataError: an image could not be decoded, nor any of 20 others tried in its place.
+    """
+    if batch % world:
+        raise RecipeError(
+            f"train.batch={batch} cannot be shared by {world} ranks; make it a multiple of {world}"
+        )
+    share = batch // world
+
+    def wanted() -> Iterator[NDArray[np.int64]]:
+        for step in range(first_step, steps):
+            yield image_set.positions(step * batch + rank * share, share)
+
+    views = _TrainingViews(image_set, sizes, settings, seed)
+    for rendered in _render_ahead(views, wanted(), settings.workers):
+        yield Batch(*rendered)
+
+
+def evaluation_batches(
+    images: Collection,
+    sizes: list[Size],
+    batch: int,
+    indices: NDArray[np.int64] | None = None,
+    workers: int = 0,
+    max_pixels: int = 50_000_000,
+) -> Iterator[Batch]:
+    """Central views of images in order, with labels where ``images`` has them (-1 where one image has none).
+
+    Images that cannot be decoded are left out and reported in ``Batch.skipped``, so batches may be smaller.
+
+    Args:
+        images: all images of one or more sources.
+        sizes: every (h, w) that someone will ask the batch for.
+        batch: images per batch.
+        indices: which images, (n,); all by default. For the held-out ones: ``image_set.heldout``.
+
+    Raises:
+        DataError: not one image could be decoded.
+    """
+    chosen = np.arange(len(images)) if indices is None else indices
+    wanted = (chosen[start : start + batch] for start in range(0, len(chosen), batch))
+    ready: Batch | None = None
+    skipped: tuple[Skipped, ...] = ()
+    # one batch is kept back: skipped images of an empty batch must go with one that is handed out
+    for rendered in _render_ahead(_CentralViews(images, sizes, max_pixels), wanted, workers):
+        current = Batch(*rendered)
+        if len(current) == 0:
+            skipped += current.skipped
+            continue
+        if ready is not None:
+            yield ready
+        ready = dataclasses.replace(current, skipped=skipped + current.skipped)
+        skipped = ()
+    if ready is None:
+        raise DataError(f"none of {len(chosen)} images could be decoded; the first: {skipped[:1]}")
+    yield dataclasses.replace(ready, skipped=ready.skipped + skipped)
+
+
+class _TrainingViews(Dataset[Rendered | DataError]):
+    """(B, 2) of image index and visit -> random views of those images."""
+
+    def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
+        self.image_set, self.sizes, self.settings, self.seed = image_set, sizes, settings, seed
+        self.at_least = smallest_decode(sizes, settings.scale)
+
+    def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
+        ids = torch.empty(len(wanted), dtype=torch.int64)
+        canvas = {size: torch.empty(len(wanted), 3, *size, dtype=torch.uint8) for size in self.sizes}
+        skipped: list[Skipped] = []
+        for row, (index, visit) in enumerate(wanted.tolist()):
+            try:
+                used, pixels, full_size = self._decode(index, skipped)
+            except DataError as error:
+                return error  # raised by the main process: a worker would wrap it into a traceback
+            ids[row] = identity = int(self.image_set.images.ids[used])
+            number = visit if self.settings.views == "fresh" else visit % self.settings.views
+            view = random_view(
+                self.seed, identity, number, self.settings.scale, self.settings.flip, full_size
+            )
+            for size in self.sizes:
+                canvas[size][row] = render(pixels, view, size)
+        return ids, canvas, None, tuple(skipped)
+
+    def _decode(self, index: int, skipped: list[Skipped]) -> tuple[int, Tensor, Size]:
+        images = self.image_set.images
+        for candidate in [index, *self.image_set.replacements(index)]:
+            try:
+                return candidate, *images.pixels(candidate, self.settings.max_pixels, self.at_least)
+            except Undecodable as error:
+                skipped.append(Skipped(images.name(candidate), str(error)))
+        raise DataError(
+            f"{skipped[-1].name!r} ({skipped[-1].reason}): nor could any other image tried in place of "
+            f"{images.name(index)!r} be decoded; check that images.path leads to whole image files"
+        )
+
+
+class _CentralViews(Dataset[Rendered | DataError]):
+    """(B,) image indices -> central views of those that can be decoded."""
+
+    def __init__(self, images: Collection, sizes: list[Size], max_pixels: int) -> None:
+        self.images, self.sizes, self.max_pixels = images, sizes, max_pixels
+        self.at_least = max(max(size) for size in sizes)
+
+    def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
+        used: list[int] = []
+        canvas = {size: torch.empty(len(wanted), 3, *size, dtype=torch.uint8) for size in self.sizes}
+        skipped: list[Skipped] = []
+        for index in wanted.tolist():
+            try:
+                pixels, full_size = self.images.pixels(index, self.max_pixels, self.at_least)
+            except Undecodable as error:
+                skipped.append(Skipped(self.images.name(index), str(error)))
+                continue
+            for size in self.sizes:
+                canvas[size][len(used)] = render(pixels, central_view(full_size, size), size)
+            used.append(index)
+        rendered = {size: drawn[: len(used)].contiguous() for size, drawn in canvas.items()}
+        labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[used])
+        return torch.from_numpy(self.images.ids[used]), rendered, labels, tuple(skipped)
+
+
+def _render_ahead(
+    views: Dataset[Rendered | DataError], wanted: Iterable[NDArray[np.int64]], workers: int
+) -> Iterator[Rendered]:
+    """``views[item]`` for each item of ``wanted``, in order, prepared by worker processes."""
+    loader: DataLoader[Rendered | DataError] = DataLoader(
+        views,
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # else each pass would draw a number from the global one
+        # fork shares the index of the images and starts in milliseconds; workers use neither CUDA nor threads
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every fork beside threads; the workers take no lock that one of those may hold
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        rendered_ahead = iter(loader)
+    try:
+        for rendered in rendered_ahead:
+            if isinstance(rendered, DataError):
+                raise rendered
+            yield rendered
+    finally:
+        del rendered_ahead  # ends the workers, even while someone looks at the error
+
+
+def _as_it_is(rendered: Any) -> Any:
+    return rendered
+
+
+def _start_worker(number: int) -> None:
+    """Ctrl-C reaches the whole process group; it is the main process that decides what happens then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,63 @@
+"""Open whatever holds the images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.images.folder import Folder, walk
+from shoulders.images.parquet import Parquet
+from shoulders.images.shards import Shards
+from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
+
+
+def open_source(path: Path | str, column: str = "image") -> ImageSource:
+    """Open a folder of images, a parquet file, a tar file, or a folder of either, by what is there.
+
+    Args:
+        path: the folder or file.
+        column: the image column of parquet files.
+
+    Raises:
+        RecipeError: nothing at ``path``, nothing that could hold images, or two kinds side by side.
+        DataError: no image in it, or files that are damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RecipeError(f"{path}: nothing is here; give a folder of images, a .parquet or a .tar file")
+    if path.is_dir():
+        source = _open_folder(path, column)
+    elif path.suffix.lower() == ".parquet":
+        source = Parquet([path], [os.fsencode(path.name)], column)
+    elif path.suffix.lower() == ".tar":
+        source = Shards([path], [os.fsencode(path.name)])
+    else:
+        raise RecipeError(
+            f"{path}: no source of images; give a folder, a .parquet or an uncompressed .tar file"
+        )
+    if len(source) == 0:
+        raise DataError(f"{path}: no images in it; looked for {' '.join(EXTENSIONS)}, .parquet and .tar")
+    return source
+
+
+def _open_folder(path: Path, column: str) -> ImageSource:
+    try:
+        files = sorted(walk(path))
+    except OSError as error:
+        raise DataError(
+            f"{error.filename!r}: cannot be listed ({error.strerror}); give access to it"
+        ) from error
+    images = [name for name in files if is_image_name(name)]
+    tables = [name for name in files if name.lower().endswith(b".parquet")]
+    shards = [name for name in files if name.lower().endswith(b".tar")]
+    if (len(images) > 0) + (len(tables) > 0) + (len(shards) > 0) > 1:
+        raise RecipeError(
+            f"{path}: holds {len(images)} image, {len(tables)} .parquet and {len(shards)} .tar files; "
+            "keep one kind here, or name each as its own source in images.sources"
+        )
+    if tables:
+        return Parquet([path / os.fsdecode(name) for name in tables], tables, column)
+    if shards:
+        return Shards([path / os.fsdecode(name) for name in shards], shards)
+    return Folder(path, images)

@@ -1,0 +1,97 @@
+"""What a run says while it runs: a progress bar, ``metrics.jsonl``, and TensorBoard on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from shoulders.checkpoint import write_text
+
+
+class Journal:
+    """Writes rows ``{"step": .., "kind": "train" | "evaluation", ..}``; silent except on the main rank.
+
+    Args:
+        out: the run folder.
+        steps: of the whole run.
+        first_step: where this process starts; rows of later steps, left by a killed run, are dropped.
+    """
+
+    def __init__(self, out: Path, steps: int, first_step: int, is_main: bool, tensorboard: bool):
+        self.path = out / "metrics.jsonl"
+        self.is_main = is_main
+        self.bar = tqdm(total=steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True,
+                        file=sys.stderr, smoothing=0.05)  # fmt: skip
+        self.state: dict[str, str] = {}
+        self.writer: Any = None
+        self.images, self.since = 0, time.perf_counter()
+        if is_main:
+            self._keep_rows_up_to(first_step)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+
+    def advance(self, images: int) -> None:
+        """One step is done, on this many images."""
+        self.images += images
+        self.bar.update()
+
+    def train(self, step: int, terms: Mapping[str, float], lr: float, gradient_norm: float) -> None:
+        """Log a training step: its loss and the named terms of it."""
+        now = time.perf_counter()
+        speed = self.images / (now - self.since)
+        self.images, self.since = 0, now
+        row = {"images_per_s": speed, "lr": lr, "gradient_norm": gradient_norm} | dict(terms)
+        self._write({"step": step, "kind": "train"} | row)
+        self._show(**{"img/s": f"{speed:.0f}", "loss": f"{terms['loss']:.3f}"})
+
+    def evaluation(self, step: int, numbers: Mapping[str, float], per_teacher: Mapping[str, float]) -> None:
+        """Log held-out measures; the bar shows fvu per teacher."""
+        self._write({"step": step, "kind": "evaluation", **numbers})
+        self._show(**{f"fvu {teacher}": f"{value:.3f}" for teacher, value in per_teacher.items()})
+        self.since = time.perf_counter()  # images/s is of training alone
+        self.images = 0
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches, above the bar."""
+        if self.is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _show(self, **state: str) -> None:
+        self.state |= state
+        self.bar.set_postfix(self.state)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if not self.is_main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def _keep_rows_up_to(self, step: int) -> None:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) != len(lines):
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the half line of a killed run
+        return float("inf")

@@ -1,0 +1,151 @@
+"""What learns in a run, and all of its state: student, t2s projectors, optimizer, average, schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoulders.errors import DataError
+from shoulders.features import Features
+from shoulders.model import ShouldersModel
+from shoulders.recipe import Recipe, Train
+from shoulders.transfer import balance
+from shoulders.transfer.distances import distance
+from shoulders.transfer.objective import Settings, kpu
+from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths
+
+
+class Learner(nn.Module):
+    """Student and t2s projectors behind one forward, so that DDP sees everything that learns."""
+
+    def __init__(self, student: ShouldersModel, recipe: Recipe):
+        super().__init__()
+        how = recipe.transfer
+        self.student = student
+        self.t2s = _t2s(student, recipe)
+        self.distance = distance(how.distance, how.cosine_share)
+        self.settings = Settings(how.preserve, how.t2s, how.t2s_weight, how.t2s_gradient)
+        self.kind = how.balance
+        self.shares = [teacher.weight for teacher in recipe.teachers.values()]
+
+    def forward(self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T)."""
+        seen = self.student.places(pixels)
+        told = self.student.tell(seen)
+        goals = self.student.standardized(taught)
+
+        def unify(present: Mapping[str, Tensor]) -> Mapping[str, Features]:
+            grid = seen["latent"].grid
+            if isinstance(self.t2s, JointToStudent):
+                return {"joint": self.t2s(goals, grid, present).map(torch.Tensor.float)}
+            return {tap: guess.map(torch.Tensor.float) for tap, guess in self.t2s(goals, grid).items()}  # type: ignore[misc]
+
+        latent = seen["latent"].map(torch.Tensor.float)  # distances want fp32
+        told = {tap: features.map(torch.Tensor.float) for tap, features in told.items()}
+        return kpu(latent, told, goals, unify, self.distance, partial(self._balance, coins=coins), self.settings)
+
+    def learns(self) -> dict[str, nn.Parameter]:
+        """What the optimizer moves, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def _balance(self, losses: Tensor, coins: Tensor) -> Tensor:
+        kinds = {
+            "uniform": balance.uniform,
+            "fixed": partial(balance.fixed, shares=self.shares),
+            "dropping": partial(balance.dropping, coins=coins),
+        }
+        return kinds[self.kind](losses)
+
+
+class Optimization:
+    """AdamW with warm-up and cosine, clipping, and the averaged weights; everything a checkpoint must hold."""
+
+    def __init__(self, learner: Learner, train: Train):
+        self.train = train
+        self.learner = learner
+        self.learns = learner.learns()
+        matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
+        others = [p for name, p in self.learns.items() if name not in matrices]
+        groups = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.learns.items()} if train.ema else {}
+
+    def step(self, number: int) -> Tensor:
+        """Clip, move, average; returns the gradient norm before clipping."""
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr(number)
+        norm = nn.utils.clip_grad_norm_(self.learns.values(), self.train.clip)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        for name, mean in self.average.items():
+            mean.lerp_(self.learns[name].detach(), 1 - (self.train.ema or 0.0))
+        return norm
+
+    def lr(self, number: int) -> float:
+        """Learning rate of step ``number`` (from 1): linear warm-up, then cosine to zero."""
+        warmup = max(1, round(self.train.warmup * self.train.steps))
+        if number <= warmup:
+            return self.train.lr * number / warmup
+        done = (number - warmup) / max(1, self.train.steps - warmup)
+        return self.train.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the learner holds the averaged weights, where they are kept."""
+        own = {name: self.learns[name].detach().clone() for name in self.average}
+        self._fill(self.average)
+        try:
+            yield
+        finally:
+            self._fill(own)
+
+    def keep_average(self) -> None:
+        """The averaged weights become the student's, where they are kept: the run is over."""
+        self._fill(self.average)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What learns, its moments, its average, and the frozen statistics, by name."""
+        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.learns.items()}
+        found |= {f"average.{name}": mean for name, mean in self.average.items()}
+        found |= {f"statistics.{name}": b for name, b in self.learner.student.standardizers.named_buffers()}
+        for name, p in self.learns.items():
+            found |= {f"{key}.{name}": value for key, value in self.adamw.state[p].items()}
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`tensors` gave.
+
+        Raises:
+            DataError: if a tensor is missing, left over, or of another shape.
+        """
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        for p in self.learns.values():
+            self.adamw.state[p] = {key: torch.zeros_like(p) if key != "step" else torch.zeros((), device=p.device) for key in moments}
+        ours = self.tensors()
+        odd = sorted(set(ours) ^ set(tensors)) or [n for n, t in ours.items() if t.shape != tensors[n].shape]
+        if odd:
+            raise DataError(f"the checkpoint is of another model: it differs in {len(odd)} tensors, such as {odd[0]}")
+        with torch.no_grad():
+            for name, tensor in ours.items():
+                tensor.copy_(tensors[name])
+
+    def _fill(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                self.learns[name].copy_(value)
+
+
+def _t2s(student: ShouldersModel, recipe: Recipe) -> TeacherToStudent | JointToStudent | None:
+    how, d = recipe.transfer, student.encoder.width
+    taps = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (student.config.taps or {}).items()}
+    kinds: dict[str, Any] = {"off": lambda *_: None, "each": TeacherToStudent, "joint": JointToStudent}
+    t2s = kinds[how.t2s](d, taps, how.projector_width or 2 * d)
+    if t2s is not None and how.t2s_gradient == "student":
+        t2s.requires_grad_(False)  # no gradient reaches it, and DDP must not wait for one
+    return t2s

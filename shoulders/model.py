@@ -1,0 +1,227 @@
+"""What users load: the student as a transformers model = encoder + projectors + standardizers.
+
+``import shoulders`` registers it, so that ``AutoConfig``, ``AutoModel`` and the backbone classes of transformers
+know the type ``shoulders_student``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
+
+import shoulders.student.encoder as encoder
+from shoulders.errors import DataError
+from shoulders.features import Features
+from shoulders.recipe import Recipe, as_size
+from shoulders.transfer.projectors import Projector, Widths, key
+from shoulders.transfer.standardize import TapStandardizer
+
+
+class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Everything that rebuilds a student's modules, as plain data beside its weights.
+
+    Args:
+        base: the base's own transformers config.
+        adapter: ``{"kind": "bottleneck", "width": 64}`` or ``{"kind": "lora", "rank": 16, "alpha": 16.0}``.
+        mean, std: pixel normalisation of the base, per channel; the model takes pixels in [0, 1].
+        image_size: (h, w) that the student was trained at; other multiples of the patch size work too.
+        taps: {tap: {"summary": width or None, "spatial": width or None}} of the teachers.
+        reads: places that the projectors read.
+        projector_width: width between the two layers of a projector.
+        standardize: kind of the standardizers.
+        teachers: {name: {"source", "revision", "licence"}}: whose knowledge this is, and what binds it.
+    """
+
+    model_type = "shoulders_student"
+
+    base: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+    mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    image_size: list[int] | tuple[int, ...] = (224, 224)
+    taps: dict[str, Any] | None = None
+    reads: list[str] | tuple[str, ...] = ("latent",)
+    projector_width: int = 0
+    standardize: str = "none"
+    teachers: dict[str, Any] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        depth = self.base_config().num_hidden_layers if self.base else 0
+        self.stage_names = ["stem", *(f"block{i}" for i in range(depth)), "latent"]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def base_config(self) -> PreTrainedConfig:
+        """The base's config as its own transformers class."""
+        return AutoConfig.for_model(**(self.base or {}))
+
+
+@dataclass
+class StudentOutput(ModelOutput):
+    """``latent``: Features; the other two are the same tensors under transformers' names."""
+
+    latent: Features | None = None
+    last_hidden_state: Tensor | None = None  # (B, N, D)
+    pooler_output: Tensor | None = None  # (B, D)
+
+
+class ShouldersPreTrainedModel(PreTrainedModel):
+    """Loading that refuses what is missing, left over or of another shape."""
+
+    config_class = ShouldersConfig
+    base_model_prefix = "student"
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: every part initialises itself, and an adapter must stay zero at birth."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but strict.
+
+        Raises:
+            DataError: if a key is missing, left over, or of another shape.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        faults = {name: sorted(map(str, info.get(name) or ())) for name in (
+            "missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"
+        )}  # fmt: skip
+        wrong = "; ".join(f"{len(keys)} {name} such as {keys[0]}" for name, keys in faults.items() if keys)
+        if wrong:
+            raise DataError(f"{args[0] if args else cls.__name__}: the weights do not fit this model: {wrong}")
+        return (model, info) if want_info else model
+
+
+class ShouldersModel(ShouldersPreTrainedModel):
+    """The student: ``model(pixels).latent`` are its Features, ``model.inherit(...)`` its teachers' features.
+
+    Pixels are (B, 3, h, w) in [0, 1]; h and w any multiples of the patch size.
+    """
+
+    def __init__(self, config: ShouldersConfig):
+        super().__init__(config)
+        base = AutoModel.from_config(config.base_config(), **encoder.BASES[config.base_config().model_type].build)
+        self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
+        widths = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
+        d = self.encoder.width
+        self.projectors = nn.ModuleDict(
+            {key(tap): Projector(d, w, config.reads, config.projector_width) for tap, w in widths.items()}
+        )
+        self.standardizers = nn.ModuleDict({key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()})
+        self.taps = list(widths)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> StudentOutput:
+        """The latent of pixels (B, 3, h, w) in [0, 1].
+
+        Raises:
+            ValueError: if h or w is not a multiple of the patch size.
+        """
+        latent = self.encoder(pixel_values)["latent"]
+        return StudentOutput(latent=latent, last_hidden_state=latent.spatial, pooler_output=latent.summary)
+
+    def places(self, pixels: Tensor) -> dict[str, Features]:
+        """{place: Features} of the latent and of every place that the projectors read."""
+        return self.encoder(pixels, tuple(dict.fromkeys(("latent", *self.config.reads))))
+
+    def tell(self, seen: Mapping[str, Features]) -> dict[str, Features]:
+        """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized."""
+        return {tap: self.projectors[key(tap)](seen) for tap in self.taps}
+
+    def standardized(self, taught: Mapping[str, Features]) -> dict[str, Features]:
+        """Teachers' own features -> the space of :meth:`tell`."""
+        return {tap: self.standardizer(tap)(features) for tap, features in taught.items()}
+
+    def inherit(self, pixels: Tensor) -> dict[str, Features]:
+        """{tap: Features} in each teacher's own space, on the student's grid, with no teacher present."""
+        told = self.tell(self.places(pixels))
+        return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
+
+    def standardizer(self, tap: str) -> TapStandardizer:
+        """The standardizer of a tap."""
+        return self.standardizers[key(tap)]  # type: ignore[return-value]
+
+
+class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):  # type: ignore[misc]
+    """The student as a backbone for transformers' heads: one map (B, D, H, W) per place in ``out_features``."""
+
+    has_attentions = False
+
+    def __init__(self, config: ShouldersConfig):
+        super().__init__(config)
+        self.student = ShouldersModel(config)
+        self.num_features = [self.student.encoder.width] * len(config.stage_names)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        """Maps of pixels (B, 3, h, w) in [0, 1]."""
+        seen = self.student.encoder(pixel_values, self.out_features)
+        return BackboneOutput(feature_maps=tuple(seen[place].to_map() for place in self.out_features))
+
+
+def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float], std: Sequence[float],
+                   teachers: Mapping[str, dict[str, Any]], taps: Mapping[str, Widths]) -> ShouldersConfig:  # fmt: skip
+    """The config of a run's student.
+
+    Args:
+        mean, std: the base's pixel normalisation.
+        teachers: {name: {"source", "revision", "licence"}}.
+        taps: {tap: widths} of all teachers, the preserved base among them.
+    """
+    return ShouldersConfig(
+        base=base.config.to_dict(),
+        adapter=recipe.student.adapter.model_dump(),
+        mean=list(mean),
+        std=list(std),
+        image_size=list(as_size(recipe.images.size)),
+        taps={tap: widths._asdict() for tap, widths in taps.items()},
+        reads=list(recipe.transfer.reads),
+        projector_width=recipe.transfer.projector_width or 2 * base.config.hidden_size,
+        standardize=recipe.transfer.standardize,
+        teachers={name: dict(facts) for name, facts in teachers.items()},
+    )
+
+
+def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:
+    """A student at birth: the weights of ``base``, a fresh adapter and fresh projectors."""
+    student = ShouldersModel(config)
+    student.encoder.base.load_state_dict(base.state_dict(), strict=True)
+    return student
+
+
+def load(path: Path | str) -> ShouldersModel:
+    """Load a student from its folder or from the run folder that holds it as ``student/``, in evaluation mode.
+
+    Raises:
+        DataError: if there is no student, or its weights do not fit.
+    """
+    path = Path(path)
+    folder = path / "student" if (path / "student").is_dir() else path
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
+    return ShouldersModel.from_pretrained(folder).eval()
+
+
+def register() -> None:
+    """Make ``shoulders_student`` known to transformers' Auto classes; safe to call again."""
+    AutoConfig.register("shoulders_student", ShouldersConfig, exist_ok=True)
+    AutoModel.register(ShouldersConfig, ShouldersModel, exist_ok=True)
+    AutoBackbone.register(ShouldersConfig, ShouldersBackbone, exist_ok=True)
+
+
+register()

@@ -1,0 +1,83 @@
+"""One process or many under torchrun: who am I, which device, and what all ranks must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among ``world`` ones; rank 0 of 1 without torchrun."""
+
+    index: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one that writes and prints."""
+        return self.index == 0
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over the ranks."""
+        if self.world == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.world
+
+    def means(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The mean of each scalar over the ranks, in one exchange."""
+        stacked = self.mean(torch.stack([value.detach() for value in values.values()]))
+        return dict(zip(values, stacked.tolist(), strict=True))
+
+    def any(self, claim: bool) -> bool:
+        """Whether the claim holds on any rank: all then act alike."""
+        if self.world == 1:
+            return claim
+        flag = torch.tensor(int(claim), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def gather(self, mine: object) -> list:
+        """What every rank has to say, in the order of ranks."""
+        if self.world == 1:
+            return [mine]
+        everything: list = [None] * self.world
+        dist.all_gather_object(everything, mine)
+        return everything
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join(timeout_s: int = 120) -> Iterator[Rank]:
+    """Join the other ranks that torchrun started, if any; a lost rank ends the others within ``timeout_s``."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = this_device(local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        yield Rank(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield Rank(dist.get_rank(), world, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def this_device(local: int = 0) -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,272 @@
+"""What a recipe may say. A recipe is one YAML file plus dotted overrides; it is refused with the fix."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shoulders.errors import RecipeError
+
+
+class Part(BaseModel):
+    """A section of the recipe: unknown keys are errors, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Bottleneck(Part):
+    """Parallel down-GELU-up beside each block's MLP (AdaptFormer, arXiv 2205.13535)."""
+
+    kind: Literal["bottleneck"]
+    width: int = Field(64, ge=1, description="hidden width")
+
+
+class Lora(Part):
+    """Low-rank update of the linear layers of each block (arXiv 2106.09685)."""
+
+    kind: Literal["lora"]
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+
+
+Adapter = Annotated[Bottleneck | Lora, Field(discriminator="kind")]
+
+
+class Student(Part):
+    """The frozen base and what learns inside it."""
+
+    base: str = Field(description="hub id or local folder of a ViT with patch tokens")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    adapter: Adapter = Bottleneck(kind="bottleneck")
+
+
+class TeacherSpec(Part):
+    """One teacher: a transformers model (``model``), or a function that builds your own (``module``)."""
+
+    model: str | None = Field(None, description="hub id or local folder")
+    module: str | None = Field(None, description="package.module:function that returns shoulders.Teacher")
+    revision: str | None = Field(None, description="commit of the hub repository (40 hex digits)")
+    trust_remote_code: bool = False
+    size: int | tuple[int, int] | None = Field(None, description="input size in px; default: the model's own")
+    taps: list[str] | None = Field(None, description="which features; default: the family's own choice")
+    weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TeacherSpec:
+        if (self.model is None) == (self.module is None):
+            raise ValueError("give either model (hub id or folder) or module (package.module:function)")
+        return self
+
+
+class Source(Part):
+    """One place that images come from: a folder, a parquet file, or a folder of tar shards."""
+
+    path: Path
+    share: float | None = Field(None, gt=0, description="share of each epoch; default proportional to sqrt(count)")
+    column: str = Field("image", description="parquet only: the image column")
+
+
+class Images(Part):
+    """Unlabelled images and the views taken of them."""
+
+    path: Path | None = Field(None, description="one source")
+    sources: dict[str, Source] = Field({}, description="several sources by name")
+    size: int | tuple[int, int] = Field(224, description="the student's input size in px")
+    views: Literal["fresh"] | Annotated[int, Field(ge=1)] = "fresh"
+    scale: tuple[float, float] = Field((0.4, 1.0), description="area of a view, as a fraction of the image")
+    flip: bool = True
+    holdout: int = Field(512, ge=8, description="images kept out of training, for evaluation; at most a tenth")
+    max_bad: float = Field(0.01, ge=0, le=1, description="fraction of unreadable images that is put up with")
+    max_pixels: int = Field(50_000_000, ge=1, description="images larger than this are skipped")
+    workers: int = Field(1, ge=0)
+
+    @model_validator(mode="after")
+    def _some_images(self) -> Images:
+        if self.path is not None and self.sources:
+            raise ValueError("give either path (one source) or sources (several by name), not both")
+        return self
+
+
+    def all_sources(self) -> dict[str, Source]:
+        """The sources by name; one given as ``path`` is called ``images``."""
+        return self.sources or ({"images": Source(path=self.path)} if self.path else {})
+
+
+class Transfer(Part):
+    """How knowledge crosses from the teachers to the student."""
+
+    standardize: Literal["none", "channel", "phi_s"] = "phi_s"
+    calibration: int = Field(1024, ge=16, description="images that the statistics are estimated on")
+    distance: Literal["blend", "cosine", "smooth_l1", "mse"] = "blend"
+    cosine_share: float = Field(0.9, ge=0, le=1, description="a in a (1 - cosine) + (1 - a) smooth-L1")
+    t2s: Literal["off", "each", "joint"] = "joint"
+    t2s_weight: float = Field(0.3, ge=0)
+    t2s_gradient: Literal["both", "student", "projector"] = "both"
+    preserve: float = Field(1.0, ge=0, description="weight of the base as a teacher")
+    balance: Literal["uniform", "fixed", "dropping"] = "uniform"
+    reads: list[str] = Field(["latent"], min_length=1, description="places that projectors read: latent, block0, ..")
+    projector_width: int | None = Field(None, ge=1, description="hidden width; default: twice the latent's")
+
+
+class Train(Part):
+    """Optimisation and bookkeeping."""
+
+    steps: int = Field(20_000, ge=1)
+    batch: int = Field(256, ge=1, description="images per step over all ranks")
+    accumulate: int = Field(1, ge=1, description="parts that a rank's share of the batch is run in")
+    lr: float = Field(3.0e-4, gt=0)
+    weight_decay: float = Field(0.03, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
+    clip: float = Field(1.0, gt=0, description="global gradient norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; default: none")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(10, ge=1)
+    evaluate_every: int = Field(500, ge=1)
+    save_every: int = Field(500, ge=1)
+    keep: int = Field(2, ge=1, description="checkpoints kept")
+    tensorboard: bool = False
+
+
+class Recipe(Part):
+    """One run, complete: what ``recipe.yaml`` in a run folder holds."""
+
+    student: Student
+    teachers: dict[str, TeacherSpec] = {}
+    method: Literal["kpu"] = "kpu"
+    images: Images
+    transfer: Transfer = Transfer()
+    train: Train = Train()
+    out: Path
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        for name, spec in self.teachers.items():
+            if name == "base" or not name.isidentifier():
+                raise ValueError(f"teacher name {name!r}: use letters, digits and _, and not 'base' (see transfer.preserve)")
+            if spec.weight != 1 and self.transfer.balance != "fixed":
+                raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
+        return self
+
+
+def read_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply overrides such as ``train.steps=2000``.
+
+    Raises:
+        RecipeError: file missing or not YAML, unknown key, wrong type; the message names the key and the fix.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the recipe ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return check_recipe(tree, where=str(path))
+
+
+def check_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Turn plain data into a Recipe.
+
+    Raises:
+        RecipeError: with one line per fault, naming key, fault and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The complete, resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of a size given as one number or two."""
+    return (size, size) if isinstance(size, int) else size
+
+
+# what may change when a run goes on: it does not touch a single weight
+FREE_ON_RESUME = ("out", "images.workers", "images.max_bad", "train.log_every", "train.save_every",
+                  "train.evaluate_every", "train.keep", "train.tensorboard")  # fmt: skip
+
+
+def check_resumed(recipe: Recipe, written: Path) -> None:
+    """Hold the recipe of a resumed run against the one that it started with.
+
+    Raises:
+        RecipeError: naming every key that differs and would change the result.
+    """
+    before, now = _flat(read_recipe(written).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old != new and key not in FREE_ON_RESUME:
+            raise RecipeError(f"{key}: the run started with {old!r}, not {new!r}; resume with the same, or choose another out")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{override!r}: an override is written key.subkey=value, e.g. train.steps=2000")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    here = tree
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise RecipeError(f"{override!r}: {parent!r} holds a value, not a section")
+    here[last] = parsed
+
+
+def _explain(fault: Any) -> str:
+    """One line for one pydantic fault: dotted key, what is wrong, and for unknown keys the nearest known one."""
+    # a tagged union adds its tag to the location ("student.adapter.lora.rank"): leave it out of the key
+    location = [str(piece) for piece in fault["loc"]]
+    key = ".".join(piece for piece in location if piece not in ("bottleneck", "lora")) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        known = _known_keys(location)
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{key}: missing; give it in the recipe or as {key}=... on the command line"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault["input"]
+    return f"{key}: {message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys allowed where the last piece of ``location`` was found."""
+    tables: dict[str, type[Part]] = {
+        "student": Student, "images": Images, "transfer": Transfer, "train": Train,
+        "bottleneck": Bottleneck, "lora": Lora,
+    }  # fmt: skip
+    parents = location[:-1]
+    if not parents:
+        return list(Recipe.model_fields)
+    if parents[0] == "teachers":
+        return list(TeacherSpec.model_fields)
+    if len(parents) == 3 and parents[1] == "sources":
+        return list(Source.model_fields)
+    return list(tables[parents[-1]].model_fields)

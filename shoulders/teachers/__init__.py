@@ -1,0 +1,12 @@
+"""Whom we learn from: frozen models that say Features of pixels.
+
+``FAMILIES`` is the table of supported transformers models; a model of your own is a ``Teacher`` returned by a
+function that the recipe names as ``module: package.module:function``.
+"""
+
+from shoulders.teachers.describe import describe
+from shoulders.teachers.families import FAMILIES, families
+from shoulders.teachers.load import check_teacher, load_teacher
+from shoulders.teachers.teacher import Tap, Teacher, Teachers
+
+__all__ = ["FAMILIES", "Tap", "Teacher", "Teachers", "check_teacher", "describe", "families", "load_teacher"]

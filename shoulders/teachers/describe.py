@@ -1,0 +1,33 @@
+"""What a teacher is and costs, as plain data for tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from shoulders.teachers.teacher import Teacher
+
+
+def describe(name: str, teacher: Teacher) -> dict[str, Any]:
+    """One teacher as plain data; ``gflop_per_image`` counts a multiplication and its addition as two."""
+    return {
+        "name": name,
+        "source": teacher.source,
+        "revision": teacher.revision,
+        "licence": teacher.licence,
+        "size": teacher.size,
+        "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
+        "gflop_per_image": round(count_flop(teacher) / 1e9, 3),
+        "taps": {tap: asdict(gives) for tap, gives in teacher.taps.items()},
+    }
+
+
+def count_flop(teacher: Teacher) -> int:
+    """Floating-point operations of one image: matrix products, convolutions and attention."""
+    blank = torch.zeros(1, 3, *teacher.size, device=teacher.mean.device)
+    with FlopCounterMode(display=False) as counter:
+        teacher(blank)
+    return int(counter.get_total_flops())

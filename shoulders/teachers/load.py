@@ -1,0 +1,187 @@
+"""From a recipe's teacher to a loaded Teacher, and all that can be refused before that."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.features import Features
+from shoulders.recipe import TeacherSpec
+from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
+from shoulders.teachers.families import REMOTE
+from shoulders.teachers.teacher import Teacher, check_answer
+
+
+class Encoder(nn.Module):
+    """The encoder of a checkpoint, answering with the taps asked for."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.model = model
+        self.family = checkpoint.family
+        self.config = checkpoint.image_config
+        self.wanted = checkpoint.taps
+        self.deep = any(tap.startswith("block") for tap in checkpoint.taps)
+
+    def forward(self, pixels: Tensor) -> dict[str, Features]:
+        """``{tap: Features}`` for normalised pixels (B, 3, h, w)."""
+        output = self.family.call(self.model, pixels, self.deep)
+        taps = self.family.read(output, self.config, (pixels.shape[2], pixels.shape[3]))
+        return {tap: taps[tap] for tap in self.wanted}
+
+
+def check_teacher(name: str, spec: TeacherSpec) -> None:
+    """Refuse what can be known to fail from config.json alone, before any weights are read.
+
+    Raises:
+        RecipeError: in one line that begins with ``teachers.<name>.<key>:``.
+    """
+    if spec.module is None:
+        read_checkpoint(name, spec)
+        return
+    module, _ = _split(name, spec.module)
+    if spec.size is not None:
+        raise fault(name, "size", "a teacher built by module: sets its own size; leave the key out")
+    with _current_folder_importable():
+        try:
+            found = find_spec(module)
+        except (ImportError, ValueError):
+            found = None
+    if found is None:
+        raise fault(name, "module", f"no Python module {module!r} here or among the installed packages")
+
+
+def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
+    """Load a teacher's weights (safetensors only, float32) and freeze it.
+
+    Raises:
+        RecipeError: the recipe's teacher cannot work; see ``check_teacher``.
+        DataError: the weights are broken, or lack parts of the encoder.
+    """
+    if spec.module is not None:
+        check_teacher(name, spec)
+        return _build_own(name, spec)
+    checkpoint = read_checkpoint(name, spec)
+    try:
+        return Teacher(
+            Encoder(_load_encoder(name, checkpoint), checkpoint),
+            size=checkpoint.preprocessing.size,
+            mean=checkpoint.preprocessing.mean,
+            std=checkpoint.preprocessing.std,
+            licence=checkpoint.licence,
+            source=checkpoint.source,
+            revision=checkpoint.revision,
+        )
+    except RecipeError as error:
+        raise DataError(f"teachers.{name}.model: {checkpoint.source!r}: {error}") from error
+
+
+def _load_encoder(name: str, checkpoint: Checkpoint) -> nn.Module:
+    """The part of the checkpoint's model that is asked, strictly loaded."""
+    family = checkpoint.family
+    architecture = (checkpoint.config.architectures or [""])[0]
+    model_class = getattr(transformers, family.model_by_architecture.get(architecture, family.model))
+    where = f"teachers.{name}.model: {checkpoint.source!r}"
+    try:
+        with _quiet():
+            # float32 at once: weights are cast exactly, and tables computed at birth keep their precision
+            model, report = model_class.from_pretrained(
+                checkpoint.source,
+                config=checkpoint.image_config if family.part and not family.encoder else checkpoint.config,
+                revision=checkpoint.revision,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=family is REMOTE,
+                **family.options,
+            )
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        why = " ".join(str(error).split())
+        raise DataError(f"{where}: weights cannot be read as {model_class.__name__}: {why}") from error
+    kept = f"{family.encoder}." if family.encoder else ""
+    dropped = (*family.absent, *(f"{path}." for path in family.unused))
+    needed = [key for key in report["missing_keys"] if key.startswith(kept)]
+    missing = sorted(key for key in needed if not key.startswith(dropped))
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(f"{where}: the weights lack {', '.join(missing[:3])}{more} of {model_class.__name__}")
+    for path in family.unused:
+        setattr(model, path, nn.Identity())
+    return model.get_submodule(family.encoder)
+
+
+def _build_own(name: str, spec: TeacherSpec) -> Teacher:
+    """Call ``package.module:function`` and hold what it returns against the contract."""
+    module_name, function_name = _split(name, str(spec.module))
+    with _current_folder_importable():
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # it is the user's code: whatever it raises is reported as theirs
+            raise fault(
+                name, "module", f"importing {module_name} fails: {type(error).__name__}: {error}"
+            ) from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise fault(name, "module", f"{module_name} has no function {function_name!r}")
+        try:
+            teacher = function()
+        except Exception as error:
+            raise fault(name, "module", f"{spec.module} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(teacher, Teacher):
+        raise fault(
+            name, "module", f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}"
+        )
+    try:
+        check_answer(teacher(torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))), 2)
+        if spec.taps is None:
+            return teacher
+        unknown = [tap for tap in spec.taps if tap not in teacher.taps]
+    except RecipeError as error:
+        raise fault(name, "module", f"{spec.module}: {error}") from error
+    if unknown:
+        allowed = ", ".join(teacher.taps)
+        raise fault(name, "taps", f"no tap {', '.join(unknown)}; {spec.module} has {allowed}")
+    return teacher.with_taps(spec.taps)
+
+
+def _split(name: str, path: str) -> tuple[str, str]:
+    module, colon, function = path.partition(":")
+    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise fault(name, "module", f"{path!r} must be written package.module:function")
+    return module, function
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Modules in the current folder can be imported, as with ``python -m``."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of the head's weights, which are left out on purpose."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,89 @@
+"""Input size and normalisation of a checkpoint, read from its JSON as plain data.
+
+The image processors of transformers are not used: some of them need torchvision, and views are rendered here
+by the loader, so all that is wanted of them is a size, a mean and a standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Triple = tuple[float, ...]
+FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Size (h, w) in px, and mean and std per channel of pixels in [0, 1]."""
+
+    size: tuple[int, int]
+    mean: Triple
+    std: Triple
+
+
+def read_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
+    """What a preprocessor_config.json (or the image part of a processor_config.json) says.
+
+    Args:
+        tree: the parsed JSON; {} where the checkpoint has none.
+        default: used for whatever is not said.
+
+    Raises:
+        ValueError: if a size or a mean is written in no known way, or a std is not positive.
+    """
+    tree = tree.get("image_processor", tree)
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"image_processor must be a mapping, got {type(tree).__name__}")
+    mean, std = _statistics(tree, default)
+    return Preprocessing(_size(tree) or default.size, mean, std)
+
+
+def _size(tree: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The size of what enters the model: the crop where there is one, else what images are resized to."""
+    if tree.get("do_center_crop") and tree.get("crop_size"):
+        return _height_width(tree["crop_size"])
+    if tree.get("size") and tree.get("do_resize", True):
+        return _height_width(tree["size"])
+    return None
+
+
+def _height_width(size: Any) -> tuple[int, int]:
+    """Any spelling of a size as (h, w); where only one edge is given, the square on it."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    if isinstance(size, Mapping):
+        if "height" in size and "width" in size:
+            return int(size["height"]), int(size["width"])
+        for edge in ("shortest_edge", "longest_edge"):
+            if isinstance(size.get(edge), int):
+                return size[edge], size[edge]
+    raise ValueError(f"cannot read size {size!r}; known: an int, height and width, or an edge")
+
+
+def _statistics(tree: Mapping[str, Any], default: Preprocessing) -> tuple[Triple, Triple]:
+    """Mean and std of pixels in [0, 1], with another rescale than 1/255 folded in."""
+    normalizes = tree.get("do_normalize") is not False
+    mean = _triple(tree.get("image_mean"), default.mean) if normalizes else (0.0, 0.0, 0.0)
+    std = _triple(tree.get("image_std"), default.std) if normalizes else (1.0, 1.0, 1.0)
+    # the model was fed (255 x factor - offset - mean) / std for x in [0, 1]
+    factor = 255 * tree.get("rescale_factor", 1 / 255) if tree.get("do_rescale", True) else 255.0
+    offset = 1.0 if tree.get("rescale_offset") else 0.0
+    if abs(factor - 1) > 1e-6 or offset:
+        mean = tuple((m + offset) / factor for m in mean)
+        std = tuple(s / factor for s in std)
+    if min(std) <= 0:
+        raise ValueError(f"image_std must be positive, got {std}")
+    return mean, std
+
+
+def _triple(value: Any, default: Triple) -> Triple:
+    if value is None:
+        return default
+    values = [value] * 3 if isinstance(value, int | float) else value
+    if not isinstance(values, list) or [isinstance(v, int | float) for v in values] != [True] * 3:
+        raise ValueError(f"a mean or std must be three numbers, got {value!r}")
+    return tuple(float(v) for v in values)

@@ -1,0 +1,190 @@
+"""A teacher is a frozen model that says Features of pixels; several of them are asked one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shoulders.errors import RecipeError
+from shoulders.features import Batch, Features
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What one tap gives: widths of its summary and spatial part (None where absent) and its grid (H, W)."""
+
+    summary: int | None
+    spatial: int | None
+    grid: tuple[int, int]
+
+
+class Teacher(nn.Module):
+    """A frozen module with its own input size and normalisation: pixels in [0, 1] to ``{tap: Features}``.
+
+    This is also the contract for a model of your own. ``module: package.module:function`` in the recipe names
+    a function without arguments that returns a ``Teacher``::
+
+        def teacher() -> Teacher:
+            return Teacher(MyNet(), size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), licence="mit")
+
+    Args:
+        module: maps normalised pixels (B, 3, h, w) to ``{tap: Features}``, with B first everywhere.
+        size: (h, w) in px; images are rendered at this size and no other.
+        mean, std: per channel, of pixels in [0, 1].
+        licence: as the weights' owner names it.
+        source: where the weights come from, for reports.
+        revision: commit of the hub repository, where there is one.
+        taps: which of the module's answers to hand on; default: all.
+
+    Raises:
+        RecipeError: if the module's answer to a blank image is not finite Features by name, or lacks a tap.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        module: nn.Module,
+        size: tuple[int, int],
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        licence: str = "unknown",
+        source: str = "",
+        revision: str | None = None,
+        taps: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.size = (int(size[0]), int(size[1]))
+        self.licence = licence
+        self.source = source
+        self.revision = revision
+        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+        self._wanted = tuple(taps) if taps is not None else None
+        self.taps = self._find_taps()
+
+    def forward(self, pixels: Tensor) -> dict[str, Features]:
+        """Features by tap for pixels (B, 3, h, w) in [0, 1]; no gradient is recorded."""
+        with torch.no_grad():
+            answer = self.module((pixels - self.mean) / self.std)
+        return answer if self._wanted is None else {tap: answer[tap] for tap in self._wanted}
+
+    def train(self, mode: bool = True) -> Teacher:
+        """A teacher does not train: it stays in eval mode whatever ``mode`` says."""
+        return super().train(False)
+
+    def with_taps(self, taps: Sequence[str]) -> Teacher:
+        """The same teacher, handing on ``taps`` only."""
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return Teacher(self.module, self.size, mean, std, self.licence, self.source, self.revision, taps)
+
+    def _find_taps(self) -> dict[str, Tap]:
+        blank = torch.full((1, 3, *self.size), 0.5)
+        with torch.no_grad():
+            answer = self.module((blank - self.mean) / self.std)
+        check_answer(answer, 1)
+        unknown = [tap for tap in self._wanted or () if tap not in answer]
+        if unknown:
+            raise RecipeError(f"taps {', '.join(unknown)}: not there; allowed: {', '.join(answer)}")
+        return {tap: describe_tap(answer[tap]) for tap in self._wanted or answer}
+
+
+def describe_tap(features: Features) -> Tap:
+    """The widths and grid of Features."""
+    widths = {name: part.shape[-1] for name, part in features.parts().items()}
+    return Tap(widths.get("summary"), widths.get("spatial"), features.grid)
+
+
+def check_answer(answer: Any, images: int) -> None:
+    """Hold a module's answer against the contract ``{tap: Features}`` for ``images`` images.
+
+    Raises:
+        RecipeError: not a dict of Features, another number of images, or values that are not finite.
+    """
+    if not isinstance(answer, dict) or not answer:
+        raise RecipeError(f"the module must answer {{tap: Features}}, got {type(answer).__name__}")
+    for tap, features in answer.items():
+        if not isinstance(tap, str) or not isinstance(features, Features):
+            raise RecipeError(
+                f"the module must answer {{tap: Features}}, got {type(features).__name__} for tap {tap!r}; "
+                "wrap tensors in shoulders.features.Features"
+            )
+        for name, part in features.parts().items():
+            if part.shape[0] != images:
+                raise RecipeError(
+                    f"tap {tap!r}: {name} has {part.shape[0]} rows for {images} images; B comes first"
+                )
+            if not torch.isfinite(part).all():
+                raise RecipeError(f"tap {tap!r}: {name} is not finite; check weights and normalisation")
+
+
+class Teachers(nn.Module):
+    """Several teachers, asked one after another about the same views.
+
+    Args:
+        teachers: by name.
+        taps: taps to use, by teacher name; a teacher not named here gives all of its taps.
+        bf16: run the teachers in bfloat16 autocast; answers are float32 all the same.
+
+    Raises:
+        RecipeError: if a tap is asked for that the teacher does not have.
+    """
+
+    def __init__(
+        self,
+        teachers: Mapping[str, Teacher],
+        taps: Mapping[str, Sequence[str]] | None = None,
+        bf16: bool = False,
+    ) -> None:
+        super().__init__()
+        self.teachers = nn.ModuleDict(teachers)
+        self.bf16 = bf16
+        chosen = taps or {}
+        self.chosen = {name: tuple(chosen.get(name) or teacher.taps) for name, teacher in teachers.items()}
+        for name, teacher in teachers.items():
+            unknown = [tap for tap in self.chosen[name] if tap not in teacher.taps]
+            if unknown:
+                allowed = ", ".join(teacher.taps)
+                raise RecipeError(f"teachers.{name}.taps: no tap {', '.join(unknown)}; allowed: {allowed}")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes (h, w) that batches must be rendered at, without repeats."""
+        return list(dict.fromkeys(self._teacher(name).size for name in self.chosen))
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        """What each ``"name/tap"`` gives."""
+        return {
+            f"{name}/{tap}": self._teacher(name).taps[tap]
+            for name, taps in self.chosen.items()
+            for tap in taps
+        }
+
+    def forward(self, batch: Batch) -> dict[str, Features]:
+        """``{"name/tap": Features}`` in float32.
+
+        The answers carry no graph but may enter one: they come from ``no_grad``, because tensors made in
+        inference mode cannot be saved for the backward pass of a loss.
+        """
+        answers = {}
+        for name, taps in self.chosen.items():
+            teacher = self._teacher(name)
+            pixels = batch.pixels(teacher.size)  # (B, 3, h, w)
+            with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+                said = teacher(pixels)
+            answers.update({f"{name}/{tap}": said[tap].map(Tensor.float) for tap in taps})
+        return answers
+
+    def _teacher(self, name: str) -> Teacher:
+        teacher = self.teachers[name]
+        assert isinstance(teacher, Teacher)  # noqa: S101
+        return teacher

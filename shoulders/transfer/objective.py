@@ -1,0 +1,126 @@
+"""The KPU objective (arXiv 2508.14707): pure functions with named terms, each (B,).
+
+``s2t/<tap>/<part>``: what the student says of a teacher's features, against what the teacher says.
+``t2s/...``: the latent that the teachers call for, against the student's own.
+The base is a teacher called ``base``, weighted by ``preserve`` and never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoulders.features import Features
+from shoulders.transfer.align import align_pair
+from shoulders.transfer.distances import Distance
+
+BASE = "base"
+Terms = dict[str, Tensor]
+Balance = Callable[[Tensor], Tensor]  # losses (B, T) -> weights (B, T)
+
+
+def s2t_terms(told: Mapping[str, Features], taught: Mapping[str, Features], distance: Distance) -> Terms:
+    """Distances between what the student tells of each tap and what is taught, both on the smaller grid."""
+    terms = {}
+    for tap, theirs in taught.items():
+        ours, theirs = align_pair(told[tap], theirs)
+        for part, target in theirs.parts().items():
+            terms[f"s2t/{tap}/{part}"] = distance(ours.parts()[part], target)
+    return terms
+
+
+def t2s_terms(latent: Features, guesses: Mapping[str, Features], distance: Distance, gradient: str) -> Terms:
+    """Distances between the layer-normalised latent and each guess of it.
+
+    Args:
+        gradient: ``both``; ``student``: only the latent moves; ``projector``: only the guesses move.
+    """
+    goal = normalised(latent)
+    if gradient == "projector":
+        goal = goal.map(torch.Tensor.detach)
+    terms = {}
+    for name, guess in guesses.items():
+        if gradient == "student":
+            guess = guess.map(torch.Tensor.detach)
+        for part, x in guess.parts().items():
+            terms[f"t2s/{name}/{part}"] = distance(goal.parts()[part], x)
+    return terms
+
+
+def normalised(latent: Features) -> Features:
+    """Every vector of the latent layer-normalised, without learned scale: all teachers then aim at one magnitude."""
+    return latent.map(lambda x: F.layer_norm(x, x.shape[-1:]))
+
+
+def teacher_of(tap: str) -> str:
+    """``segmenter/stage3`` -> ``segmenter``."""
+    return tap.split("/")[0]
+
+
+def per_teacher(terms: Terms, teachers: Sequence[str]) -> Tensor:
+    """The mean of each teacher's terms: (B, T), in the order of ``teachers``."""
+    columns = []
+    for teacher in teachers:
+        own = [value for name, value in terms.items() if teacher_of(name.split("/", 1)[1]) == teacher]
+        columns.append(torch.stack(own).mean(0))
+    return torch.stack(columns, 1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of the objective; ``transfer:`` in the recipe says what they mean."""
+
+    preserve: float
+    t2s: str
+    t2s_weight: float
+    t2s_gradient: str
+
+
+def kpu(
+    latent: Features,
+    told: Mapping[str, Features],
+    taught: Mapping[str, Features],
+    unify: Callable[[Mapping[str, Tensor]], Mapping[str, Features]],
+    distance: Distance,
+    balance: Balance,
+    settings: Settings,
+) -> tuple[Tensor, Terms]:
+    """One loss and its named terms.
+
+    Args:
+        latent: the student's, at its last place.
+        told: {tap: what the student's projectors say}, in standardized space.
+        taught: {tap: what the teachers say}, standardized; ``base/...`` where the base is preserved.
+        unify: {tap: (B,) present or not} -> {name: guess of the latent} (t2s); called unless t2s is off.
+        balance: losses (B, T) -> weights (B, T) of the teachers other than the base.
+
+    Returns:
+        loss: scalar, the mean over images; sum over teachers of weight x mean of its terms.
+        terms: {name: scalar}, unweighted means, detached.
+    """
+    teachers = list(dict.fromkeys(teacher_of(tap) for tap in taught))
+    s2t = s2t_terms(told, taught, distance)
+    losses = per_teacher(s2t, teachers)  # (B, T)
+    weights = _weights(losses, teachers, balance, settings.preserve)  # (B, T)
+    per_image = (weights * losses).sum(1)
+    t2s: Terms = {}
+    if settings.t2s != "off":
+        present = {tap: (weights[:, teachers.index(teacher_of(tap))] > 0).float() for tap in taught}
+        t2s = t2s_terms(latent, unify(present), distance, settings.t2s_gradient)
+        if settings.t2s == "each":
+            per_image = per_image + settings.t2s_weight * (weights * per_teacher(t2s, teachers)).sum(1)
+        else:
+            per_image = per_image + settings.t2s_weight * torch.stack(list(t2s.values())).mean(0)
+    terms = {name: value.detach().mean() for name, value in (s2t | t2s).items()}
+    return per_image.mean(), terms
+
+
+def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: float) -> Tensor:
+    taught_by = [i for i, teacher in enumerate(teachers) if teacher != BASE]
+    weights = torch.full_like(losses, preserve)
+    weights[:, taught_by] = balance(losses[:, taught_by].detach())
+    return weights

@@ -1,0 +1,114 @@
+"""Projectors: from the student's places to a teacher's space (s2t), and from teachers to the latent (t2s)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shoulders.features import Features
+from shoulders.transfer.align import align
+
+
+class Widths(NamedTuple):
+    """Channels of a tap's summary and spatial features; None where it has none."""
+
+    summary: int | None
+    spatial: int | None
+
+
+def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    """Two linear layers with a GELU between, on vectors (..., width_in)."""
+    return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+
+
+class Projector(nn.Module):
+    """s2t of one tap: independent MLPs for summary and spatial, one per place read, summed over places.
+
+    Args:
+        d: latent width D.
+        widths: of the tap.
+        reads: places of the student; the latent, or several blocks (a ladder, as in UNIC).
+        hidden: width between the two layers.
+    """
+
+    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int):
+        super().__init__()
+        self.reads = tuple(reads)
+        for part, width in widths._asdict().items():
+            ladder = {place: mlp(d, hidden, width) for place in self.reads} if width else {}
+            self.add_module(part, nn.ModuleDict(ladder))
+
+    def forward(self, seen: Mapping[str, Features]) -> Features:
+        """{place: Features} -> the tap's features on the student's grid, in standardized space."""
+        parts: dict[str, Tensor | None] = {"summary": None, "spatial": None}
+        for part in parts:
+            for place, rung in self.get_submodule(part).items():  # type: ignore[operator]
+                told = rung(seen[place].parts()[part])
+                before = parts[part]
+                parts[part] = told if before is None else before + told
+        return Features(parts["summary"], parts["spatial"], next(iter(seen.values())).grid)
+
+
+class TeacherToStudent(nn.Module):
+    """t2s ``each``: one MLP per tap and part, from the teacher's standardized features to the latent."""
+
+    def __init__(self, d: int, taps: Mapping[str, Widths], hidden: int):
+        super().__init__()
+        self.taps = nn.ModuleDict({key(tap): _per_part(widths, d, hidden) for tap, widths in taps.items()})
+
+    def forward(self, taught: Mapping[str, Features], grid: tuple[int, int]) -> dict[str, Features]:
+        """{tap: standardized Features} -> {tap: guess of the latent on the student's grid}."""
+        guesses = {}
+        for tap, features in taught.items():
+            rungs: nn.ModuleDict = self.taps[key(tap)]  # type: ignore[assignment]
+            parts = {part: rungs[part](x) for part, x in align(features, grid).parts().items()}
+            guesses[tap] = Features(parts.get("summary"), parts.get("spatial"), grid)
+        return guesses
+
+
+class JointToStudent(nn.Module):
+    """t2s ``joint``: one guess of the latent from all teachers present, MLP(LN(mean over teachers of A_t x_t)).
+
+    A teacher without a summary or spatial part, or with weight 0 for an image, is absent from that mean.
+    """
+
+    def __init__(self, d: int, taps: Mapping[str, Widths], hidden: int):
+        super().__init__()
+        self.d = d
+        self.taps = nn.ModuleDict({key(tap): _linear_per_part(widths, d) for tap, widths in taps.items()})
+        present = [part for part in ("summary", "spatial") if any(getattr(w, part) for w in taps.values())]
+        self.norms = nn.ModuleDict({part: nn.LayerNorm(d) for part in present})
+        self.mlps = nn.ModuleDict({part: mlp(d, hidden, d) for part in present})
+
+    def forward(self, taught: Mapping[str, Features], grid: tuple[int, int], present: Mapping[str, Tensor]) -> Features:
+        """{tap: standardized Features} and {tap: (B,) 1 where it takes part, else 0} -> one guess on ``grid``."""
+        aligned = {tap: align(features, grid) for tap, features in taught.items()}
+        parts = {part: self._unify(part, aligned, present) for part in self.norms}
+        return Features(parts.get("summary"), parts.get("spatial"), grid)
+
+    def _unify(self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
+        total, count = torch.zeros(()), torch.zeros(())
+        for tap, features in aligned.items():
+            x = features.parts().get(part)
+            if x is None:
+                continue
+            here = present[tap].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)  # (B, 1[, 1])
+            total = total.to(x.device) + here * self.taps[key(tap)][part](x)  # type: ignore[index]
+            count = count.to(x.device) + here
+        return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
+
+
+def key(tap: str) -> str:
+    """A tap's name as a module name: ``segmenter/stage3`` -> ``segmenter-stage3``."""
+    return tap.replace("/", "-")
+
+
+def _per_part(widths: Widths, d: int, hidden: int) -> nn.ModuleDict:
+    return nn.ModuleDict({part: mlp(w, hidden, d) for part, w in widths._asdict().items() if w})
+
+
+def _linear_per_part(widths: Widths, d: int) -> nn.ModuleDict:
+    return nn.ModuleDict({part: nn.Linear(w, d) for part, w in widths._asdict().items() if w})

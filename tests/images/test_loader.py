@@ -1,0 +1,215 @@
+"""Batches are pure functions of the recipe and the step; bad images cost themselves alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.features import Batch
+from shoulders.images import (
+    Collection,
+    ImageSet,
+    batches,
+    evaluation_batches,
+    open_source,
+    random_view,
+    render,
+)
+from shoulders.recipe import Images
+
+PHOTOS = Path(os.environ.get("SHOULDERS_DATA", Path(__file__).parents[2] / "../shared/data")) / "photos"
+SIZES = [(16, 16), (8, 12)]
+
+
+def open_set(folder: Path) -> ImageSet:
+    return ImageSet({"images": open_source(folder)}, {}, seed=0, holdout=8)
+
+
+def run(
+    images: ImageSet, first_step: int = 0, steps: int = 8, rank: int = 0, world: int = 1, **settings: int
+) -> list[Batch]:
+    recipe = Images.model_validate({"workers": 0} | settings)
+    return list(
+        batches(
+            images, SIZES, recipe, batch=8, seed=3, steps=steps, first_step=first_step, rank=rank, world=world
+        )
+    )
+
+
+def assert_equal(some: list[Batch], others: list[Batch]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert one.skipped == other.skipped
+        for size in SIZES:
+            assert torch.equal(one.rendered[size], other.rendered[size])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_the_batches(folder: Path, workers: int) -> None:
+    images = open_set(folder)
+    assert_equal(run(images), run(images, workers=workers))
+
+
+def test_resuming_takes_the_step_alone(folder: Path) -> None:
+    whole = run(open_set(folder))
+    for step in (1, 3, 5):  # 32 images train: step 4 begins the second epoch
+        assert_equal(whole[step:], run(open_set(folder), first_step=step))
+    assert_equal(whole[5:], run(open_set(folder), first_step=5, workers=2))
+    assert run(open_set(folder), first_step=8) == []
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_share_the_batch(folder: Path, world: int) -> None:
+    images = open_set(folder)
+    ranks = [run(images, rank=rank, world=world) for rank in range(world)]
+    for step, whole in enumerate(run(images)):
+        parts = [rank[step] for rank in ranks]
+        assert torch.equal(whole.ids, torch.cat([part.ids for part in parts]))
+        assert whole.skipped == tuple(skip for part in parts for skip in part.skipped)
+        for size in SIZES:
+            assert torch.equal(whole.rendered[size], torch.cat([part.rendered[size] for part in parts]))
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"train\.batch=8 cannot be shared by 3 ranks; make it a multiple of 3"
+    ):
+        run(open_set(folder), world=3)
+
+
+def test_what_a_batch_holds(folder: Path) -> None:
+    images = open_set(folder)
+    batch = run(images, steps=1)[0]
+    for row, (index, visit) in enumerate(images.positions(0, 8).tolist()):
+        if index in (7, 21):
+            continue
+        pixels, full_size = images.images.pixels(index, 10**6, None)
+        identity = int(images.images.ids[index])
+        view = random_view(3, identity, visit, (0.4, 1.0), True, full_size)
+        assert batch.ids[row] == identity
+        for size in SIZES:
+            assert torch.equal(batch.rendered[size][row], render(pixels, view, size))
+    assert batch.labels is None and batch.pixels((8, 12)).shape == (8, 3, 8, 12)
+
+
+def test_bad_images_are_replaced_and_reported(folder: Path) -> None:
+    images = open_set(folder)
+    training = {
+        images.images.name(index): int(images.images.ids[index]) for index in images.training["images"]
+    }
+    bad = {"07.jpg", "21.jpg"} & set(training)
+    assert bad, "the names in the fixture have to be such that a bad one trains"
+    epochs = run(images, steps=8)
+    seen = {int(identity) for batch in epochs for identity in batch.ids}
+    assert seen <= {training[name] for name in set(training) - bad}
+    reported = [skip for batch in epochs for skip in batch.skipped]
+    assert {skip.name for skip in reported} == bad
+    assert all(skip.reason.startswith(("not an image", "damaged")) for skip in reported)
+    assert len(reported) >= 2 * len(bad)  # once in each epoch
+
+
+def test_held_out_images_never_train(folder: Path) -> None:
+    images = open_set(folder)
+    heldout = set(images.images.ids[images.heldout].tolist())
+    assert not heldout & {int(identity) for batch in run(images, steps=12) for identity in batch.ids}
+
+
+def by_id(found: list[Batch]) -> dict[int, list[bytes]]:
+    seen: dict[int, list[bytes]] = {}
+    for batch in found:
+        for identity, pixels in zip(batch.ids.tolist(), batch.rendered[SIZES[0]], strict=True):
+            seen.setdefault(identity, []).append(pixels.numpy().tobytes())
+    return seen
+
+
+def test_views_are_fresh_or_come_back(folder: Path) -> None:
+    for name in ("07.jpg", "21.jpg"):
+        (folder / name).unlink()
+    images = open_set(folder)  # 38 images, 30 train
+    recipe = {"steps": 15}  # 120 positions: 4 epochs
+    for pixels in by_id(run(images, **recipe)).values():
+        assert len(pixels) == len(set(pixels)) == 4
+    for pixels in by_id(run(images, **recipe, views=2)).values():
+        assert pixels[0] == pixels[2] != pixels[1] == pixels[3]
+
+
+def test_a_folder_of_nothing_but_bad_images_is_given_up(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.jpg").write_bytes(b"not found")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"\(not an image: .*\): nor could any other image") as refusal:
+            run(open_set(tmp_path), workers=workers)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_file_that_goes_away_is_skipped(folder: Path) -> None:
+    images = open_set(folder)
+    gone = images.images.name(int(images.positions(0, 1)[0, 0]))
+    (folder / gone).unlink()
+    batch = run(images, steps=1)[0]
+    assert gone in {skip.name for skip in batch.skipped} and len(batch) == 8
+
+
+def test_evaluation_keeps_order_and_leaves_bad_images_out(folder: Path) -> None:
+    images = Collection({"images": open_source(folder)})
+    for workers in (0, 2):
+        found = list(evaluation_batches(images, SIZES, 8, workers=workers))
+        ids = [identity for batch in found for identity in batch.ids.tolist()]
+        assert ids == [int(identity) for index, identity in enumerate(images.ids) if index not in (7, 21)]
+        assert [skip.name for batch in found for skip in batch.skipped] == ["07.jpg", "21.jpg"]
+        assert all(batch.labels is None for batch in found)
+
+
+def test_evaluation_of_chosen_images_with_labels(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    for number in range(6):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[number % 2] / f"{number}.jpg").write_bytes(jpeg(number))
+    images = Collection({"images": open_source(tmp_path)})
+    (batch,) = evaluation_batches(images, SIZES, 8, indices=np.array([5, 0, 3]))
+    assert batch.labels is not None and batch.labels.tolist() == [1, 0, 1]
+    assert batch.ids.tolist() == images.ids[[5, 0, 3]].tolist()
+
+
+def test_batches_without_one_good_image(folder: Path, tmp_path: Path) -> None:
+    images = Collection({"images": open_source(folder)})
+    found = list(evaluation_batches(images, SIZES, 1, indices=np.array([7, 0, 1, 21])))
+    assert [len(batch) for batch in found] == [1, 1]
+    assert [[skip.name for skip in batch.skipped] for batch in found] == [["07.jpg"], ["21.jpg"]]
+    with pytest.raises(DataError, match="none of 2 images could be decoded"):
+        list(evaluation_batches(images, SIZES, 1, indices=np.array([7, 21])))
+
+
+def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    run(open_set(folder), workers=1, steps=2)
+    run(open_set(folder), steps=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_end_when_nobody_listens(folder: Path) -> None:
+    recipe = Images.model_validate({"workers": 2})
+    stream: Iterator[Batch] = batches(open_set(folder), SIZES, recipe, batch=8, seed=0, steps=1000)
+    next(stream)
+    assert len(multiprocessing.active_children()) == 2
+    del stream
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="real photos are not here (set SHOULDERS_DATA)")
+def test_real_photos() -> None:
+    images = Collection({"images": open_source(PHOTOS)})
+    chosen = np.arange(0, len(images), 20)
+    found = list(evaluation_batches(images, [(64, 64)], 25, indices=chosen, workers=1))
+    assert [len(batch) for batch in found] == [25, 25]
+    assert not any(batch.skipped for batch in found)
+    means = torch.cat([batch.pixels((64, 64)) for batch in found]).mean(dim=(0, 2, 3))
+    assert ((means > 0.3) & (means < 0.6)).all()  # photos are mid-grey on average

@@ -1,0 +1,266 @@
+"""A folder, a parquet file and tar shards of the same files are the same images."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.images import open_source
+from shoulders.images.decode import Undecodable
+from shoulders.images.source import ImageSource, Names, image_id
+
+WriteTar = Callable[[Path, dict[str, bytes]], None]
+
+
+@pytest.fixture
+def files(jpeg: Callable[..., bytes]) -> dict[str, bytes]:
+    return {
+        f"{kind}/{number}.jpg": jpeg(number)
+        for number, kind in enumerate(["cat", "cat", "ant", "dog", "ant"])
+    }
+
+
+def write_folder(root: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def write_parquet(
+    path: Path, files: dict[str, bytes], binary: bool = False, classes: tuple[str, ...] = ()
+) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    images = (
+        list(files.values()) if binary else [{"bytes": data, "path": name} for name, data in files.items()]
+    )
+    kind = pa.binary() if binary else pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    columns = {"image": pa.array(images, kind)}
+    if classes:
+        columns["label"] = pa.array([classes.index(name.partition("/")[0]) for name in files])
+    table = pa.table(columns)
+    features = {"info": {"features": {"label": {"names": list(classes), "_type": "ClassLabel"}}}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def contents(source: ImageSource) -> list[bytes]:
+    return [source.read(index) for index in range(len(source))]
+
+
+def names(source: ImageSource) -> list[str]:
+    return [source.name(index) for index in range(len(source))]
+
+
+def labels(source: ImageSource) -> list[int | None]:
+    return [source.label(index) for index in range(len(source))]
+
+
+def test_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
+    root = write_folder(
+        tmp_path / "photos", files | {"cat/notes.txt": b"", "cat/._0.jpg": b"", ".trash/x.jpg": b""}
+    )
+    source = open_source(root)
+    assert names(source) == ["ant/2.jpg", "ant/4.jpg", "cat/0.jpg", "cat/1.jpg", "dog/3.jpg"]
+    assert contents(source) == [files[name] for name in names(source)]
+    assert source.classes == ["ant", "cat", "dog"]
+    assert labels(source) == [0, 0, 1, 1, 2]
+
+
+def test_names_and_order_do_not_depend_on_where_the_folder_lies(
+    tmp_path: Path, files: dict[str, bytes]
+) -> None:
+    here = open_source(write_folder(tmp_path / "a", files))
+    there = open_source(write_folder(tmp_path / "b" / "c", dict(reversed(files.items()))))
+    assert names(here) == names(there) and contents(here) == contents(there)
+
+
+@pytest.mark.parametrize("extra", ["top.jpg", "cat/deep/5.jpg"])
+def test_classes_need_exactly_one_level(tmp_path: Path, files: dict[str, bytes], extra: str) -> None:
+    source = open_source(write_folder(tmp_path / "photos", files | {extra: b"x"}))
+    assert source.classes is None and source.labels is None and labels(source) == [None] * 6
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path: Path, files: dict[str, bytes]) -> None:
+    root = write_folder(tmp_path / "photos", files)
+    outside = write_folder(tmp_path / "outside", {"9.jpg": b"nine"})
+    (root / "linked").symlink_to(outside)
+    (root / "cat" / "loop").symlink_to(root)
+    (root / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing")
+    os.mkfifo(root / "cat" / "pipe.jpg")
+    assert names(open_source(root)) == sorted([*files, "linked/9.jpg"])
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    root.mkdir()
+    with open(os.fsencode(root) + b"/\xff\n.jpg", "wb") as file:
+        file.write(b"x")
+    source = open_source(root)
+    assert source.read(0) == b"x"
+    assert image_id("a", source.name(0)) == image_id("a", "\udcff\n.jpg")
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_parquet(tmp_path: Path, files: dict[str, bytes], binary: bool) -> None:
+    classes = ("dog", "cat", "ant")
+    source = open_source(write_parquet(tmp_path / "train.parquet", files, binary, classes))
+    assert contents(source) == list(files.values())
+    assert names(source) == [f"train.parquet#{row}" for row in range(5)]
+    assert source.classes == list(classes)
+    assert labels(source) == [1, 1, 2, 0, 2]
+
+
+def test_folder_of_parquet_files(tmp_path: Path, files: dict[str, bytes]) -> None:
+    (tmp_path / "data").mkdir()
+    for part in "ab":
+        write_parquet(tmp_path / "data" / f"{part}.parquet", files)
+    source = open_source(tmp_path)
+    assert names(source)[4:6] == ["data/a.parquet#4", "data/b.parquet#0"]
+    assert contents(source) == 2 * list(files.values())
+    order = np.random.default_rng(0).permutation(10)
+    assert [source.read(index) for index in order] == [list(files.values())[index % 5] for index in order]
+
+
+def test_tar_shards(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    members: dict[str, bytes] = {}
+    for number, data in enumerate(files.values()):
+        members |= {f"./{number:03}.jpg": data, f"./{number:03}.txt": b"a caption"}
+    members |= {"000.cls": b"4", "./000.cls": b"4", "./001.json": b'{"label": 2}', "./002.cls": b"what"}
+    tar(shards / "a.tar", members)
+    tar(shards / "b.tar", {"x.jpg": files["cat/0.jpg"]})
+    source = open_source(shards)
+    assert names(source) == [f"a.tar/{number:03}.jpg" for number in range(5)] + ["b.tar/x.jpg"]
+    assert contents(source) == [*files.values(), files["cat/0.jpg"]]
+    assert labels(source) == [4, 2, None, None, None, None]
+    assert contents(open_source(shards / "a.tar")) == list(files.values())
+
+
+def test_only_regular_members_are_images(tmp_path: Path, files: dict[str, bytes]) -> None:
+    path = tmp_path / "hostile.tar"
+    others = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+    with tarfile.open(path, "w") as tar:
+        for number, kind in enumerate(others):
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.type, member.linkname = kind, "/etc/passwd"
+            tar.addfile(member)
+        member = tarfile.TarInfo("../../escape.jpg")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+    source = open_source(path)
+    assert names(source) == ["hostile.tar/../../escape.jpg"] and contents(source) == [b"abc"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.tar"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "header", "compressed", "claims a terabyte"])
+def test_damaged_tar_files_are_refused(
+    tmp_path: Path, files: dict[str, bytes], tar: WriteTar, fault: str
+) -> None:
+    path = tmp_path / "a.tar"
+    tar(path, {name.replace("/", "_"): data for name, data in files.items()})
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as opened:
+        third = opened.getmembers()[2]
+    if fault == "cut":
+        data = data[: third.offset_data + 10]
+    if fault == "header":
+        data[third.offset + 10] ^= 255
+    if fault == "compressed":
+        data = bytearray(b"\x1f\x8b\x08" + bytes(data))
+    if fault == "claims a terabyte":
+        huge = tarfile.TarInfo("huge.jpg")
+        huge.size = 10**12
+        data = bytearray(huge.tobuf()) + data
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar: not a whole, uncompressed tar"):
+        open_source(path)
+
+
+def test_the_three_kinds_give_the_same_images(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
+    ordered = dict(sorted(files.items()))
+    tar(tmp_path / "x.tar", {name.replace("/", "_"): data for name, data in ordered.items()})
+    paths = [
+        write_folder(tmp_path / "photos", files),
+        write_parquet(tmp_path / "x.parquet", ordered),
+        tmp_path / "x.tar",
+    ]
+    for path in paths:
+        source = open_source(path)
+        assert contents(pickle.loads(pickle.dumps(source))) == contents(source) == list(ordered.values())  # noqa: S301
+
+
+def test_what_cannot_be_opened_says_what_to_do(
+    tmp_path: Path, files: dict[str, bytes], tar: WriteTar
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    mixed = write_folder(tmp_path / "mixed", files)
+    tar(mixed / "a.tar", {"a.jpg": b""})
+    for path, error, message in [
+        (tmp_path / "nowhere", RecipeError, "nowhere: nothing is here; give a folder"),
+        (tmp_path / "empty", DataError, "no images in it; looked for .jpg"),
+        (tmp_path / "photo.jpg", RecipeError, "give a folder"),
+        (mixed, RecipeError, "5 image, 0 .parquet and 1 .tar files; keep one kind"),
+    ]:
+        with pytest.raises(error, match=message):
+            open_source(path)
+
+
+def test_parquet_faults_say_what_to_do(tmp_path: Path, files: dict[str, bytes]) -> None:
+    path = write_parquet(tmp_path / "a.parquet", files)
+    with pytest.raises(RecipeError, match=r"no column 'photo'; set column to one of \['image'\]"):
+        open_source(path, "photo")
+    labelled = write_parquet(tmp_path / "l.parquet", files, classes=("ant", "cat", "dog"))
+    with pytest.raises(RecipeError, match="holds int64"):
+        open_source(labelled, "label")
+    (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match="not a whole parquet file"):
+        open_source(tmp_path / "cut.parquet")
+    write_parquet(tmp_path / "paths.parquet", dict.fromkeys(files))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="images were not embedded"):
+        open_source(tmp_path / "paths.parquet")
+    some = write_parquet(tmp_path / "some.parquet", {"a": b"x", "b": None})  # type: ignore[dict-item]
+    with pytest.raises(Undecodable, match="no bytes"):
+        open_source(some).read(1)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    code = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from shoulders.images import open_source\n"
+        f"open_source({str(tmp_path / 'a.parquet')!r})"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False
+    )
+    assert 'pip install "shoulders[data]"' in result.stderr
+
+
+def test_an_id_is_for_ever() -> None:
+    assert image_id("images", "cat/0.jpg") == 484744756830294009
+    assert 0 <= image_id("a", "b") < 2**63
+    assert image_id("a", "b") != image_id("ab", "") != image_id("", "ab")
+
+
+def test_a_million_names_are_small() -> None:
+    many = Names([b"folder/%07d.jpg" % number for number in range(1_000_000)])
+    assert many[0] == b"folder/0000000.jpg" and many[999_999] == b"folder/0999999.jpg"
+    assert len(pickle.dumps(many)) < 28e6

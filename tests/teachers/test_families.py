@@ -1,0 +1,240 @@
+"""Every row of the table, against the original model run directly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from shoulders.errors import RecipeError
+from shoulders.features import Features
+from shoulders.recipe import TeacherSpec
+from shoulders.teachers import FAMILIES, Teacher, describe, families, load_teacher
+
+WriteTiny = Callable[..., Path]
+Parts = tuple[Tensor | None, Tensor]
+Original = Callable[[Any, Tensor], dict[str, Parts]]
+HALF_PRECISION = {"vit", "clip", "resnet", "segformer", "d_fine", "sam"}
+
+
+def tokens(maps: Tensor) -> Tensor:
+    return maps.flatten(2).mT
+
+
+def vit(base: str, prefix: int) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Parts]:
+        said = (getattr(model, base) if base else model)(x).last_hidden_state
+        return {"last": (said[:, 0], said[:, prefix:])}
+
+    return run
+
+
+def beit(model: Any, x: Tensor) -> dict[str, Parts]:
+    said = model.beit(x)
+    return {"last": (said.pooler_output, said.last_hidden_state[:, 1:])}
+
+
+def radio(model: Any, x: Tensor) -> dict[str, Parts]:
+    said = model(x)
+    return {"last": (said.summary, said.features)}
+
+
+def clip(model: Any, x: Tensor) -> dict[str, Parts]:
+    embeds = model.visual_projection(model.vision_model(x).pooler_output)
+    return {"last": (embeds, model.vision_model(x).last_hidden_state[:, 1:])}
+
+
+def siglip(model: Any, x: Tensor) -> dict[str, Parts]:
+    said = getattr(model, "vision_model", model)(x)
+    return {"last": (said.pooler_output, said.last_hidden_state)}
+
+
+def siglip2(model: Any, x: Tensor) -> dict[str, Parts]:
+    corners = [(top, left) for top in range(0, 32, 8) for left in range(0, 32, 8)]
+    squares = [x[:, :, top : top + 8, left : left + 8] for top, left in corners]
+    patches = torch.stack([square.movedim(1, 3).flatten(1) for square in squares], 1)  # (B, N, 8 * 8 * 3)
+    shapes = torch.tensor([[4, 4]] * len(x))
+    said = model.vision_model(patches, torch.ones(len(x), 16, dtype=torch.long), shapes)
+    return {"last": (said.pooler_output, said.last_hidden_state)}
+
+
+def pooled_stage(base: str) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Parts]:
+        said = getattr(model, base)(x)
+        return {"stage3": (said.pooler_output.flatten(1), tokens(said.last_hidden_state))}
+
+    return run
+
+
+def pooled_tokens(base: str) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Parts]:
+        said = getattr(model, base)(x)
+        return {"stage3": (said.pooler_output, said.last_hidden_state)}
+
+    return run
+
+
+def dinov3_convnext(model: Any, x: Tensor) -> dict[str, Parts]:
+    said = model(x)
+    return {"stage3": (said.pooler_output, said.last_hidden_state[:, 1:])}
+
+
+def mobilenet(model: Any, x: Tensor) -> dict[str, Parts]:
+    said = model.mobilenet_v2(x)
+    return {"last": (said.pooler_output, tokens(said.last_hidden_state))}
+
+
+def pvt(model: Any, x: Tensor) -> dict[str, Parts]:
+    return {"stage3": (None, tokens(model(x, output_hidden_states=True).hidden_states[-1]))}
+
+
+def maps_of(find: Callable[[Any, Tensor], Any], name: str = "stage") -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Parts]:
+        return {f"{name}{i}": (None, tokens(maps)) for i, maps in enumerate(find(model, x))}
+
+    return run
+
+
+def depth(model: Any, x: Tensor) -> dict[str, Parts]:
+    maps = model.backbone(x).feature_maps
+    return {f"stage{i}": (said[:, 0], said[:, 1:]) for i, said in enumerate(maps)}
+
+
+def sam2(model: Any, x: Tensor) -> dict[str, Parts]:
+    return {"level2": (None, tokens(model.vision_encoder(x).fpn_hidden_states[2]))}
+
+
+def detr(model: Any, x: Tensor) -> dict[str, Parts]:
+    return {"last": (None, model(x).encoder_last_hidden_state)}
+
+
+def deformable(model: Any, x: Tensor) -> dict[str, Parts]:
+    levels = model(x).encoder_last_hidden_state.split([64, 16, 4, 1], 1)
+    return {f"level{i}": (None, level) for i, level in enumerate(levels)}
+
+
+def encoder_maps(model: Any, x: Tensor) -> Any:
+    return model(x).encoder_last_hidden_state
+
+
+# What the original says through its own output attributes: {tap: (summary, spatial)}.
+ORIGINALS: dict[str, Original] = {
+    "vit": vit("vit", 1),
+    "deit": vit("deit", 2),
+    "beit": beit,
+    "dinov2": vit("dinov2", 1),
+    "dinov2_with_registers": vit("dinov2_with_registers", 3),
+    "dinov3_vit": vit("", 3),
+    "dinov3_convnext": dinov3_convnext,
+    "radio": radio,
+    "clip": clip,
+    "clip_vision_model": clip,
+    "siglip": siglip,
+    "siglip_vision_model": siglip,
+    "siglip2": siglip2,
+    "convnext": pooled_stage("convnext"),
+    "convnextv2": pooled_stage("convnextv2"),
+    "resnet": pooled_stage("resnet"),
+    "regnet": pooled_stage("regnet"),
+    "swin": pooled_tokens("swin"),
+    "swinv2": pooled_tokens("swinv2"),
+    "hiera": pooled_tokens("hiera"),
+    "pvt_v2": pvt,
+    "mobilenet_v2": mobilenet,
+    "segformer": maps_of(lambda model, x: model(x, output_hidden_states=True).hidden_states),
+    "upernet": maps_of(lambda model, x: model.backbone(x).feature_maps),
+    "mask2former": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),
+    "maskformer": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),
+    "sam": lambda model, x: {"last": (None, tokens(model.vision_encoder(x).last_hidden_state))},
+    "sam2": sam2,
+    "sam2_video": sam2,
+    "detr": detr,
+    "conditional_detr": detr,
+    "deformable_detr": deformable,
+    "rt_detr": maps_of(encoder_maps, "level"),
+    "rt_detr_v2": maps_of(encoder_maps, "level"),
+    "d_fine": maps_of(encoder_maps, "level"),
+    "depth_anything": depth,
+    "dpt": vit("dpt", 1),
+}
+
+
+def assert_close(features: Features, summary: Tensor | None, spatial: Tensor) -> None:
+    assert features.spatial is not None
+    torch.testing.assert_close(features.spatial, spatial, atol=1e-5, rtol=1e-4)
+    assert (features.summary is None) == (summary is None)
+    if features.summary is not None:
+        torch.testing.assert_close(features.summary, summary, atol=1e-5, rtol=1e-4)
+
+
+def assert_as_declared(teacher: Teacher, said: dict[str, Features], images: int) -> None:
+    assert list(said) == list(teacher.taps)
+    for tap, features in said.items():
+        declared = teacher.taps[tap]
+        assert features.grid == declared.grid
+        assert (None if features.summary is None else features.summary.shape[1]) == declared.summary
+        assert (None if features.spatial is None else features.spatial.shape[2]) == declared.spatial
+        for part in features.parts().values():
+            assert part.shape[0] == images and part.dtype == torch.float32
+            assert part.isfinite().all() and not part.requires_grad
+            assert part.std() > 0
+
+
+def test_every_family_has_a_test() -> None:
+    assert set(ORIGINALS) == set(FAMILIES)
+    assert len(FAMILIES) >= 20
+    assert [row["model type"] for row in families()] == list(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_family_reads_what_the_original_says(model_type: str, write_tiny: WriteTiny) -> None:
+    folder = write_tiny(model_type, torch.float16 if model_type in HALF_PRECISION else torch.float32)
+    size = {"siglip2": 32}.get(model_type, 64 if FAMILIES[model_type].size else None)
+    teacher = load_teacher("t", TeacherSpec(model=str(folder), size=size))
+    pixels = torch.rand(2, 3, *teacher.size)
+    said = teacher(pixels)
+    assert_as_declared(teacher, said, images=2)
+
+    # frozen for good, and the same answer twice
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    again = teacher(pixels)
+    for tap, features in said.items():
+        for name, part in features.parts().items():
+            assert torch.equal(part, again[tap].parts()[name])
+
+    architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
+    original = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = ORIGINALS[model_type](original, (pixels - teacher.mean) / teacher.std)
+    assert set(said) == set(expected)
+    for tap, (summary, spatial) in expected.items():
+        assert_close(said[tap], summary, spatial)
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_a_family_gives_all_its_taps_at_another_size(model_type: str, write_tiny: WriteTiny) -> None:
+    folder = write_tiny(model_type)
+    family = FAMILIES[model_type]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config = getattr(config, family.part) if family.part else config
+    step = 32 if family.multiple == 1 else family.step(config)
+    size = None if family.fixed else (step * -(-64 // step), step * -(-128 // step))
+    teacher = load_teacher(
+        "t", TeacherSpec(model=str(folder), size=size, taps=list(family.taps.names(config)))
+    )
+    assert size is None or teacher.size == size
+    assert list(teacher.taps) == list(family.taps.names(config))
+    assert_as_declared(teacher, teacher(torch.rand(1, 3, *teacher.size)), images=1)
+    for tap in teacher.taps.values():  # the grid has the shape of the image
+        assert tap.grid[1] * teacher.size[0] == pytest.approx(tap.grid[0] * teacher.size[1], rel=0.2)
+    if family.fixed:
+        with pytest.raises(RecipeError, match=r"teachers\.t\.size: .* takes only"):
+            load_teacher("t", TeacherSpec(model=str(folder), size=96))
+    assert describe("t", teacher)["gflop_per_image"] >= 0

@@ -1,0 +1,85 @@
+"""Size and normalisation as the JSON of checkpoints in the wild spells them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from shoulders.teachers.preprocessing import Preprocessing, read_preprocessing
+
+DEFAULT = Preprocessing((224, 224), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("tree", "size"),
+    [
+        ({}, (224, 224)),
+        ({"size": 384}, (384, 384)),
+        ({"size": [320, 480]}, (320, 480)),
+        ({"size": {"height": 320, "width": 480}}, (320, 480)),
+        ({"size": {"shortest_edge": 800, "longest_edge": 1333}}, (800, 800)),
+        ({"size": {"longest_edge": 1024}}, (1024, 1024)),
+        ({"size": {"shortest_edge": 256}, "crop_size": 224, "do_center_crop": True}, (224, 224)),
+        ({"size": 256, "crop_size": {"height": 196, "width": 182}, "do_center_crop": True}, (196, 182)),
+        ({"size": 256, "crop_size": 224, "do_center_crop": False}, (256, 256)),
+        ({"size": 256, "crop_size": 224}, (256, 256)),
+        ({"size": 256, "do_resize": False}, (224, 224)),
+        ({"image_processor": {"size": 112}, "processor_class": "CLIPProcessor"}, (112, 112)),
+    ],
+)
+def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
+    assert read_preprocessing(tree, DEFAULT).size == size
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "do_normalize": True},
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "do_normalize": False},
+        {"image_mean": 0.5, "image_std": 0.25},
+        {"rescale_factor": 1 / 255},
+        {
+            "rescale_factor": 1 / 127.5,
+            "rescale_offset": True,
+            "image_mean": [0, 0, 0],
+            "image_std": [1, 1, 1],
+        },
+        {"do_rescale": False, "image_mean": [123.0, 117.0, 104.0], "image_std": [58.0, 57.0, 57.0]},
+        {"do_rescale": False, "do_normalize": False},
+    ],
+)
+def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]) -> None:
+    bytes_ = torch.randint(0, 256, (3, 4, 4)).float()
+    told = read_preprocessing(tree, DEFAULT)
+
+    # the steps of an image processor, one by one
+    expected = bytes_
+    if tree.get("do_rescale", True):
+        expected = expected * tree.get("rescale_factor", 1 / 255) - (1 if tree.get("rescale_offset") else 0)
+    if tree.get("do_normalize", True):
+        mean = torch.as_tensor(tree.get("image_mean", DEFAULT.mean)).expand(3)
+        std = torch.as_tensor(tree.get("image_std", DEFAULT.std)).expand(3)
+        expected = (expected - mean[:, None, None]) / std[:, None, None]
+
+    mean, std = torch.tensor(told.mean), torch.tensor(told.std)
+    ours = (bytes_ / 255 - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"size": {"max_side": 3}}, "cannot read size"),
+        ({"size": "224"}, "cannot read size"),
+        ({"image_mean": [0.5]}, "three numbers"),
+        ({"image_std": ["a", "b", "c"]}, "three numbers"),
+        ({"image_std": [0, 1, 1]}, "must be positive"),
+        ({"image_processor": 3}, "must be a mapping"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_preprocessing(tree, DEFAULT)

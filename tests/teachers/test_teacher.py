@@ -1,0 +1,145 @@
+"""One teacher and several: frozen, normalised, asked at their own size, usable in a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from shoulders.errors import RecipeError
+from shoulders.features import Batch, Features
+from shoulders.recipe import TeacherSpec
+from shoulders.teachers import Tap, Teacher, Teachers, describe, load_teacher
+
+WriteTiny = Callable[..., Path]
+
+
+class Patches(nn.Module):
+    """Mean colour of 2 x 2 squares through a linear map, and the mean colour of the image."""
+
+    def __init__(self, width: int = 5) -> None:
+        super().__init__()
+        self.linear = nn.Conv2d(3, width, 2, stride=2)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, pixels: Tensor) -> dict[str, Features]:
+        maps = self.dropout(self.linear(pixels))
+        return {"map": Features.from_map(maps), "colour": Features(pixels.mean((2, 3)), None)}
+
+
+class Says(nn.Module):
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.answer(pixels)
+
+
+def batch(*sizes: tuple[int, int], images: int = 3) -> Batch:
+    rendered = {size: torch.randint(0, 256, (images, 3, *size), dtype=torch.uint8) for size in sizes}
+    return Batch(torch.arange(images), rendered)
+
+
+def test_taps_are_found_and_pixels_normalised() -> None:
+    teacher = Teacher(Patches(), size=(4, 6), mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 1.0))
+    assert teacher.taps == {"map": Tap(None, 5, (2, 3)), "colour": Tap(3, None, (0, 0))}
+    pixels = torch.full((2, 3, 4, 6), 0.75)
+    torch.testing.assert_close(teacher(pixels)["colour"].summary, torch.tensor([[0.5, 2.0, 0.75]] * 2))
+    assert teacher.licence == "unknown" and teacher.revision is None
+
+
+def test_a_teacher_is_frozen_for_good() -> None:
+    teacher = Teacher(Patches(), size=(4, 4))
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    holder = nn.ModuleDict({"teacher": teacher}).train()
+    assert not any(module.training for module in holder["teacher"].modules())
+    pixels = torch.rand(2, 3, 4, 4, requires_grad=True)
+    spatial = teacher(pixels)["map"].spatial
+    assert spatial is not None and not spatial.requires_grad
+    assert torch.equal(spatial, teacher(pixels)["map"].spatial)  # dropout is off
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    assert not any("mean" in key or "std" in key for key in teacher.state_dict())
+
+
+def test_chosen_taps() -> None:
+    teacher = Teacher(Patches(), size=(4, 4), mean=(0.1, 0.1, 0.1), source="here").with_taps(["colour"])
+    assert list(teacher.taps) == list(teacher(torch.rand(1, 3, 4, 4))) == ["colour"]
+    assert teacher.source == "here" and teacher.mean.flatten().tolist() == pytest.approx([0.1] * 3)
+    with pytest.raises(RecipeError, match="taps depth: not there; allowed: map, colour"):
+        Teacher(Patches(), size=(4, 4), taps=["depth"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.mean((2, 3)), "must answer .*got Tensor"),
+        (lambda x: {}, "must answer"),
+        (lambda x: {"a": x.mean((2, 3))}, "got Tensor for tap 'a'"),
+        (lambda x: {1: Features(x.mean((2, 3)), None)}, "must answer"),
+        (lambda x: {"a": Features(x.mean((2, 3)).repeat(2, 1), None)}, "summary has 2 rows for 1 images"),
+        (lambda x: {"a": Features(x.mean((2, 3)) / 0, None)}, "summary is not finite"),
+    ],
+)
+def test_a_broken_contract_is_refused(answer: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Teacher(Says(answer), size=(4, 4))
+
+
+def test_teachers_answer_by_name_and_tap_at_their_own_size() -> None:
+    a, b, c = Teacher(Patches(), (4, 4)), Teacher(Patches(7), (8, 6)), Teacher(Patches(2), (4, 4))
+    teachers = Teachers({"a": a, "b": b, "c": c}, {"b": ["map"]})
+    assert teachers.sizes == [(4, 4), (8, 6)]
+    views = batch(*teachers.sizes)
+    said = teachers(views)
+    assert list(said) == list(teachers.taps) == ["a/map", "a/colour", "b/map", "c/map", "c/colour"]
+    assert teachers.taps["b/map"] == Tap(None, 7, (4, 3))
+    assert torch.equal(said["b/map"].spatial, b(views.pixels((8, 6)))["map"].spatial)
+    with pytest.raises(KeyError, match="add the size to the loader"):
+        teachers(batch((4, 4)))
+    with pytest.raises(RecipeError, match=r"teachers\.a\.taps: no tap depth; allowed: map, colour"):
+        Teachers({"a": a}, {"a": ["depth"]})
+
+
+def test_a_loss_on_the_answers_reaches_a_projector() -> None:
+    teachers = Teachers({"a": Teacher(Patches(), (4, 4))})
+    said = teachers(batch((4, 4)))["a/map"].spatial
+    projector = nn.Linear(5, 5)  # teacher to student: its input is saved for the backward pass
+    target = torch.zeros_like(said, requires_grad=True)
+    loss = (projector(said) - target).pow(2).mean() + (said * target).mean()
+    loss.backward()
+    assert projector.weight.grad is not None and projector.weight.grad.abs().sum() > 0
+    assert target.grad is not None and not said.is_inference()
+
+
+def test_bf16_runs_in_bfloat16_and_answers_in_float32() -> None:
+    seen: list[torch.dtype] = []
+    model = Patches()
+    model.linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    teacher = Teacher(model, (4, 4))
+    views = batch((4, 4))
+    low, full = Teachers({"a": teacher}, bf16=True)(views), Teachers({"a": teacher})(views)
+    assert seen[-2:] == [torch.bfloat16, torch.float32]
+    assert low["a/map"].spatial.dtype == torch.float32
+    torch.testing.assert_close(low["a/map"].spatial, full["a/map"].spatial, atol=0.05, rtol=0.05)
+
+
+def test_description(write_tiny: WriteTiny) -> None:
+    folder = write_tiny("vit")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# A model\n")
+    told = describe("v", load_teacher("v", TeacherSpec(model=str(folder))))
+    blocks, width, hidden, places, patch = 3, 16, 32, 16, 8
+    length = places + 1
+    attention = 4 * length * width * width + 2 * length * length * width
+    products = blocks * (attention + 2 * length * width * hidden) + places * 3 * patch * patch * width
+    assert told["gflop_per_image"] == pytest.approx(2 * products / 1e9, abs=6e-4)
+    assert told["taps"] == {"last": {"summary": 16, "spatial": 16, "grid": (4, 4)}}
+    assert (told["licence"], told["size"], told["revision"]) == ("apache-2.0", (32, 32), None)
+    original = transformers.ViTForImageClassification.from_pretrained(folder).vit
+    assert told["parameters"] == sum(parameter.numel() for parameter in original.parameters())
