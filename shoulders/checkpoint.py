@@ -75,7 +75,9 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Ten
         except DataError as error:
             say(f"{error}; trying the one before")
     if found:
-        raise DataError(f"{folder}: none of the {len(found)} checkpoints verifies; start again without --resume in a new out")
+        raise DataError(
+            f"{folder}: none of the {len(found)} checkpoints verifies; start again without --resume in a new out"
+        )
     return None
 
 

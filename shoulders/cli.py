@@ -44,7 +44,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a student's folder.")],
     task: Annotated[str, typer.Option(help="What to measure: classification.")],
     data: Annotated[Path, typer.Option(help="Labelled images: class folders, parquet or tar, split or not.")],
-    models: Annotated[str, typer.Option(help="student, base, teachers, or teachers by name.")] = "student,base,teachers",
+    models: Annotated[
+        str, typer.Option(help="student, base, teachers, or teachers by name.")
+    ] = "student,base,teachers",
     column: Annotated[str, typer.Option(help="The image column of parquet files.")] = "image",
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode.", min=0)] = 1,
@@ -66,7 +68,9 @@ def evaluate(
     names = list(dict.fromkeys(row["model"] for row in rows))
     values = {(row["model"], row["metric"]): f"{100 * row['value']:.1f}" for row in rows}
     print(f"{task}, % of {rows[0]['n']} images")
-    _print_table(["model", *metrics], [[name, *(values.get((name, metric), "-") for metric in metrics)] for name in names])
+    _print_table(
+        ["model", *metrics], [[name, *(values.get((name, metric), "-") for metric in metrics)] for name in names]
+    )
 
 
 @app.command()

@@ -69,7 +69,11 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         torch.manual_seed(recipe.train.seed)
         learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
         measures = Run(recipe, learner, teachers, images, rank).train(resume)
-        summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started} | measures
+        summary = {
+            "out": str(recipe.out),
+            "steps": recipe.train.steps,
+            "seconds": time.perf_counter() - started,
+        } | measures
         if rank.is_main:
             write_folder(recipe.out / "student", learner.student.save_pretrained)
             write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(images.heldout)), indent=1))
@@ -89,7 +93,9 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
         raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
     for name, source in recipe.images.all_sources().items():
         if not source.path.exists():
-            raise RecipeError(f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards")
+            raise RecipeError(
+                f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards"
+            )
     share = rank.world * recipe.train.accumulate
     if recipe.train.batch % share:
         raise RecipeError(
@@ -101,7 +107,9 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
         check_teacher(name, spec)
     there = checkpoints(recipe.out / "checkpoints")
     if there and not resume:
-        raise RecipeError(f"out: {recipe.out} holds a run already ({there[-1].name}); add --resume, or choose another out")
+        raise RecipeError(
+            f"out: {recipe.out} holds a run already ({there[-1].name}); add --resume, or choose another out"
+        )
     if there:
         check_resumed(recipe, recipe.out / "recipe.yaml")
 
@@ -234,7 +242,9 @@ class Run:
     def _save(self, step: int) -> None:
         if self.rank.is_main:
             folder = self.recipe.out / "checkpoints"
-            save_checkpoint(folder, step, self.optimization.tensors(), {"world": self.rank.world}, self.recipe.train.keep)
+            save_checkpoint(
+                folder, step, self.optimization.tensors(), {"world": self.rank.world}, self.recipe.train.keep
+            )
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
@@ -262,10 +272,17 @@ def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
     base, pixels = load_base(recipe.student)
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
-    whose = {name: {"source": t.source, "revision": t.revision, "licence": t.licence} for name, t in teachers.teachers.items()}
+    whose = {
+        name: {"source": t.source, "revision": t.revision, "licence": t.licence}
+        for name, t in teachers.teachers.items()
+    }
     if recipe.transfer.preserve:
         taps[f"{BASE}/latent"] = Widths(base.config.hidden_size, base.config.hidden_size)
-    whose[BASE] = {"source": recipe.student.base, "revision": recipe.student.revision, "licence": licence_of(recipe.student.base)}
+    whose[BASE] = {
+        "source": recipe.student.base,
+        "revision": recipe.student.revision,
+        "licence": licence_of(recipe.student.base),
+    }
     return build_student(base, student_config(recipe, base, pixels.mean, pixels.std, whose, taps))
 
 
@@ -299,6 +316,13 @@ def _signals() -> Iterator[list[int]]:
 def _rows(summary: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     measures = {name: value for name, value in summary.items() if name.startswith("fvu")}
     return [
-        {"model": "student", "task": "inheritance", "metric": name, "value": value, "n": n, "seconds": summary["seconds"]}
+        {
+            "model": "student",
+            "task": "inheritance",
+            "metric": name,
+            "value": value,
+            "n": n,
+            "seconds": summary["seconds"],
+        }
         for name, value in measures.items()
     ]

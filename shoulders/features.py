@@ -38,7 +38,9 @@ class Features:
         if self.spatial is not None:
             h, w = self.grid
             if self.spatial.ndim != 3 or self.spatial.shape[1] != h * w:
-                raise ValueError(f"spatial must be (B, {h * w}, C) for grid {self.grid}, got {tuple(self.spatial.shape)}")
+                raise ValueError(
+                    f"spatial must be (B, {h * w}, C) for grid {self.grid}, got {tuple(self.spatial.shape)}"
+                )
 
     @classmethod
     def from_map(cls, maps: Tensor, summary: Tensor | None = None) -> Features:
@@ -96,7 +98,9 @@ class Batch:
             KeyError: if the loader was not asked for this size.
         """
         if size not in self.rendered:
-            raise KeyError(f"this batch was rendered at {sorted(self.rendered)}, not at {size}: add the size to the loader")
+            raise KeyError(
+                f"this batch was rendered at {sorted(self.rendered)}, not at {size}: add the size to the loader"
+            )
         return self.rendered[size].to(torch.float32) / 255
 
     def to(self, device: torch.device) -> Batch:

@@ -42,7 +42,9 @@ def read_config(source: str, revision: str | None, where: str) -> dict[str, Any]
         RecipeError: if there is no such model, or it has no safetensors.
     """
     if _looks_local(source) and not Path(source).is_dir():
-        raise RecipeError(f"{where}: no folder {source!r}; give an existing folder or a hub id such as facebook/dinov2-base")
+        raise RecipeError(
+            f"{where}: no folder {source!r}; give an existing folder or a hub id such as facebook/dinov2-base"
+        )
     config = read_json(source, "config.json", revision)
     if config is None:
         raise RecipeError(f"{where}: {source!r} has no config.json; give a folder or hub id in transformers format")
@@ -93,7 +95,9 @@ def load_strict(
         raise DataError(f"{where}: cannot load {source!r}: {' '.join(str(error).split())[:300]}") from error
     missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
     if missing:
-        raise DataError(f"{where}: {source!r} lacks {len(missing)} weights of {model_class.__name__}, such as {missing[0]}")
+        raise DataError(
+            f"{where}: {source!r} lacks {len(missing)} weights of {model_class.__name__}, such as {missing[0]}"
+        )
     return model
 
 

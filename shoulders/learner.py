@@ -34,7 +34,9 @@ class Learner(nn.Module):
         self.kind = how.balance
         self.shares = [teacher.weight for teacher in recipe.teachers.values()]
 
-    def forward(self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T)."""
         seen = self.student.places(pixels)
         told = self.student.tell(seen)
@@ -73,7 +75,9 @@ class Optimization:
         matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
         others = [p for name, p in self.learns.items() if name not in matrices]
         groups = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        self.adamw = torch.optim.AdamW(
+            groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
+        )
         self.average = {name: p.detach().clone() for name, p in self.learns.items()} if train.ema else {}
 
     def step(self, number: int) -> Tensor:
@@ -126,7 +130,9 @@ class Optimization:
         """
         moments = ("step", "exp_avg", "exp_avg_sq")
         for p in self.learns.values():
-            self.adamw.state[p] = {key: torch.zeros_like(p) if key != "step" else torch.zeros((), device=p.device) for key in moments}
+            self.adamw.state[p] = {
+                key: torch.zeros_like(p) if key != "step" else torch.zeros((), device=p.device) for key in moments
+            }
         ours = self.tensors()
         odd = sorted(set(ours) ^ set(tensors)) or [n for n, t in ours.items() if t.shape != tensors[n].shape]
         if odd:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -122,7 +121,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
         self.projectors = nn.ModuleDict(
             {key(tap): Projector(d, w, config.reads, config.projector_width) for tap, w in widths.items()}
         )
-        self.standardizers = nn.ModuleDict({key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()})
+        self.standardizers = nn.ModuleDict(
+            {key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()}
+        )
         self.taps = list(widths)
         self.post_init()
 

@@ -90,7 +90,6 @@ class Images(Part):
             raise ValueError("give either path (one source) or sources (several by name), not both")
         return self
 
-
     def all_sources(self) -> dict[str, Source]:
         """The sources by name; one given as ``path`` is called ``images``."""
         return self.sources or ({"images": Source(path=self.path)} if self.path else {})
@@ -149,7 +148,9 @@ class Recipe(Part):
     def _names(self) -> Recipe:
         for name, spec in self.teachers.items():
             if name == "base" or not name.isidentifier():
-                raise ValueError(f"teacher name {name!r}: use letters, digits and _, and not 'base' (see transfer.preserve)")
+                raise ValueError(
+                    f"teacher name {name!r}: use letters, digits and _, and not 'base' (see transfer.preserve)"
+                )
             if spec.weight != 1 and self.transfer.balance != "fixed":
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
         return self
@@ -212,7 +213,9 @@ def check_resumed(recipe: Recipe, written: Path) -> None:
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new and key not in FREE_ON_RESUME:
-            raise RecipeError(f"{key}: the run started with {old!r}, not {new!r}; resume with the same, or choose another out")
+            raise RecipeError(
+                f"{key}: the run started with {old!r}, not {new!r}; resume with the same, or choose another out"
+            )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

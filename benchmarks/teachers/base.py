@@ -26,9 +26,7 @@ VIEWS, BATCH, SEED = 4, 128, 0
 def build_model() -> Dinov2Model:
     """Six layers, 192 wide, patches of 8 px, 64 px images."""
     return Dinov2Model(
-        Dinov2Config(
-            patch_size=PATCH, image_size=SIZE, hidden_size=192, num_hidden_layers=6, num_attention_heads=3
-        )
+        Dinov2Config(patch_size=PATCH, image_size=SIZE, hidden_size=192, num_hidden_layers=6, num_attention_heads=3)
     )
 
 
@@ -123,9 +121,7 @@ def spatial_term(
 def summaries(model: nn.Module, pixels: Tensor) -> Tensor:
     """The summary (B, C) of each image, rendered as at inference."""
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [
-            model(pixel_values=common.render(part, SIZE, SIZE)).pooler_output for part in pixels.split(500)
-        ]
+        parts = [model(pixel_values=common.render(part, SIZE, SIZE)).pooler_output for part in pixels.split(500)]
     return torch.cat(parts).float()
 
 
@@ -134,9 +130,7 @@ def knn_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, k: int 
     bank, hits = F.normalize(seen, dim=1), 0
     for part, right in zip(F.normalize(asked, dim=1).split(1000), truth.split(1000), strict=True):
         close, index = (part @ bank.T).topk(k)
-        votes = torch.zeros(len(part), int(labels.max()) + 1).scatter_add_(
-            1, labels[index], (close / 0.07).exp()
-        )
+        votes = torch.zeros(len(part), int(labels.max()) + 1).scatter_add_(1, labels[index], (close / 0.07).exp())
         hits += int((votes.argmax(1) == right).sum())
     return 100 * hits / len(truth)
 

@@ -32,14 +32,10 @@ def cut_tiles(file: Path, count: int, generator: torch.Generator) -> Tensor:
 def load_images(data: Path, seed: int) -> Tensor:
     """All training pixels as uint8 (B, 3, 64, 64): CIFAR-10 enlarged, tiles of everything else."""
     small = common.load_cifar10(data, "train")[0]
-    parts = [
-        F.interpolate(part, size=(SIZE, SIZE), mode="bicubic", antialias=True) for part in small.split(5000)
-    ]
+    parts = [F.interpolate(part, size=(SIZE, SIZE), mode="bicubic", antialias=True) for part in small.split(5000)]
     generator = torch.Generator().manual_seed(seed)
     for folder, count in TILES.items():
-        files = sorted(
-            file for file in (data / folder).iterdir() if file.suffix.lower() in {".jpg", ".jpeg", ".png"}
-        )
+        files = sorted(file for file in (data / folder).iterdir() if file.suffix.lower() in {".jpg", ".jpeg", ".png"})
         parts.extend(cut_tiles(file, count, generator) for file in files)
     return torch.cat(parts)
 
@@ -75,9 +71,7 @@ def make_views(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0] * flip, half[:, 1]
     theta[:, :, 2] = (2 * draw[:, 3:5] - 1) * (1 - half)
     places = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
-    unit = F.grid_sample(
-        pixels.float() / 255, places, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    unit = F.grid_sample(pixels.float() / 255, places, mode="bilinear", padding_mode="border", align_corners=False)
     matrix, offset = colour_matrices(count, generator)
     unit = (torch.bmm(matrix, unit.flatten(2)) + offset[..., None]).clamp(0, 1).view_as(unit)
     spots = F.affine_grid(theta, [count, 3, GRID, GRID], align_corners=False).flatten(1, 2)

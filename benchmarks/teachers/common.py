@@ -81,9 +81,7 @@ def orthogonalize(matrix: Tensor, rounds: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalized Nesterov momentum for weight matrices and (flattened) convolution kernels."""
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, decay: float = 0.0
-    ) -> None:
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.9, decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -162,10 +160,7 @@ class Progress:
 
 def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, processor: str) -> None:
     """Write config.json, model.safetensors (fp16) and preprocessor_config.json."""
-    weights = {
-        name: value.half() if value.is_floating_point() else value
-        for name, value in model.state_dict().items()
-    }
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     model.config.dtype = torch.float16
     model.save_pretrained(folder, state_dict=weights)
     settings = {
@@ -182,9 +177,7 @@ def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, 
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_card(
-    folder: Path, title: str, minutes: float, seed: int, terms: str, facts: dict[str, str]
-) -> None:
+def write_card(folder: Path, title: str, minutes: float, seed: int, terms: str, facts: dict[str, str]) -> None:
     """Write README.md: the model card of the teacher named like its folder."""
     script = f"benchmarks/teachers/{folder.name}"
     rows = {

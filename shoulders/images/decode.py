@@ -49,9 +49,7 @@ def decode(data: bytes, max_pixels: int, at_least: int | None = None) -> Tensor:
     return decode_with_size(data, max_pixels, at_least)[0]
 
 
-def decode_with_size(
-    data: bytes, max_pixels: int, at_least: int | None = None
-) -> tuple[Tensor, tuple[int, int]]:
+def decode_with_size(data: bytes, max_pixels: int, at_least: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """Like `decode`, with the (H, W) that the upright image has at full size."""
     if not data:
         raise Undecodable("empty file")

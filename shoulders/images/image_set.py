@@ -40,9 +40,7 @@ class Collection:
         self.labels = None if only is None else only.labels
         self.classes = None if only is None else only.classes
         ids = [
-            np.fromiter(
-                (image_id(key, source.name(index)) for index in range(len(source))), np.int64, len(source)
-            )
+            np.fromiter((image_id(key, source.name(index)) for index in range(len(source))), np.int64, len(source))
             for key, source in self.sources.items()
         ]
         self.ids = np.concatenate(ids)
@@ -122,9 +120,7 @@ class ImageSet:
         self.count = len(rest)
         for key, indices in self.training.items():
             if len(indices) == 0:
-                raise DataError(
-                    f"images.sources.{key}: no image is left to train on; add some, or leave it out"
-                )
+                raise DataError(f"images.sources.{key}: no image is left to train on; add some, or leave it out")
         counts = {key: len(indices) for key, indices in self.training.items()}
         self.quotas = quotas(counts, dict(shares))
         self._epoch: tuple[int, NDArray[np.int64]] | None = None

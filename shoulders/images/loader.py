@@ -39,7 +39,7 @@ def batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """This rank's part of the batches of steps [first_step, steps).
+    """This rank's part of the batches of steps [first_step, first_step + steps).
 
     Content depends neither on the number of workers nor on where a run was resumed. Step s is made of
     positions [s * batch, (s + 1) * batch) of the order of `ImageSet`; each rank has a contiguous slice. An
@@ -52,20 +52,19 @@ def batches(
         settings: views, scale, flip, max_pixels and workers are used.
         batch: images per step over all ranks.
         seed: of the views.
-        steps: of the whole run; one that is resumed goes on at ``first_step``.
+        first_step: where a resumed run goes on.
+        steps: how many batches.
 
     Raises:
         RecipeError: batch not divisible by world.
         DataError: an image could not be decoded, nor any of 20 others tried in its place.
     """
     if batch % world:
-        raise RecipeError(
-            f"train.batch={batch} cannot be shared by {world} ranks; make it a multiple of {world}"
-        )
+        raise RecipeError(f"train.batch={batch} cannot be shared by {world} ranks; make it a multiple of {world}")
     share = batch // world
 
     def wanted() -> Iterator[NDArray[np.int64]]:
-        for step in range(first_step, steps):
+        for step in range(first_step, first_step + steps):
             yield image_set.positions(step * batch + rank * share, share)
 
     views = _TrainingViews(image_set, sizes, settings, seed)
@@ -131,9 +130,7 @@ class _TrainingViews(Dataset[Rendered | DataError]):
                 return error  # raised by the main process: a worker would wrap it into a traceback
             ids[row] = identity = int(self.image_set.images.ids[used])
             number = visit if self.settings.views == "fresh" else visit % self.settings.views
-            view = random_view(
-                self.seed, identity, number, self.settings.scale, self.settings.flip, full_size
-            )
+            view = random_view(self.seed, identity, number, self.settings.scale, self.settings.flip, full_size)
             for size in self.sizes:
                 canvas[size][row] = render(pixels, view, size)
         return ids, canvas, None, tuple(skipped)

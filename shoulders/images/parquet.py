@@ -126,9 +126,7 @@ def _leaf(schema: Any, column: str) -> str:
         return column
     if str(kind).startswith("struct<") and kind.get_field_index("bytes") >= 0:
         return f"{column}.bytes"
-    raise RecipeError(
-        f"column {column!r} holds {kind}, an image column binary or a struct with bytes; set column"
-    )
+    raise RecipeError(f"column {column!r} holds {kind}, an image column binary or a struct with bytes; set column")
 
 
 def _refuse_paths_alone(path: str, metadata: Any, leaf: str) -> None:

@@ -33,9 +33,7 @@ def open_source(path: Path | str, column: str = "image") -> ImageSource:
     elif path.suffix.lower() == ".tar":
         source = Shards([path], [os.fsencode(path.name)])
     else:
-        raise RecipeError(
-            f"{path}: no source of images; give a folder, a .parquet or an uncompressed .tar file"
-        )
+        raise RecipeError(f"{path}: no source of images; give a folder, a .parquet or an uncompressed .tar file")
     if len(source) == 0:
         raise DataError(f"{path}: no images in it; looked for {' '.join(EXTENSIONS)}, .parquet and .tar")
     return source
@@ -45,9 +43,7 @@ def _open_folder(path: Path, column: str) -> ImageSource:
     try:
         files = sorted(walk(path))
     except OSError as error:
-        raise DataError(
-            f"{error.filename!r}: cannot be listed ({error.strerror}); give access to it"
-        ) from error
+        raise DataError(f"{error.filename!r}: cannot be listed ({error.strerror}); give access to it") from error
     images = [name for name in files if is_image_name(name)]
     tables = [name for name in files if name.lower().endswith(b".parquet")]
     shards = [name for name in files if name.lower().endswith(b".tar")]

@@ -31,7 +31,9 @@ def check_base(spec: Student, size: tuple[int, int]) -> None:
     patch = config.get("vision_config", config).get("patch_size", 16)
     if any(side % patch or side < patch for side in size):
         legal = tuple(max(patch, round(side / patch) * patch) for side in size)
-        raise RecipeError(f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {legal}")
+        raise RecipeError(
+            f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {legal}"
+        )
 
 
 def load_base(spec: Student) -> tuple[PreTrainedModel, Preprocessing]:

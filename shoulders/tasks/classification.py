@@ -66,9 +66,7 @@ def run(
     begun = time.perf_counter()
 
     def extracted(split: Split) -> Extracted:
-        return extract(
-            features_of, evaluation_batches(split.images, sizes, batch, split.indices, workers=workers)
-        )
+        return extract(features_of, evaluation_batches(split.images, sizes, batch, split.indices, workers=workers))
 
     train, test = extracted(splits.train), extracted(splits.test)
     val = None if splits.val is None else extracted(splits.val)
@@ -99,9 +97,7 @@ def extract(features_of: Callable[[Batch], Features], batches: Iterable[Batch]) 
         if not len(batch):
             continue
         if batch.labels is None:
-            raise DataError(
-                "classification needs labels, but these images have none: give images with labels"
-            )
+            raise DataError("classification needs labels, but these images have none: give images with labels")
         vectors.append(image_vectors(features_of(batch)).float().cpu())  # (B, C)
         labels.append(batch.labels.cpu())
         ids.append(batch.ids.cpu())
@@ -122,9 +118,7 @@ def image_vectors(features: Features) -> Tensor:
     return features.spatial.mean(1)
 
 
-def evaluate(
-    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int
-) -> list[Row]:
+def evaluate(train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int) -> list[Row]:
     """Fit on train, choose on val (or a tenth of train), score on test.
 
     A few-shot row is left out where a class has fewer training images than it asks for.

@@ -112,9 +112,7 @@ def _named_splits(path: Path, column: str) -> dict[str, Split]:
     if set(present) <= {"train"}:  # which may be a class of vehicles
         return {}
     if "train" not in present:
-        raise RecipeError(
-            f"{path}: holds {' and '.join(present)}, but no train to fit on; allowed are {LAYOUTS}"
-        )
+        raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; allowed are {LAYOUTS}")
     return {name: _labelled(place, name, open_source(place, column)) for name, place in present.items()}
 
 
@@ -142,9 +140,7 @@ def _count_classes(path: Path, splits: dict[str, Split]) -> int:
             )
         if names is None and seen[name] - seen["train"]:
             odd_labels = sorted(seen[name] - seen["train"])[:5]
-            raise DataError(
-                f"{path}: {name} has labels that train lacks: {odd_labels}; give every class to train"
-            )
+            raise DataError(f"{path}: {name} has labels that train lacks: {odd_labels}; give every class to train")
     highest = max(max(labels) for labels in seen.values())
     n_classes = highest + 1 if names is None else len(names)
     if highest >= n_classes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import cached_file, extract_commit_hash, logging
 
 from shoulders.errors import RecipeError
 from shoulders.recipe import TeacherSpec
@@ -25,6 +27,20 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 def fault(name: str, key: str, message: str) -> RecipeError:
     """The refusal of one key of one teacher, in one line."""
     return RecipeError(f"teachers.{name}.{key}: {message}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without its progress bar and its report of the head's weights, left out on purpose."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -64,7 +80,9 @@ def read_checkpoint(name: str, spec: TeacherSpec) -> Checkpoint:
     spec = spec.model_copy(update={"revision": revision})  # all further files come from the same commit
     family = _choose_family(name, spec, tree)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=family is REMOTE)
+        with quiet():
+            remote = family is REMOTE
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=remote)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise fault(name, "model", f"{spec.model!r}: config.json is not valid: {_line(error)}") from error
     image_config = getattr(config, family.part) if family.part else config
@@ -87,9 +105,7 @@ def _locate(name: str, spec: TeacherSpec) -> str:
     folder = Path(given).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise fault(
-                name, "model", f"{given!r} has no config.json; give a folder written by save_pretrained"
-            )
+            raise fault(name, "model", f"{given!r} has no config.json; give a folder written by save_pretrained")
         return str(folder)
     if folder.exists():
         raise fault(name, "model", f"{given!r} is not a folder; give the folder that holds config.json")
@@ -128,9 +144,7 @@ def _find(source: str, spec: TeacherSpec, file: str) -> Path | None:
 
 def _commit(source: str, spec: TeacherSpec) -> str | None:
     """The commit that a hub id was resolved to: the name of the cache folder that config.json came from."""
-    return (
-        None if Path(source).is_dir() else extract_commit_hash(str(_find(source, spec, "config.json")), None)
-    )
+    return None if Path(source).is_dir() else extract_commit_hash(str(_find(source, spec, "config.json")), None)
 
 
 def _read_json(name: str, spec: TeacherSpec, source: str, file: str) -> dict[str, Any] | None:
@@ -201,9 +215,7 @@ def _choose_taps(name: str, spec: TeacherSpec, family: Family, config: Any) -> t
         return family.taps.chosen(config)
     unknown = [tap for tap in spec.taps if tap not in names]
     if unknown or not spec.taps:
-        raise fault(
-            name, "taps", f"no tap {', '.join(unknown) or 'given'}; {spec.model!r} has {', '.join(names)}"
-        )
+        raise fault(name, "taps", f"no tap {', '.join(unknown) or 'given'}; {spec.model!r} has {', '.join(names)}")
     return tuple(dict.fromkeys(spec.taps))
 
 
@@ -229,9 +241,7 @@ def _preprocessing(name: str, spec: TeacherSpec, source: str, family: Family, co
 
 def _check_size(name: str, size: tuple[int, int], only: tuple[int, int] | None, step: int) -> None:
     if only is not None and size != only:
-        raise fault(
-            name, "size", f"{size[0]} x {size[1]} given, but this model takes only {only[0]} x {only[1]}"
-        )
+        raise fault(name, "size", f"{size[0]} x {size[1]} given, but this model takes only {only[0]} x {only[1]}")
     for side in size:
         below, above = side // step * step, -(-side // step) * step
         if side < 1 or below != above:

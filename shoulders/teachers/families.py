@@ -159,9 +159,7 @@ def _detector(model: str, taps: Taps, read: reads.Read, **fields: Any) -> Family
 
 
 def _sam2(model: str) -> Family:
-    return Family(
-        "segmenter", model, FPN, reads.read_sam2, part="vision_config", encoder="vision_encoder", multiple=32
-    )
+    return Family("segmenter", model, FPN, reads.read_sam2, part="vision_config", encoder="vision_encoder", multiple=32)
 
 
 FAMILIES: dict[str, Family] = {

@@ -13,12 +13,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
 from shoulders.recipe import TeacherSpec
-from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
+from shoulders.teachers.checkpoint import Checkpoint, fault, quiet, read_checkpoint
 from shoulders.teachers.families import REMOTE
 from shoulders.teachers.teacher import Teacher, check_answer
 
@@ -94,7 +93,7 @@ def _load_encoder(name: str, checkpoint: Checkpoint) -> nn.Module:
     model_class = getattr(transformers, family.model_by_architecture.get(architecture, family.model))
     where = f"teachers.{name}.model: {checkpoint.source!r}"
     try:
-        with _quiet():
+        with quiet():
             # float32 at once: weights are cast exactly, and tables computed at birth keep their precision
             model, report = model_class.from_pretrained(
                 checkpoint.source,
@@ -128,9 +127,7 @@ def _build_own(name: str, spec: TeacherSpec) -> Teacher:
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # it is the user's code: whatever it raises is reported as theirs
-            raise fault(
-                name, "module", f"importing {module_name} fails: {type(error).__name__}: {error}"
-            ) from error
+            raise fault(name, "module", f"importing {module_name} fails: {type(error).__name__}: {error}") from error
         function = getattr(module, function_name, None)
         if not callable(function):
             raise fault(name, "module", f"{module_name} has no function {function_name!r}")
@@ -139,9 +136,7 @@ def _build_own(name: str, spec: TeacherSpec) -> Teacher:
         except Exception as error:
             raise fault(name, "module", f"{spec.module} fails: {type(error).__name__}: {error}") from error
     if not isinstance(teacher, Teacher):
-        raise fault(
-            name, "module", f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}"
-        )
+        raise fault(name, "module", f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}")
     try:
         check_answer(teacher(torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))), 2)
         if spec.taps is None:
@@ -171,17 +166,3 @@ def _current_folder_importable() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no report of the head's weights, which are left out on purpose."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

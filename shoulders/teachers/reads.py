@@ -66,9 +66,7 @@ def ask_until_encoder(model: nn.Module, pixels: Tensor, deep: bool) -> Any:
 def ask_swinv2(model: Any, pixels: Tensor, deep: bool) -> Any:
     """Swin v2 with every stage at its own resolution, which Swinv2Model's forward has no option for."""
     tokens, grid = model.embeddings(pixels, interpolate_pos_encoding=True)
-    output = model.encoder(
-        tokens, grid, output_hidden_states=True, output_hidden_states_before_downsampling=True
-    )
+    output = model.encoder(tokens, grid, output_hidden_states=True, output_hidden_states_before_downsampling=True)
     tokens = model.layernorm(output.last_hidden_state)  # (B, N, C)
     return SimpleNamespace(
         last_hidden_state=tokens,

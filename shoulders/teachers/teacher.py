@@ -119,9 +119,7 @@ def check_answer(answer: Any, images: int) -> None:
             )
         for name, part in features.parts().items():
             if part.shape[0] != images:
-                raise RecipeError(
-                    f"tap {tap!r}: {name} has {part.shape[0]} rows for {images} images; B comes first"
-                )
+                raise RecipeError(f"tap {tap!r}: {name} has {part.shape[0]} rows for {images} images; B comes first")
             if not torch.isfinite(part).all():
                 raise RecipeError(f"tap {tap!r}: {name} is not finite; check weights and normalisation")
 
@@ -163,11 +161,7 @@ class Teachers(nn.Module):
     @property
     def taps(self) -> dict[str, Tap]:
         """What each ``"name/tap"`` gives."""
-        return {
-            f"{name}/{tap}": self._teacher(name).taps[tap]
-            for name, taps in self.chosen.items()
-            for tap in taps
-        }
+        return {f"{name}/{tap}": self._teacher(name).taps[tap] for name, taps in self.chosen.items() for tap in taps}
 
     def forward(self, batch: Batch) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ def fvu(latents: Tensor, targets: Tensor) -> float:
         targets: (n, P, C) of the same places.
 
     Both are standardized per channel with the statistics of the first half, so that no wide or loud channel
-    decides; the ridge is the best of ``RIDGES`` by generalised cross-validation on the first half.
+    decides; the ridge is the best of ``RIDGES`` between the two quarters of the first half.
     """
     half = len(latents) // 2
     x_fit, y_fit, x, y = (rows.flatten(0, 1).double() for rows in (
@@ -24,22 +26,19 @@ def fvu(latents: Tensor, targets: Tensor) -> float:
     ))  # fmt: skip
     x_fit, x = _standardized(x_fit, x)
     y_fit, y = _standardized(y_fit, y)
-    n = len(x_fit)
-    values, basis = torch.linalg.eigh(x_fit.T @ x_fit / n)  # (D,), (D, D)
-    values = values.clamp_min(0)
-    seen = basis.T @ (x_fit.T @ y_fit) / n  # (D, C), cross-covariance in the basis
-    variance = y_fit.square().sum() / n
+    middle = half // 2 * latents.shape[1]  # whole images on either side: places of one image are alike
+    one, other = (x_fit[:middle], y_fit[:middle]), (x_fit[middle:], y_fit[middle:])
+    maps = [(_ridge_maps(*one), other), (_ridge_maps(*other), one)]
+    residuals = {ridge: sum(float((x @ solve(ridge) - y).square().sum()) for solve, (x, y) in maps) for ridge in RIDGES}
+    best = min(RIDGES, key=lambda ridge: residuals[ridge])
+    return unexplained(x @ _ridge_maps(x_fit, y_fit)(best), y)
 
-    def gcv(ridge: float) -> float:
-        shrink = 1 / (values + ridge)
-        explained = ((2 * shrink - values * shrink**2)[:, None] * seen.square()).sum()
-        # one degree of freedom goes to the mean
-        freedom = 1 - ((values * shrink).sum() + 1) / n
-        return float((variance - explained) / freedom.clamp_min(1e-6) ** 2)
 
-    ridge = min(RIDGES, key=gcv)
-    weights = basis @ (seen / (values + ridge)[:, None])
-    return unexplained(x @ weights, y)
+def _ridge_maps(x: Tensor, y: Tensor) -> Callable[[float], Tensor]:
+    """For x (n, D) and y (n, C): ridge -> (D, C), from one decomposition."""
+    values, basis = torch.linalg.eigh(x.T @ x / len(x))  # (D,), (D, D)
+    cross = basis.T @ (x.T @ y) / len(x)  # (D, C)
+    return lambda ridge: basis @ (cross / (values.clamp_min(0) + ridge)[:, None])
 
 
 def unexplained(guess: Tensor, target: Tensor) -> float:

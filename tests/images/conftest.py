@@ -15,9 +15,7 @@ from PIL import Image
 def make_jpeg(number: int, size: tuple[int, int] = (48, 36)) -> bytes:
     """A smooth colour image of (width, height), different for each number."""
     random = np.random.default_rng(number)
-    image = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(
-        size, Image.Resampling.BICUBIC
-    )
+    image = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()

@@ -72,9 +72,7 @@ def test_orientation_and_draft_agree_on_the_full_size() -> None:
     assert (corners(pixels), size, tuple(pixels.shape)) == ("BRWG", (800, 600), (3, 200, 150))
 
 
-@pytest.mark.parametrize(
-    ("at_least", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)]
-)
+@pytest.mark.parametrize(("at_least", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)])
 def test_draft_never_goes_below(at_least: int | None, height: int) -> None:
     assert decode(encode(quadrants(800, 600), "JPEG"), CAP, at_least).shape[1] == height
     assert decode(encode(quadrants(800, 600), "PNG"), CAP, at_least).shape[1] == 600

@@ -74,9 +74,7 @@ def test_held_out_images_stay_when_others_are_added() -> None:
 def test_the_order_of_names_does_not_change_the_order_of_training() -> None:
     names = [f"{number}.jpg" for number in range(50)]
     first, other = (ImageSet({"a": Listed(order)}, {}, 0, 8) for order in (names, names[::-1]))
-    seen = [
-        [(images.images.name(i), visit) for i, visit in images.positions(0, 99)] for images in (first, other)
-    ]
+    seen = [[(images.images.name(i), visit) for i, visit in images.positions(0, 99)] for images in (first, other)]
     assert seen[0] == seen[1]
 
 
@@ -94,9 +92,7 @@ def test_one_source_is_the_usual_shuffled_epoch() -> None:
 
 def test_sources_keep_their_shares_and_visit_all_their_images_equally_often() -> None:
     images = ImageSet({"large": listed(900), "small": listed(100)}, {}, 0, 8)
-    assert images.quotas == quotas(
-        {"large": len(images.training["large"]), "small": len(images.training["small"])}, {}
-    )
+    assert images.quotas == quotas({"large": len(images.training["large"]), "small": len(images.training["small"])}, {})
     share = images.quotas["small"] / len(images)
     assert share == pytest.approx(np.sqrt(100) / (np.sqrt(100) + np.sqrt(900)), abs=0.02)
     counts: Counter[int] = Counter()

@@ -37,9 +37,7 @@ def run(
 ) -> list[Batch]:
     recipe = Images.model_validate({"workers": 0} | settings)
     return list(
-        batches(
-            images, SIZES, recipe, batch=8, seed=3, steps=steps, first_step=first_step, rank=rank, world=world
-        )
+        batches(images, SIZES, recipe, batch=8, seed=3, steps=steps, first_step=first_step, rank=rank, world=world)
     )
 
 
@@ -61,9 +59,9 @@ def test_workers_do_not_change_the_batches(folder: Path, workers: int) -> None:
 def test_resuming_takes_the_step_alone(folder: Path) -> None:
     whole = run(open_set(folder))
     for step in (1, 3, 5):  # 32 images train: step 4 begins the second epoch
-        assert_equal(whole[step:], run(open_set(folder), first_step=step))
-    assert_equal(whole[5:], run(open_set(folder), first_step=5, workers=2))
-    assert run(open_set(folder), first_step=8) == []
+        assert_equal(whole[step:], run(open_set(folder), first_step=step, steps=8 - step))
+    assert_equal(whole[5:], run(open_set(folder), first_step=5, steps=3, workers=2))
+    assert run(open_set(folder), first_step=8, steps=0) == []
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -79,9 +77,7 @@ def test_ranks_share_the_batch(folder: Path, world: int) -> None:
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:
-    with pytest.raises(
-        RecipeError, match=r"train\.batch=8 cannot be shared by 3 ranks; make it a multiple of 3"
-    ):
+    with pytest.raises(RecipeError, match=r"train\.batch=8 cannot be shared by 3 ranks; make it a multiple of 3"):
         run(open_set(folder), world=3)
 
 
@@ -102,9 +98,7 @@ def test_what_a_batch_holds(folder: Path) -> None:
 
 def test_bad_images_are_replaced_and_reported(folder: Path) -> None:
     images = open_set(folder)
-    training = {
-        images.images.name(index): int(images.images.ids[index]) for index in images.training["images"]
-    }
+    training = {images.images.name(index): int(images.images.ids[index]) for index in images.training["images"]}
     bad = {"07.jpg", "21.jpg"} & set(training)
     assert bad, "the names in the fixture have to be such that a bad one trains"
     epochs = run(images, steps=8)

@@ -25,10 +25,7 @@ WriteTar = Callable[[Path, dict[str, bytes]], None]
 
 @pytest.fixture
 def files(jpeg: Callable[..., bytes]) -> dict[str, bytes]:
-    return {
-        f"{kind}/{number}.jpg": jpeg(number)
-        for number, kind in enumerate(["cat", "cat", "ant", "dog", "ant"])
-    }
+    return {f"{kind}/{number}.jpg": jpeg(number) for number, kind in enumerate(["cat", "cat", "ant", "dog", "ant"])}
 
 
 def write_folder(root: Path, files: dict[str, bytes]) -> Path:
@@ -38,15 +35,11 @@ def write_folder(root: Path, files: dict[str, bytes]) -> Path:
     return root
 
 
-def write_parquet(
-    path: Path, files: dict[str, bytes], binary: bool = False, classes: tuple[str, ...] = ()
-) -> Path:
+def write_parquet(path: Path, files: dict[str, bytes], binary: bool = False, classes: tuple[str, ...] = ()) -> Path:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
-    images = (
-        list(files.values()) if binary else [{"bytes": data, "path": name} for name, data in files.items()]
-    )
+    images = list(files.values()) if binary else [{"bytes": data, "path": name} for name, data in files.items()]
     kind = pa.binary() if binary else pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {"image": pa.array(images, kind)}
     if classes:
@@ -71,9 +64,7 @@ def labels(source: ImageSource) -> list[int | None]:
 
 
 def test_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
-    root = write_folder(
-        tmp_path / "photos", files | {"cat/notes.txt": b"", "cat/._0.jpg": b"", ".trash/x.jpg": b""}
-    )
+    root = write_folder(tmp_path / "photos", files | {"cat/notes.txt": b"", "cat/._0.jpg": b"", ".trash/x.jpg": b""})
     source = open_source(root)
     assert names(source) == ["ant/2.jpg", "ant/4.jpg", "cat/0.jpg", "cat/1.jpg", "dog/3.jpg"]
     assert contents(source) == [files[name] for name in names(source)]
@@ -81,9 +72,7 @@ def test_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
     assert labels(source) == [0, 0, 1, 1, 2]
 
 
-def test_names_and_order_do_not_depend_on_where_the_folder_lies(
-    tmp_path: Path, files: dict[str, bytes]
-) -> None:
+def test_names_and_order_do_not_depend_on_where_the_folder_lies(tmp_path: Path, files: dict[str, bytes]) -> None:
     here = open_source(write_folder(tmp_path / "a", files))
     there = open_source(write_folder(tmp_path / "b" / "c", dict(reversed(files.items()))))
     assert names(here) == names(there) and contents(here) == contents(there)
@@ -169,9 +158,7 @@ def test_only_regular_members_are_images(tmp_path: Path, files: dict[str, bytes]
 
 
 @pytest.mark.parametrize("fault", ["cut", "header", "compressed", "claims a terabyte"])
-def test_damaged_tar_files_are_refused(
-    tmp_path: Path, files: dict[str, bytes], tar: WriteTar, fault: str
-) -> None:
+def test_damaged_tar_files_are_refused(tmp_path: Path, files: dict[str, bytes], tar: WriteTar, fault: str) -> None:
     path = tmp_path / "a.tar"
     tar(path, {name.replace("/", "_"): data for name, data in files.items()})
     data = bytearray(path.read_bytes())
@@ -205,9 +192,7 @@ def test_the_three_kinds_give_the_same_images(tmp_path: Path, files: dict[str, b
         assert contents(pickle.loads(pickle.dumps(source))) == contents(source) == list(ordered.values())  # noqa: S301
 
 
-def test_what_cannot_be_opened_says_what_to_do(
-    tmp_path: Path, files: dict[str, bytes], tar: WriteTar
-) -> None:
+def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "photo.jpg").write_bytes(b"x")
     mixed = write_folder(tmp_path / "mixed", files)
@@ -248,9 +233,7 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
         f"open_source({str(tmp_path / 'a.parquet')!r})"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert 'pip install "shoulders[data]"' in result.stderr
 
 

@@ -58,9 +58,7 @@ SAM2_VISION = {
 
 
 def swin(config: type = hf.SwinConfig, **more: Any) -> Any:
-    return config(
-        image_size=64, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, **more
-    )
+    return config(image_size=64, embed_dim=8, depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, **more)
 
 
 def resnet(*outputs: str) -> Any:

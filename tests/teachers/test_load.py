@@ -218,9 +218,7 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("revision", [None, "main", "abc123"])
 def test_remote_code_of_the_hub_needs_a_commit(revision: str | None) -> None:
     spec = TeacherSpec(model="someone/something", trust_remote_code=True, revision=revision)
-    assert refusal(spec).startswith(
-        "teachers.t.revision: remote code runs only at a fixed commit; give 40 hex"
-    )
+    assert refusal(spec).startswith("teachers.t.revision: remote code runs only at a fixed commit; give 40 hex")
 
 
 OWN = """
