@@ -42,7 +42,7 @@ _HOME = {
     "ShouldersConfig": "model", "ShouldersModel": "model", "Teacher": "teachers", "load": "model",
     "read_recipe": "recipe",
 }  # fmt: skip
-_AUTO = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+_AUTO = "transformers.models.auto.configuration_auto"
 
 
 def __getattr__(name: str) -> Any:
@@ -51,35 +51,50 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'shoulders' has no attribute {name!r}")
 
 
-class _RegisterAfter(MetaPathFinder):
-    """Registers the student right after transformers' Auto classes are imported; does nothing else."""
+class _RegisterAfterTransformers(MetaPathFinder):
+    """Registers the student once transformers' Auto classes are imported, at the first moment when no module of
+    either package is half imported; then it is gone."""
+
+    def __init__(self) -> None:
+        self.underway = 0
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in _AUTO:
+        if not name.startswith(("transformers.", "shoulders.")):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Counted(spec.loader, self)
         return spec
 
+    def done(self) -> None:
+        """A module of either package is imported."""
+        if self.underway == 0 and _AUTO in sys.modules and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            importlib.import_module("shoulders.model")
 
-class _Registering(Loader):
-    """A module's own loader, and then the registration."""
 
-    def __init__(self, loader: Loader):
-        self.loader = loader
+class _Counted(Loader):
+    """A module's own loader, which tells when it begins and when it is done."""
+
+    def __init__(self, loader: Loader, whom: _RegisterAfterTransformers):
+        self.loader, self.whom = loader, whom
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        # the modelling half imports the configuration half: where it has only begun, wait for its end
-        if module.__name__ == _AUTO[1] or _AUTO[1] not in sys.modules:
-            importlib.import_module("shoulders.model")
+        self.whom.underway += 1
+        try:
+            self.loader.exec_module(module)
+        finally:
+            self.whom.underway -= 1
+        self.whom.done()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # get_source, get_data: whatever else a loader can
 
 
-if _AUTO[0] in sys.modules:
+if _AUTO in sys.modules:
     importlib.import_module("shoulders.model")
 else:
-    sys.meta_path.insert(0, _RegisterAfter())
+    sys.meta_path.insert(0, _RegisterAfterTransformers())

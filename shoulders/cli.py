@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoulders.errors import RecipeError, ShouldersError
+from shoulders.errors import RecipeError, ShouldersError, SpaceError
 
 app = typer.Typer(
     help="Build a vision foundation model from models instead of labels.",
@@ -107,6 +108,14 @@ def main() -> None:
     except ShouldersError as error:
         print(f"shoulders: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"shoulders: {error.filename or 'the disk'}: no space left; make room and go on with --resume",
+            file=sys.stderr,
+        )
+        sys.exit(SpaceError.exit_code)
 
 
 def _print_table(titles: list[str], rows: list[list[str]]) -> None:

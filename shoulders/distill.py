@@ -10,9 +10,8 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,15 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shoulders.checkpoint import checkpoints, load_newest, save_checkpoint, write_folder, write_text
 from shoulders.errors import NumericError, RecipeError, Stopped
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, Skipped
 from shoulders.heldout import HeldOut
-from shoulders.hub import licence_of
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_source
 from shoulders.journal import Journal
 from shoulders.learner import Learner, Optimization
-from shoulders.model import ShouldersModel, build_student, student_config
-from shoulders.ranks import Rank, join
-from shoulders.recipe import Recipe, Train, as_size, check_resumed, dump_recipe
+from shoulders.model import ShouldersModel, build_student, save_student, student_config
+from shoulders.ranks import Rank, join, signals, use_bf16
+from shoulders.recipe import Recipe, as_size, check_resumed, dump_recipe
 from shoulders.student.base import check_base, load_base
 from shoulders.teachers import Teacher, Teachers, check_teacher, load_teacher
 from shoulders.transfer.objective import BASE
@@ -64,7 +62,7 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         images = _open_images(recipe)
         teachers = Teachers(
             {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own or {}),
-            bf16=use_bf16(recipe.train, rank.device),
+            bf16=use_bf16(recipe.train.precision, rank.device),
         ).to(rank.device)
         torch.manual_seed(recipe.train.seed)
         learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
@@ -75,7 +73,7 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
             "seconds": time.perf_counter() - started,
         } | measures
         if rank.is_main:
-            write_folder(recipe.out / "student", learner.student.save_pretrained)
+            write_folder(recipe.out / "student", partial(save_student, learner.student))
             write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(images.heldout)), indent=1))
         rank.barrier()
         return summary
@@ -125,8 +123,9 @@ class Run:
         self.optimization = Optimization(learner, recipe.train)
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
-        parallel = DistributedDataParallel(learner) if rank.world > 1 else learner
-        self.forward = torch.compile(parallel) if recipe.train.compile else parallel
+        self.parallel = DistributedDataParallel(learner) if rank.world > 1 else None
+        module = self.parallel or learner
+        self.forward = torch.compile(module) if recipe.train.compile else module
 
     def train(self, resume: bool) -> dict[str, float]:
         """From the first step, or the newest checkpoint, to the last. Returns the last held-out measures."""
@@ -139,8 +138,8 @@ class Run:
         heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
         measures = self._evaluate(heldout, journal, first) if first in (0, train.steps) else {}
         stream = self._batches(first, train.steps, rank.index, rank.world)
-        skipped = []
-        with _signals() as asked:
+        skipped: list[Skipped] = []
+        with signals() as asked:
             for step, batch in enumerate(stream, first + 1):
                 loss, terms, norm = self._step(step, batch)
                 journal.advance(train.batch)
@@ -197,13 +196,15 @@ class Run:
 
     def _batches(self, first: int, steps: int, rank: int, world: int) -> Iterator[Batch]:
         """A rank's part of the training batches of steps (first, steps]."""
-        return batches(self.images, self.sizes, batch=self.recipe.train.batch, settings=self.recipe.images,
-                       seed=self.recipe.train.seed, first_step=first, steps=steps - first, rank=rank, world=world)  # fmt: skip
+        train = self.recipe.train
+        return batches(self.images, self.sizes, self.recipe.images, batch=train.batch, seed=train.seed,
+                       first_step=first, steps=steps - first, rank=rank, world=world)  # fmt: skip
 
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
-        return evaluation_batches(self.images.images, self.sizes, batch=self.recipe.train.batch,
-                                  indices=self.images.heldout, workers=how.workers, max_pixels=how.max_pixels)  # fmt: skip
+        return evaluation_batches(
+            self.images.images, self.sizes, self.recipe.train.batch, self.images.heldout, how.workers, how.max_pixels
+        )
 
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
@@ -257,8 +258,7 @@ class Run:
 
     def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
         """DDP averages the gradients of a step once, in its last part."""
-        held = isinstance(self.forward, DistributedDataParallel) and not last
-        return self.forward.no_sync() if held else nullcontext()  # type: ignore[union-attr]
+        return nullcontext() if self.parallel is None or last else self.parallel.no_sync()
 
 
 def _open_images(recipe: Recipe) -> ImageSet:
@@ -270,47 +270,14 @@ def _open_images(recipe: Recipe) -> ImageSet:
 
 def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
-    base, pixels = load_base(recipe.student)
+    base = load_base(recipe.student)
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
-    whose = {
-        name: {"source": t.source, "revision": t.revision, "licence": t.licence}
-        for name, t in teachers.teachers.items()
-    }
+    whose = teachers.whose()
     if recipe.transfer.preserve:
-        taps[f"{BASE}/latent"] = Widths(base.config.hidden_size, base.config.hidden_size)
-    whose[BASE] = {
-        "source": recipe.student.base,
-        "revision": recipe.student.revision,
-        "licence": licence_of(recipe.student.base),
-    }
-    return build_student(base, student_config(recipe, base, pixels.mean, pixels.std, whose, taps))
-
-
-def use_bf16(train: Train, device: torch.device) -> bool:
-    """Whether this run computes in bfloat16: where the hardware has it, unless the recipe says otherwise."""
-    if train.precision != "auto":
-        return train.precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put themselves into; a second one ends the process at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        taps[f"{BASE}/latent"] = Widths(base.model.config.hidden_size, base.model.config.hidden_size)
+    whose[BASE] = {"source": recipe.student.base, "revision": base.revision, "licence": base.licence}
+    pixels = base.preprocessing
+    return build_student(base.model, student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps))
 
 
 def _rows(summary: Mapping[str, Any], n: int) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ class Learner(nn.Module):
         self.distance = distance(how.distance, how.cosine_share)
         self.settings = Settings(how.preserve, how.t2s, how.t2s_weight, how.t2s_gradient)
         self.kind = how.balance
-        self.shares = [teacher.weight for teacher in recipe.teachers.values()]
+        self.shares: list[float] = [teacher.weight for teacher in recipe.teachers.values()]
 
     def forward(
         self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor
@@ -57,7 +57,7 @@ class Learner(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def _balance(self, losses: Tensor, coins: Tensor) -> Tensor:
-        kinds = {
+        kinds: dict[str, Callable[[Tensor], Tensor]] = {
             "uniform": balance.uniform,
             "fixed": partial(balance.fixed, shares=self.shares),
             "dropping": partial(balance.dropping, coins=coins),
@@ -74,7 +74,7 @@ class Optimization:
         self.learns = learner.learns()
         matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
         others = [p for name, p in self.learns.items() if name not in matrices]
-        groups = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW(
             groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
         )

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 import shoulders.student.encoder as encoder
 from shoulders.errors import DataError
 from shoulders.features import Features
+from shoulders.hub import quiet
 from shoulders.recipe import Recipe, as_size
 from shoulders.transfer.projectors import Projector, Widths, key
 from shoulders.transfer.standardize import TapStandardizer
@@ -103,6 +104,9 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         wrong = "; ".join(f"{len(keys)} {name} such as {keys[0]}" for name, keys in faults.items() if keys)
         if wrong:
             raise DataError(f"{args[0] if args else cls.__name__}: the weights do not fit this model: {wrong}")
+        for part in model.modules():
+            if isinstance(part, encoder.Encoder):
+                part.base.requires_grad_(False)  # transformers makes every loaded weight trainable
         return (model, info) if want_info else model
 
 
@@ -158,7 +162,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
         return self.standardizers[key(tap)]  # type: ignore[return-value]
 
 
-class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):  # type: ignore[misc]
+class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
     """The student as a backbone for transformers' heads: one map (B, D, H, W) per place in ``out_features``."""
 
     has_attentions = False
@@ -205,6 +209,23 @@ def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersMo
     return student
 
 
+def save_student(student: ShouldersModel, folder: Path) -> None:
+    """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it."""
+    with quiet():
+        student.save_pretrained(folder)
+    rows = [f"| {name} | {facts['source']} | {facts['licence']} |" for name, facts in student.config.teachers.items()]
+    h, w = student.config.image_size
+    card = [
+        "---", "library_name: transformers", "tags: [shoulders]", "---", "# A student made with shoulders", "",
+        f"Trained at {h} x {w} px; takes pixels in [0, 1] of any multiple of {student.encoder.patch_size} px.", "",
+        "```python", "import shoulders", 'student = shoulders.load("this/folder")',
+        "latent = student(pixels).latent  # Features(summary, spatial, grid)", "```", "",
+        "It holds what these models know; the licences of all of them bind it.", "",
+        "| teacher | source | licence |", "|---|---|---|", *rows,
+    ]  # fmt: skip
+    (folder / "README.md").write_text("\n".join(card) + "\n")
+
+
 def load(path: Path | str) -> ShouldersModel:
     """Load a student from its folder or from the run folder that holds it as ``student/``, in evaluation mode.
 
@@ -215,7 +236,8 @@ def load(path: Path | str) -> ShouldersModel:
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
         raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
-    return ShouldersModel.from_pretrained(folder).eval()
+    with quiet():
+        return ShouldersModel.from_pretrained(folder).eval()
 
 
 def register() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -81,3 +83,31 @@ def join(timeout_s: int = 120) -> Iterator[Rank]:
 def this_device(local: int = 0) -> torch.device:
     """The GPU of this process where there is one, else the CPU."""
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16: with ``auto``, where the hardware has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    ask = getattr(torch.cpu, "get_capabilities", None)  # older torch cannot tell
+    capabilities = ask() if ask else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT put themselves into; a second one ends the process at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

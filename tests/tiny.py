@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ BASE_CONFIGS: dict[str, Callable[[], Any]] = {
 ADAPTERS: list[dict[str, Any]] = [{"kind": "bottleneck", "width": 8}, {"kind": "lora", "rank": 4, "alpha": 8.0}]
 
 
+def _takes_32_px(folder: Path) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 32, "width": 32}}))
+    return folder
+
+
 def save_base(folder: Path, kind: str = "dinov2") -> Path:
     """A random base in transformers format."""
     torch.manual_seed(0)
@@ -37,7 +43,7 @@ def save_convnext(folder: Path, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     config = transformers.ConvNextConfig(depths=[1, 1], hidden_sizes=[8, 16], num_stages=2, image_size=32, patch_size=2)
     transformers.ConvNextModel(config).save_pretrained(folder)
-    return folder
+    return _takes_32_px(folder)
 
 
 def save_segformer(folder: Path) -> Path:
@@ -48,7 +54,7 @@ def save_segformer(folder: Path) -> Path:
         patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], image_size=32,
     )  # fmt: skip
     transformers.SegformerModel(config).half().save_pretrained(folder)
-    return folder
+    return _takes_32_px(folder)
 
 
 def save_images(folder: Path, count: int, classes: int = 0) -> Path:

@@ -207,5 +207,9 @@ def _as_it_is(rendered: Any) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Ctrl-C reaches the whole process group; it is the main process that decides what happens then."""
+    """Signals may reach the whole process group; it is the main process that decides what happens then.
+
+    A worker ends when it is told to over its queue, or when it finds the main process gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,7 +6,7 @@ names: with ``enabled = False`` the hooks step aside and the base answers alone,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -98,7 +98,8 @@ def lora(blocks: nn.ModuleList, d: int, rank: int, alpha: float) -> Adapter:
     return PerBlock({name: LowRank(layer, rank, alpha) for name, layer in linears.items()})
 
 
-ADAPTERS = {"bottleneck": bottleneck, "lora": lora}
+# each: (blocks of the base, their width, its own settings) -> adapter
+ADAPTERS: dict[str, Callable[..., Adapter]] = {"bottleneck": bottleneck, "lora": lora}
 
 
 def build_adapter(kind: str, blocks: nn.ModuleList, d: int, **settings: Any) -> Adapter:

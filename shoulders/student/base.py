@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import transformers
-from transformers import PreTrainedModel
 
 from shoulders.errors import RecipeError
-from shoulders.hub import IMAGENET, Preprocessing, load_strict, read_config, read_preprocessing
-from shoulders.recipe import Student
+from shoulders.hub import (
+    HALF,
+    IMAGENET,
+    Preprocessing,
+    Pretrained,
+    check_weights,
+    licence_of,
+    load_strict,
+    open_pretrained,
+    read_config,
+    read_preprocessing,
+)
+from shoulders.recipe import Student, as_size
 from shoulders.student.encoder import BASES
 
-# full image-text checkpoints: the base is their image tower
-TOWERS = {"siglip": "siglip_vision_model"}
+# full image-text checkpoints: the base is the image tower that this part of the config describes
+TOWERS = {"siglip": "vision_config"}
+# normalisation of those that were not trained with ImageNet's, where a folder does not state its own
+STATS = {"siglip_vision_model": HALF, "vit": HALF}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base.
+
+    Args:
+        model: in float32, in evaluation mode.
+        preprocessing: its own pixel normalisation.
+        licence: as its card states it, or "unknown".
+        revision: the commit that a hub id was resolved to; None for a folder.
+    """
+
+    model: transformers.PreTrainedModel
+    preprocessing: Preprocessing
+    licence: str
+    revision: str | None
 
 
 def check_base(spec: Student, size: tuple[int, int]) -> None:
     """What can be known before weights load: the family is supported and the size fits its patches.
 
+    Args:
+        size: (h, w) in px that the student is trained at.
+
     Raises:
         RecipeError: one line with the fix.
     """
-    config = read_config(spec.base, spec.revision, "student.base")
-    kind = _kind(config)
-    if kind not in BASES:
-        raise RecipeError(
-            f"student.base: {spec.base!r} is a {kind}; a base is one of {', '.join(sorted([*BASES, *TOWERS]))}"
-        )
-    patch = config.get("vision_config", config).get("patch_size", 16)
+    pretrained, config = _open(spec)
+    _preprocessing(pretrained, config)
+    patch = config.patch_size
     if any(side % patch or side < patch for side in size):
         legal = tuple(max(patch, round(side / patch) * patch) for side in size)
         raise RecipeError(
@@ -36,18 +64,31 @@ def check_base(spec: Student, size: tuple[int, int]) -> None:
         )
 
 
-def load_base(spec: Student) -> tuple[PreTrainedModel, Preprocessing]:
+def load_base(spec: Student) -> Base:
     """The pretrained base with its own normalisation.
 
     Raises:
-        DataError: if a weight is missing.
+        RecipeError: the recipe's base cannot work; see :func:`check_base`.
+        DataError: if a weight is missing, or the weights are broken.
     """
-    family = BASES[_kind(read_config(spec.base, spec.revision, "student.base"))]
-    model_class = getattr(transformers, family.model)
-    model = load_strict(model_class, spec.base, spec.revision, where="student.base", **family.build)
-    return model.eval(), read_preprocessing(spec.base, spec.revision) or Preprocessing(None, *IMAGENET)
+    pretrained, config = _open(spec)
+    family = BASES[config.model_type]
+    model = load_strict(pretrained, getattr(transformers, family.model), config, **family.build)
+    return Base(model.eval(), _preprocessing(pretrained, config), licence_of(pretrained), pretrained.revision)
 
 
-def _kind(config: dict[str, Any]) -> str:
-    kind = config.get("model_type", "model without model_type")
-    return TOWERS.get(kind, kind)
+def _open(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:
+    """The base's files and the config of its image encoder, after the checks that need no size."""
+    pretrained = open_pretrained("student.base", spec.base, spec.revision)
+    kind = pretrained.tree.get("model_type")
+    if kind not in (*BASES, *TOWERS):
+        allowed = ", ".join(sorted([*BASES, *TOWERS]))
+        raise pretrained.fault(f"is of model type {kind!r}, which cannot carry a student; a base is one of {allowed}")
+    config = read_config(pretrained)
+    check_weights(pretrained)
+    return pretrained, getattr(config, TOWERS[kind]) if kind in TOWERS else config
+
+
+def _preprocessing(pretrained: Pretrained, config: transformers.PreTrainedConfig) -> Preprocessing:
+    stats = STATS.get(config.model_type, IMAGENET)
+    return read_preprocessing(pretrained, Preprocessing(as_size(config.image_size), *stats))

@@ -44,7 +44,9 @@ BASES = {
     "dinov2_with_registers": BaseFamily(
         "Dinov2WithRegistersModel", "encoder.layer", "layernorm", lambda c: 1 + c.num_register_tokens, _class_token
     ),
-    "dinov3_vit": BaseFamily("DINOv3ViTModel", "model.layer", "norm", lambda c: 1 + c.num_register_tokens, _class_token),
+    "dinov3_vit": BaseFamily(
+        "DINOv3ViTModel", "model.layer", "norm", lambda c: 1 + c.num_register_tokens, _class_token
+    ),
     "siglip_vision_model": BaseFamily(
         "SiglipVisionModel", "encoder.layers", "post_layernorm", lambda config: 0, _attention_pool,
         forward={"interpolate_pos_encoding": True},
@@ -76,7 +78,7 @@ class Encoder(nn.Module):
         self.width: int = base.config.hidden_size
         self.patch_size: int = base.config.patch_size
         self.prefix = self.family.prefix(base.config)
-        self.depth = len(base.get_submodule(self.family.blocks))  # type: ignore[arg-type]
+        self.depth = len(base.get_submodule(self.family.blocks))
         self.adapter = build_adapter(blocks=base.get_submodule(self.family.blocks), d=self.width, **adapter)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
@@ -101,7 +103,7 @@ class Encoder(nn.Module):
         found = {"latent": Features(self.family.summary(tokens, self.base), tokens[:, self.prefix :], grid)}
         for block in blocks:
             inside = hidden[block + 1]  # (B, prefix + N, D), before the final norm
-            summary = inside[:, 0] if self.prefix else None
+            summary = inside[:, 0] if self.prefix else inside.mean(1)  # SigLIP has no CLS token
             found[f"block{block}"] = Features(summary, inside[:, self.prefix :], grid)
         return {place: found[place] for place in places}
 

@@ -7,13 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from shoulders.hub import HALF, IMAGENET, PixelStats
 from shoulders.teachers import reads
 
-Triple = tuple[float, float, float]
-PixelStats = tuple[Triple, Triple]
-
-IMAGENET: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP: PixelStats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RAW: PixelStats = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 

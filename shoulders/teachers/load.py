@@ -11,13 +11,13 @@ from importlib.util import find_spec
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
+from shoulders.hub import load_strict
 from shoulders.recipe import TeacherSpec
-from shoulders.teachers.checkpoint import Checkpoint, fault, quiet, read_checkpoint
+from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
 from shoulders.teachers.families import REMOTE
 from shoulders.teachers.teacher import Teacher, check_answer
 
@@ -72,49 +72,34 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
         check_teacher(name, spec)
         return _build_own(name, spec)
     checkpoint = read_checkpoint(name, spec)
+    source = checkpoint.pretrained.source
     try:
         return Teacher(
-            Encoder(_load_encoder(name, checkpoint), checkpoint),
+            Encoder(_load_encoder(checkpoint), checkpoint),
             size=checkpoint.preprocessing.size,
             mean=checkpoint.preprocessing.mean,
             std=checkpoint.preprocessing.std,
             licence=checkpoint.licence,
-            source=checkpoint.source,
-            revision=checkpoint.revision,
+            source=source,
+            revision=checkpoint.pretrained.revision,
         )
     except RecipeError as error:
-        raise DataError(f"teachers.{name}.model: {checkpoint.source!r}: {error}") from error
+        raise DataError(f"teachers.{name}.model: {source!r}: {error}") from error
 
 
-def _load_encoder(name: str, checkpoint: Checkpoint) -> nn.Module:
+def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
     """The part of the checkpoint's model that is asked, strictly loaded."""
     family = checkpoint.family
     architecture = (checkpoint.config.architectures or [""])[0]
-    model_class = getattr(transformers, family.model_by_architecture.get(architecture, family.model))
-    where = f"teachers.{name}.model: {checkpoint.source!r}"
-    try:
-        with quiet():
-            # float32 at once: weights are cast exactly, and tables computed at birth keep their precision
-            model, report = model_class.from_pretrained(
-                checkpoint.source,
-                config=checkpoint.image_config if family.part and not family.encoder else checkpoint.config,
-                revision=checkpoint.revision,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=family is REMOTE,
-                **family.options,
-            )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        why = " ".join(str(error).split())
-        raise DataError(f"{where}: weights cannot be read as {model_class.__name__}: {why}") from error
-    kept = f"{family.encoder}." if family.encoder else ""
-    dropped = (*family.absent, *(f"{path}." for path in family.unused))
-    needed = [key for key in report["missing_keys"] if key.startswith(kept)]
-    missing = sorted(key for key in needed if not key.startswith(dropped))
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(f"{where}: the weights lack {', '.join(missing[:3])}{more} of {model_class.__name__}")
+    model = load_strict(
+        checkpoint.pretrained,
+        getattr(transformers, family.model_by_architecture.get(architecture, family.model)),
+        checkpoint.image_config if family.part and not family.encoder else checkpoint.config,
+        inside=f"{family.encoder}." if family.encoder else "",
+        apart_from=(*family.absent, *(f"{path}." for path in family.unused)),
+        remote_code=family is REMOTE,
+        **family.options,
+    )
     for path in family.unused:
         setattr(model, path, nn.Identity())
     return model.get_submodule(family.encoder)

@@ -163,6 +163,14 @@ class Teachers(nn.Module):
         """What each ``"name/tap"`` gives."""
         return {f"{name}/{tap}": self._teacher(name).taps[tap] for name, taps in self.chosen.items() for tap in taps}
 
+    def whose(self) -> dict[str, dict[str, str | None]]:
+        """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, licence}}``."""
+        each = {name: self._teacher(name) for name in self.chosen}
+        return {
+            name: {"source": teacher.source, "revision": teacher.revision, "licence": teacher.licence}
+            for name, teacher in each.items()
+        }
+
     def forward(self, batch: Batch) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32.
 

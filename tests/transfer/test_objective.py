@@ -109,7 +109,7 @@ def test_t2s_each_adds_every_teachers_guess_of_the_normalised_latent(scene) -> N
         for tap, f in taught.items():
             mine = by_teacher.setdefault(tap.split("/")[0], [])
             for part, x in align(f, (4, 4)).parts().items():
-                first, _, second = guess.taps[tap.replace("/", "-")][part]  # type: ignore[index,misc]
+                first, _, second = guess.taps[tap.replace("/", "-")][part]  # type: ignore[index]
                 hidden = x[image] @ first.weight.T + first.bias
                 hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
                 out = hidden @ second.weight.T + second.bias

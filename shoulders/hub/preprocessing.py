@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoulders.hub.files import Pretrained, read_json
+
 Triple = tuple[float, ...]
+PixelStats = tuple[Triple, Triple]  # mean and std
+
+IMAGENET: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -23,7 +29,20 @@ class Preprocessing:
     std: Triple
 
 
-def read_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
+def read_preprocessing(pretrained: Pretrained, default: Preprocessing) -> Preprocessing:
+    """What a model says of its pixels, and ``default`` where it says nothing.
+
+    Raises:
+        RecipeError: if it cannot be understood.
+    """
+    trees = (read_json(pretrained, file) for file in FILES)
+    try:
+        return parse_preprocessing(next((tree for tree in trees if tree), {}), default)
+    except ValueError as error:
+        raise pretrained.fault(f"has a {' or '.join(FILES)} that cannot be used: {error}") from error
+
+
+def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
     """What a preprocessor_config.json (or the image part of a processor_config.json) says.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoulders.teachers.preprocessing import Preprocessing, read_preprocessing
+from shoulders.hub.preprocessing import Preprocessing, parse_preprocessing
 
 DEFAULT = Preprocessing((224, 224), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
@@ -30,7 +30,7 @@ DEFAULT = Preprocessing((224, 224), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     ],
 )
 def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
-    assert read_preprocessing(tree, DEFAULT).size == size
+    assert parse_preprocessing(tree, DEFAULT).size == size
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
 )
 def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]) -> None:
     bytes_ = torch.randint(0, 256, (3, 4, 4)).float()
-    told = read_preprocessing(tree, DEFAULT)
+    told = parse_preprocessing(tree, DEFAULT)
 
     # the steps of an image processor, one by one
     expected = bytes_
@@ -82,4 +82,4 @@ def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
 )
 def test_what_cannot_be_read_is_refused(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_preprocessing(tree, DEFAULT)
+        parse_preprocessing(tree, DEFAULT)

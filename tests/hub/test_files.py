@@ -1,0 +1,69 @@
+"""All files of a hub model come from one commit, and its card says under which licence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from shoulders.errors import RecipeError
+from shoulders.hub import Pretrained, find, licence_of, open_pretrained, read_json
+
+OLD, NEW = "0123456789" * 4, "abcdef0123" * 4
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cached repository someone/something at two commits; its branch main stands at the old one."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--something"
+    for commit in (OLD, NEW):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        for file in ("config.json", "other.json"):
+            (repository / "snapshots" / commit / file).write_text(json.dumps({"commit": commit}))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(OLD)
+    return repository
+
+
+@pytest.mark.parametrize("revision", [None, "main", OLD])
+def test_all_files_come_from_the_commit_of_the_first(hub_cache: Path, revision: str | None) -> None:
+    pretrained = open_pretrained("student.base", "someone/something", revision)
+    (hub_cache / "refs" / "main").write_text(NEW)  # somebody pushes
+    assert pretrained == Pretrained("student.base", "someone/something", OLD, {"commit": OLD})
+    assert read_json(pretrained, "other.json") == {"commit": OLD}
+    assert find(pretrained, "nothing.json") is None and read_json(pretrained, "nothing.json") is None
+
+
+def test_a_revision_that_is_not_there_is_named(hub_cache: Path) -> None:
+    with pytest.raises(RecipeError, match="^student.base: 'someone/something' is no local .* at revision 'v2'; check"):
+        open_pretrained("student.base", "someone/something", "v2")
+
+
+def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pretrained = open_pretrained("student.base", "~/model", "main")
+    assert pretrained == Pretrained("student.base", str(tmp_path / "model"), None, {})
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, "unknown"),
+        ("# A model", "unknown"),
+        ("# A model\n---\nlicense: mit\n---\n", "unknown"),
+        ("---\ntags: [a]\nlicense: apache-2.0\n---\n", "apache-2.0"),
+        ('---\nlicense: "mit"\n---', "mit"),
+        ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", "mit, cc-by-4.0"),
+        ("---\nlicense: other\nlicense_name: dinov3-license\n---\n", "dinov3-license"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\nlicense: [\n---\n", "unknown"),
+    ],
+)
+def test_licence(tmp_path: Path, card: str | None, licence: str) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert licence_of(Pretrained("student.base", str(tmp_path), None)) == licence

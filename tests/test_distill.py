@@ -1,0 +1,324 @@
+"""The run: bit for bit the same after kills, the same on two ranks as on one, and refused early where it must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import shoulders
+from shoulders.checkpoint import checkpoints
+from shoulders.distill import distill
+from shoulders.errors import DataError, NumericError, RecipeError
+from shoulders.features import Features
+from shoulders.recipe import check_recipe
+from tests.tiny import save_base, save_convnext, save_images, save_segformer
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two teachers and 60 images in one folder."""
+    root = tmp_path_factory.mktemp("world")
+    save_base(root / "base")
+    save_convnext(root / "classifier")
+    save_segformer(root / "segmenter")
+    save_images(root / "images", 60)
+    return root
+
+
+def tree(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    recipe: dict[str, Any] = {
+        "student": {"base": str(world / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
+        "teachers": {
+            "classifier": {"model": str(world / "classifier")},
+            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"]},
+        },
+        "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
+        "transfer": {"calibration": 16},
+        "train": {
+            "steps": STEPS, "batch": 8, "lr": 1e-3, "precision": "fp32", "log_every": 1, "save_every": 4,
+            "evaluate_every": 6, "ema": 0.9,
+        },
+        "out": str(out),
+    }  # fmt: skip
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        recipe[section] = recipe[section] | {name: value} if name else value
+    return recipe
+
+
+def run(world: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
+    return distill(check_recipe(tree(world, out, **changes)), resume=resume)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "student" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(out: Path, kind: str = "train") -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def quiet_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run that the others are compared with."""
+    out = tmp_path_factory.mktemp("quiet") / "run"
+    run(world, out)
+    return out
+
+
+def test_it_learns_and_leaves_everything_that_a_run_folder_promises(world: Path, quiet_run: Path) -> None:
+    losses = [row["loss"] for row in metrics(quiet_run)]
+    assert len(losses) == STEPS
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
+    evaluations = metrics(quiet_run, "evaluation")
+    assert [row["step"] for row in evaluations] == [0, 6, 12]
+    names = {"fvu/classifier/stage1/summary", "fvu/segmenter/stage0/spatial", "fvu_head/base/latent/spatial",
+             "fvu/segmenter", "fvu/base", "fvu_spread"}  # fmt: skip
+    assert names <= evaluations[-1].keys()
+    # the base is there from the start
+    assert evaluations[0]["fvu/base/latent/spatial"] < 0.2 < evaluations[0]["fvu/classifier/stage1/spatial"]
+    written = yaml.safe_load((quiet_run / "recipe.yaml").read_text())
+    assert written["train"]["betas"] == [0.9, 0.99]  # complete: what was left out is there
+    rows = json.loads((quiet_run / "results.json").read_text())
+    assert {row["metric"] for row in rows} == {name for name in evaluations[-1] if name.startswith("fvu")}
+    student = shoulders.load(quiet_run)
+    assert set(student.config.teachers) == {"classifier", "segmenter", "base"}
+    assert "| segmenter |" in (quiet_run / "student" / "README.md").read_text()
+
+
+def test_the_base_inside_is_still_the_base(world: Path, quiet_run: Path) -> None:
+    inside = {
+        n.removeprefix("encoder.base."): t for n, t in weights(quiet_run).items() if n.startswith("encoder.base.")
+    }
+    assert same(inside, load_file(world / "base" / "model.safetensors"))
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
+    world: Path, quiet_run: Path, tmp_path: Path
+) -> None:
+    run(world, tmp_path / "again", images__workers=2)
+    assert same(weights(tmp_path / "again"), weights(quiet_run))
+    run(world, tmp_path / "other", train__seed=1)
+    assert not same(weights(tmp_path / "other"), weights(quiet_run))
+
+
+# where the run is killed: (event, how many times it has happened by then)
+KILLS = [
+    ("save: tensors written", 1), ("save: before the rename", 2), ("save: after the rename", 1),
+    ("decode", 30), ("backward", 6), ("backward", 11), ("evaluate", 2), ("optimizer", 3),
+]  # fmt: skip
+
+KILLER = """
+import os, signal, sys, threading, yaml
+from shoulders import checkpoint, heldout, learner
+from shoulders.distill import distill
+from shoulders.images import image_set
+from shoulders.recipe import check_recipe
+import torch
+
+event, count = sys.argv[2], int(sys.argv[3])
+seen = 0
+
+def then_die(owner, name):
+    original = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        global seen
+        seen += 1
+        if seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+then_die(*{
+    "save: tensors written": (checkpoint, "_fingerprint"),
+    "save: before the rename": (checkpoint.Path, "rename"),
+    "save: after the rename": (checkpoint.shutil, "rmtree"),
+    "decode": (image_set, "decode_with_size"),
+    "backward": (torch.Tensor, "backward"),
+    "evaluate": (heldout.HeldOut, "measure"),
+    "optimizer": (torch.optim.AdamW, "step"),
+}[event])
+distill(check_recipe(yaml.safe_load(open(sys.argv[1]).read())))
+"""
+
+
+@pytest.mark.parametrize(("event", "count"), KILLS)
+def test_killed_and_resumed_ends_with_the_same_bits(
+    event: str, count: int, world: Path, quiet_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    recipe = tree(world, out)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    killed = python(KILLER, tmp_path / "recipe.yaml", event, count)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (out / "student").exists()
+    distill(check_recipe(recipe), resume=True)
+    assert same(weights(out), weights(quiet_run))
+    # the log is that of one run: each step once, with the same loss
+    assert [(r["step"], r["loss"]) for r in metrics(out)] == [(r["step"], r["loss"]) for r in metrics(quiet_run)]
+    assert not list(out.rglob("*.partial"))
+
+
+def python(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=240)
+
+
+def start(recipe: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "shoulders", "distill", str(recipe), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(claim: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not claim():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("number", "code", "group"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+def test_asked_to_stop_it_saves_and_says_so(
+    number: signal.Signals, code: int, group: bool, world: Path, quiet_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    recipe = tree(world, out, images__workers=1, train__steps=5000, train__save_every=5000, train__evaluate_every=5000)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    process = start(tmp_path / "recipe.yaml")
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3 or process.poll() is not None)
+    if group:
+        os.killpg(process.pid, number)  # as a batch system does: workers and all
+    else:
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors[-2000:]
+    assert "go on with --resume" in errors.splitlines()[-1]
+    assert len(checkpoints(out / "checkpoints")) == 1
+    assert not (out / "student").exists()
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
+    world: Path, quiet_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    run(world, out)
+    newest = checkpoints(out / "checkpoints")[-1] / "tensors.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    run(world, out, resume=True)
+    assert "trying the one before" in capsys.readouterr().out
+    assert same(weights(out), weights(quiet_run))
+    for checkpoint in checkpoints(out / "checkpoints"):
+        (checkpoint / "state.json").unlink()
+    with pytest.raises(DataError, match="none of the 2 checkpoints verifies"):
+        run(world, out, resume=True)
+
+
+@pytest.mark.parametrize("balance", ["uniform", "dropping"])
+def test_two_ranks_learn_what_one_learns(balance: str, world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"transfer__balance": balance, "train__steps": 6, "train__accumulate": 2}
+    run(world, tmp_path / "one", **changes)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree(world, tmp_path / "two", **changes)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+               "-m", "shoulders", "distill", str(recipe)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in ours)
+
+
+def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Path) -> None:
+    for parts in (1, 4):
+        run(world, tmp_path / str(parts), train__accumulate=parts, train__steps=4)
+    one, four = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("1", "4"))
+    assert four == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    {"transfer__t2s": "off", "transfer__standardize": "none", "transfer__distance": "mse", "transfer__preserve": 0.0},
+    {"transfer__t2s": "each", "transfer__standardize": "channel", "transfer__reads": ["block0", "latent"]},
+    {"transfer__t2s_gradient": "student", "transfer__balance": "fixed", "images__views": 2},
+    {"student__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0}, "train__precision": "bf16",
+     "images__size": [32, 48]},
+], ids=["mse", "each", "fixed", "lora-bf16"])  # fmt: skip
+def test_every_choice_of_the_recipe_trains(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    run(world, tmp_path / "run", **changes, train__steps=3)
+    assert all(row["loss"] < 100 for row in metrics(tmp_path / "run"))
+    assert shoulders.load(tmp_path / "run")(torch.rand(1, 3, 32, 32)).latent.grid == (4, 4)
+
+
+def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -> None:
+    class Colours(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+            return {"mean": Features.from_map(torch.nn.functional.avg_pool2d(pixels, 8), pixels.mean((2, 3)))}
+
+    own = {"colours": shoulders.Teacher(Colours(), size=(32, 32))}
+    summary = distill(check_recipe(tree(world, tmp_path / "run", teachers={}, train__steps=3)), own=own)
+    assert 0 <= summary["fvu/colours/mean/spatial"] < 1.5
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"images__path": "nowhere"}, "images: nowhere .images. does not exist"),
+    ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be shared .* multiple of 2"),
+    ({"images__size": 30}, r"images.size: .*30.* nearest"),
+    ({"teachers": {}}, "teachers: none"),
+], ids=["images", "batch", "size", "teachers"])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_loads(
+    changes: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message) as refusal:
+        run(world, tmp_path / "run", **changes)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_old_run_is_neither_overwritten_nor_resumed_with_another_recipe(world: Path, quiet_run: Path) -> None:
+    with pytest.raises(RecipeError, match="add --resume, or choose another out"):
+        run(world, quiet_run)
+    with pytest.raises(RecipeError, match=r"train.lr: the run started with 0.001, not 0.01"):
+        run(world, quiet_run, resume=True, train__lr=0.01)
+
+
+def test_bad_images_are_named_and_too_many_of_them_stop_the_run(world: Path, tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", 60)
+    for i in (3, 11, 25):
+        (images / f"{i:04d}.jpg").write_bytes(b"not an image")
+    changes: dict[str, Any] = {"images__path": str(images), "images__holdout": 8}
+    with pytest.raises(DataError, match=r"images.max_bad"):
+        run(world, tmp_path / "strict", **changes)
+    run(world, tmp_path / "lenient", **changes, images__max_bad=0.1)
+    named = {json.loads(line)["name"] for line in (tmp_path / "lenient" / "skipped.jsonl").read_text().splitlines()}
+    assert named <= {"0003.jpg", "0011.jpg", "0025.jpg"} and named
+
+
+def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericError, match="no longer finite"):
+        run(world, tmp_path / "run", train__lr=1e30, train__clip=1e30, transfer__distance="mse")
+    for path in checkpoints(tmp_path / "run" / "checkpoints"):
+        assert all(torch.isfinite(t).all() for t in load_file(path / "tensors.safetensors").values())

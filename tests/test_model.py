@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import shoulders
+from shoulders.errors import DataError
+from shoulders.features import Features
+from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, build_student
+from shoulders.student.encoder import BASES
+from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD
+
+TAPS = {"one/last": {"summary": 5, "spatial": 6}, "two/stage0": {"summary": None, "spatial": 12}}
+
+
+def student(kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standardize: str = "phi_s") -> ShouldersModel:
+    """A student whose adapter is no longer at birth."""
+    torch.manual_seed(0)
+    base = AutoModel.from_config(BASE_CONFIGS[kind](), **BASES[kind].build)
+    config = ShouldersConfig(
+        base=base.config.to_dict(), adapter=adapter, mean=list(MEAN), std=list(STD), image_size=[32, 32], taps=TAPS,
+        reads=["block0", "latent"], projector_width=16, standardize=standardize,
+    )  # fmt: skip
+    built = build_student(base, config).eval()
+    with torch.no_grad():
+        for p in built.encoder.adapter.parameters():
+            p.normal_(std=0.1)
+    return built
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a["kind"])
+@pytest.mark.parametrize("kind", BASES)
+def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[str, Any], tmp_path: Path) -> None:
+    ours = student(kind, adapter)
+    pixels = torch.rand(2, 3, 32, 48)
+    ours.save_pretrained(tmp_path / "student")
+    with torch.no_grad():
+        expected = {tap: f.parts() for tap, f in ours.inherit(pixels).items()}
+        latent = ours(pixels).latent
+    reloaded = AutoModel.from_pretrained(tmp_path / "student").eval()
+    assert not any(p.requires_grad for p in reloaded.encoder.base.parameters())
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels).latent.spatial, latent.spatial)
+        for tap, features in reloaded.inherit(pixels).items():
+            assert all(torch.equal(x, expected[tap][part]) for part, x in features.parts().items())
+
+
+def test_auto_model_knows_it_in_a_fresh_process_in_whichever_order_packages_are_imported(tmp_path: Path) -> None:
+    ours = student()
+    ours.save_pretrained(tmp_path / "student")
+    pixels = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        save_file({"pixels": pixels, "latent": ours(pixels).latent.spatial.contiguous()}, tmp_path / "io.safetensors")
+    for first in (
+        "import shoulders; from transformers import AutoModel",
+        "from transformers import AutoModel; import shoulders",
+    ):
+        code = f"""
+{first}
+import torch
+from safetensors.torch import load_file
+io = load_file({str(tmp_path / "io.safetensors")!r})
+with torch.no_grad():
+    latent = AutoModel.from_pretrained({str(tmp_path / "student")!r}).eval()(io["pixels"]).latent
+assert torch.equal(latent.spatial, io["latent"])
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_inside_the_students_file_the_base_has_the_names_of_the_hub(kind: str, tmp_path: Path) -> None:
+    ours = student(kind)
+    ours.save_pretrained(tmp_path / "student")
+    ours.encoder.base.save_pretrained(tmp_path / "base")
+    inside = {name.removeprefix("encoder.base.") for name in load_file(tmp_path / "student" / "model.safetensors")
+              if name.startswith("encoder.base.")}  # fmt: skip
+    assert inside == set(load_file(tmp_path / "base" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("fault", ["missing", "left over", "other shape"])
+def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None:
+    student().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "encoder.adapter.parts.0-mlp.up.weight"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "left over":
+        tensors["encoder.adapter.parts.9-mlp.up.weight"] = tensors[name].clone()
+    else:
+        tensors[name] = tensors[name][:, :3].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((DataError, RuntimeError), match=r"(?s)-mlp.up.weight|ignore_mismatched_sizes"):
+        shoulders.load(tmp_path)
+
+
+def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no student here; give a run folder"):
+        shoulders.load(tmp_path)
+
+
+def test_as_a_backbone_it_gives_one_map_per_place(tmp_path: Path) -> None:
+    ours = student()
+    ours.save_pretrained(tmp_path)
+    backbone = ShouldersBackbone.from_pretrained(tmp_path, out_features=["block0", "latent"]).eval()
+    pixels = torch.rand(2, 3, 48, 32)
+    with torch.no_grad():
+        maps = backbone(pixels).feature_maps
+        seen = ours.encoder(pixels, ["block0", "latent"])
+    assert [m.shape for m in maps] == [(2, 32, 6, 4)] * 2
+    assert all(torch.equal(m, seen[place].to_map()) for m, place in zip(maps, ["block0", "latent"], strict=True))
+    assert backbone.num_features == [32, 32, 32, 32]
+
+
+def test_inherited_features_are_in_the_teachers_own_space() -> None:
+    ours = student(standardize="channel")
+    part = ours.standardizer("one/last").parts["spatial"]
+    with torch.no_grad():
+        part.mean.fill_(100.0)  # type: ignore[operator]
+        part.std.fill_(0.5)  # type: ignore[operator]
+        pixels = torch.rand(1, 3, 32, 32)
+        told = ours.tell(ours.places(pixels))["one/last"]
+        inherited = ours.inherit(pixels)["one/last"]
+        assert torch.allclose(inherited.parts()["spatial"], told.parts()["spatial"] * 0.5 + 100)
+        back = ours.standardized({"one/last": inherited})["one/last"]
+        assert torch.allclose(back.parts()["spatial"], told.parts()["spatial"], atol=1e-4)
+
+
+def test_the_config_is_plain_json_that_says_whose_knowledge_it_is(tmp_path: Path) -> None:
+    ours = student()
+    ours.config.teachers = {"one": {"source": "a/b", "revision": None, "licence": "mit"}}
+    ours.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["teachers"]["one"]["licence"] == "mit"
+    assert config["base"]["model_type"] == "dinov2"
+    assert config["taps"] == TAPS
+
+
+def test_features_refuse_what_contradicts_itself() -> None:
+    with pytest.raises(ValueError, match="neither"):
+        Features(None, None)
+    with pytest.raises(ValueError, match=r"spatial must be \(B, 6, C\)"):
+        Features(None, torch.zeros(1, 5, 3), (2, 3))
+    maps = torch.randn(2, 3, 4, 5)
+    assert torch.equal(Features.from_map(maps).to_map(), maps)
