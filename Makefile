@@ -14,8 +14,8 @@ help:
 
 demo: $(READY)
 	$(BIN)/python examples/make_images.py runs/demo-images --count 300
-	$(BIN)/shoulders distill recipes/demo.yaml images.path=runs/demo-images out=runs/demo
-	@echo "Done: the student, its metrics and its recipe are in runs/demo"
+	$(BIN)/shoulders distill recipes/demo.yaml --resume
+	@echo "Look at it: $(BIN)/python -c 'import shoulders; print(shoulders.load("runs/demo"))'"
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -59,22 +59,16 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         if rank.is_main:
             recipe.out.mkdir(parents=True, exist_ok=True)
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
-        images = _open_images(recipe)
-        teachers = Teachers(
-            {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own or {}),
-            bf16=use_bf16(recipe.train.precision, rank.device),
-        ).to(rank.device)
-        torch.manual_seed(recipe.train.seed)
-        learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
-        measures = Run(recipe, learner, teachers, images, rank).train(resume)
+        run = prepare(recipe, own or {}, rank)
+        measures = run.train(resume)
         summary = {
             "out": str(recipe.out),
             "steps": recipe.train.steps,
             "seconds": time.perf_counter() - started,
         } | measures
         if rank.is_main:
-            write_folder(recipe.out / "student", partial(save_student, learner.student))
-            write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(images.heldout)), indent=1))
+            write_folder(recipe.out / "student", partial(save_student, run.student))
+            write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(run.images.heldout)), indent=1))
         rank.barrier()
         return summary
 
@@ -100,7 +94,7 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
             f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
             f"parts (train.accumulate); make it a multiple of {share}"
         )
-    check_base(recipe.student, as_size(recipe.images.size))
+    check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
     for name, spec in recipe.teachers.items():
         check_teacher(name, spec)
     there = checkpoints(recipe.out / "checkpoints")
@@ -110,6 +104,18 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
         )
     if there:
         check_resumed(recipe, recipe.out / "recipe.yaml")
+
+
+def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
+    """Open the images, load the teachers, and bring a student into the world."""
+    images = _open_images(recipe)
+    teachers = Teachers(
+        {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own),
+        bf16=use_bf16(recipe.train.precision, rank.device),
+    ).to(rank.device)
+    torch.manual_seed(recipe.train.seed)
+    learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
+    return Run(recipe, learner, teachers, images, rank)
 
 
 class Run:
@@ -132,7 +138,7 @@ class Run:
         train, rank = self.recipe.train, self.rank
         first = self._resume() if resume else 0
         if first == 0:
-            self._calibrate()
+            self.calibrate()
         journal = Journal(self.recipe.out, train.steps, first, rank.is_main, train.tensorboard)
         report = SkipReport(self.recipe.out / "skipped.jsonl", len(self.images), self.recipe.images.max_bad)
         heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
@@ -141,7 +147,7 @@ class Run:
         skipped: list[Skipped] = []
         with signals() as asked:
             for step, batch in enumerate(stream, first + 1):
-                loss, terms, norm = self._step(step, batch)
+                loss, terms, norm = self.step(step, batch)
                 journal.advance(train.batch)
                 skipped += batch.skipped
 
@@ -167,13 +173,13 @@ class Run:
         self.optimization.keep_average()
         return measures
 
-    def _step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    def step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """One update from one batch, in ``accumulate`` parts. Nothing here waits for the device."""
         self.learner.train()
         parts = batch.to(self.rank.device).split(self.recipe.train.accumulate)
         losses, terms = [], {}
         for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
-            taught = self._teach(part)
+            taught = self.teach(part)
             with self.autocast(), self._sync_gradients(i == len(parts) - 1):
                 loss, terms = self.forward(part.pixels(self.size), taught, coins)
                 (loss / len(parts)).backward()
@@ -182,7 +188,7 @@ class Run:
         self.finite &= torch.isfinite(norm)
         return torch.stack(losses).mean(), terms, norm
 
-    def _teach(self, batch: Batch) -> dict[str, Features]:
+    def teach(self, batch: Batch) -> dict[str, Features]:
         """What the teachers say of the batch; the base is one of them where it is to be preserved."""
         taught = self.teachers(batch)
         if self.recipe.transfer.preserve:
@@ -192,7 +198,7 @@ class Run:
         return taught
 
     def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
-        return ((batch, self._teach(batch)) for batch in (batch.to(self.rank.device) for batch in stream))
+        return ((batch, self.teach(batch)) for batch in (batch.to(self.rank.device) for batch in stream))
 
     def _batches(self, first: int, steps: int, rank: int, world: int) -> Iterator[Batch]:
         """A rank's part of the training batches of steps (first, steps]."""
@@ -212,7 +218,7 @@ class Run:
         coins = torch.rand(self.recipe.train.batch, len(self.teachers.teachers), generator=generator)
         return coins.chunk(self.rank.world)[self.rank.index].to(self.rank.device)
 
-    def _calibrate(self) -> None:
+    def calibrate(self) -> None:
         """Fit the standardizers on the first ``calibration`` images; every rank does the same, to the same bits."""
         how, train = self.recipe.transfer, self.recipe.train
         if how.standardize == "none":
@@ -281,15 +287,5 @@ def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
 
 
 def _rows(summary: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    measures = {name: value for name, value in summary.items() if name.startswith("fvu")}
-    return [
-        {
-            "model": "student",
-            "task": "inheritance",
-            "metric": name,
-            "value": value,
-            "n": n,
-            "seconds": summary["seconds"],
-        }
-        for name, value in measures.items()
-    ]
+    common = {"model": "student", "task": "inheritance", "n": n, "seconds": summary["seconds"]}
+    return [common | {"metric": name, "value": value} for name, value in summary.items() if name.startswith("fvu")]

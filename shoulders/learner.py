@@ -17,7 +17,7 @@ from shoulders.model import ShouldersModel
 from shoulders.recipe import Recipe, Train
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
-from shoulders.transfer.objective import Settings, kpu
+from shoulders.transfer.objective import BASE, Settings, kpu
 from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths
 
 
@@ -32,13 +32,19 @@ class Learner(nn.Module):
         self.distance = distance(how.distance, how.cosine_share)
         self.settings = Settings(how.preserve, how.t2s, how.t2s_weight, how.t2s_gradient)
         self.kind = how.balance
-        self.shares: list[float] = [teacher.weight for teacher in recipe.teachers.values()]
+        taught_by = [name for name in student.config.teachers if name != BASE]
+        self.shares = [recipe.teachers[name].weight if name in recipe.teachers else 1.0 for name in taught_by]
 
     def forward(
         self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T)."""
-        seen = self.student.places(pixels)
+        return self.compare(self.student.places(pixels), taught, coins)
+
+    def compare(
+        self, seen: Mapping[str, Features], taught: Mapping[str, Features], coins: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and named terms of what the student sees, ``{place: Features}``: projectors, distances, balance."""
         told = self.student.tell(seen)
         goals = self.student.standardized(taught)
 

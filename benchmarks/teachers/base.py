@@ -153,7 +153,7 @@ def linear_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> f
     return 100 * float((layer(asked).argmax(1) == truth).float().mean())
 
 
-def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.3) -> float:
+def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.4) -> float:
     """Share of the peak learning rate: up, constant, then linearly to zero over the last `cool` of the run.
 
     The constant part does not know `steps`, so a run may be resumed with another length before it cools.
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/base"))
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--keep", type=int, default=24, help="places of 64 that each view keeps")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -159,9 +159,11 @@ class Progress:
 
 
 def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, processor: str) -> None:
-    """Write config.json, model.safetensors (fp16) and preprocessor_config.json."""
+    """Write config.json, model.safetensors (fp16) and preprocessor_config.json.
+
+    The configuration keeps saying float32, so that a plain `from_pretrained` computes in fp32.
+    """
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
-    model.config.dtype = torch.float16
     model.save_pretrained(folder, state_dict=weights)
     settings = {
         "image_processor_type": processor,

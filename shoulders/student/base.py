@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import transformers
@@ -45,11 +46,12 @@ class Base:
     revision: str | None
 
 
-def check_base(spec: Student, size: tuple[int, int]) -> None:
-    """What can be known before weights load: the family is supported and the size fits its patches.
+def check_base(spec: Student, size: tuple[int, int], reads: Sequence[str] = ()) -> None:
+    """What can be known before weights load: the family is supported, the size fits its patches, the places exist.
 
     Args:
         size: (h, w) in px that the student is trained at.
+        reads: places that the projectors are to read.
 
     Raises:
         RecipeError: one line with the fix.
@@ -61,6 +63,12 @@ def check_base(spec: Student, size: tuple[int, int]) -> None:
         legal = tuple(max(patch, round(side / patch) * patch) for side in size)
         raise RecipeError(
             f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {legal}"
+        )
+    places = ["latent", *(f"block{i}" for i in range(config.num_hidden_layers))]
+    unknown = [place for place in reads if place not in places]
+    if unknown:
+        raise RecipeError(
+            f"transfer.reads: no place {unknown[0]!r} in {spec.base!r}; it has latent, block0 .. {places[-1]}"
         )
 
 
