@@ -115,6 +115,9 @@ def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
     ).to(rank.device)
     torch.manual_seed(recipe.train.seed)
     learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
+    rank.say(f"{len(images)} images to learn from, {len(images.heldout)} held out; base {recipe.student.base}")
+    for tap, facts in teachers.taps.items():
+        rank.say(f"  {tap}: summary {facts.summary or '-'}, spatial {facts.spatial or '-'} on {facts.grid}")
     return Run(recipe, learner, teachers, images, rank)
 
 
@@ -141,8 +144,9 @@ class Run:
             self.calibrate()
         journal = Journal(self.recipe.out, train.steps, first, rank.is_main, train.tensorboard)
         report = SkipReport(self.recipe.out / "skipped.jsonl", len(self.images), self.recipe.images.max_bad)
+        rank.say(f"asking the teachers about {len(self.images.heldout)} held-out images")
         heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
-        measures = self._evaluate(heldout, journal, first) if first in (0, train.steps) else {}
+        measures = journal.last_evaluation() if first else self._evaluate(heldout, journal, 0)
         stream = self._batches(first, train.steps, rank.index, rank.world)
         skipped: list[Skipped] = []
         with signals() as asked:
@@ -223,6 +227,7 @@ class Run:
         how, train = self.recipe.transfer, self.recipe.train
         if how.standardize == "none":
             return
+        self.rank.say(f"fitting the standardizers ({how.standardize}) on {how.calibration} images")
         moments: dict[str, dict[str, Moments]] = {}
         steps = -(-how.calibration // train.batch)
         for _, taught in self._taught(self._batches(0, steps, 0, 1)):
@@ -255,7 +260,7 @@ class Run:
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
-        saved = load_newest(self.recipe.out / "checkpoints", print if self.rank.is_main else lambda line: None)
+        saved = load_newest(self.recipe.out / "checkpoints", self.rank.say)
         if saved is None:
             return 0
         tensors, state = saved

@@ -59,10 +59,11 @@ class Journal:
         self.since = time.perf_counter()  # images/s is of training alone
         self.images = 0
 
-    def say(self, line: str) -> None:
-        """A line for the person who watches, above the bar."""
-        if self.is_main:
-            tqdm.write(line, file=sys.stderr)
+    def last_evaluation(self) -> dict[str, float]:
+        """The newest held-out measures that are logged; {} where there are none."""
+        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        measured = [row for row in rows if row["kind"] == "evaluation"]
+        return {name: value for name, value in measured[-1].items() if name.startswith("fvu")} if measured else {}
 
     def close(self) -> None:
         self.bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ class Rank:
     def is_main(self) -> bool:
         """The one that writes and prints."""
         return self.index == 0
+
+    def say(self, line: str) -> None:
+        """A line for the person who watches."""
+        if self.is_main:
+            print(line, file=sys.stderr, flush=True)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over the ranks."""
