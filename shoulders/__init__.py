@@ -2,6 +2,7 @@
 
 The front door. Names are imported when they are first used, so that ``shoulders --help`` does not wait for torch;
 transformers' Auto classes know the student as soon as both packages are imported, in whichever order.
+A run is ``from shoulders.distill import distill``, its scores ``from shoulders.evaluate import evaluate``.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shoulders.distill import distill
-    from shoulders.evaluate import evaluate
     from shoulders.features import Batch, Features
     from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, load
     from shoulders.recipe import Recipe, read_recipe
@@ -31,8 +30,6 @@ __all__ = [
     "ShouldersConfig",
     "ShouldersModel",
     "Teacher",
-    "distill",
-    "evaluate",
     "load",
     "read_recipe",
 ]

@@ -156,7 +156,7 @@ class Optimization:
 def _t2s(student: ShouldersModel, recipe: Recipe) -> TeacherToStudent | JointToStudent | None:
     how, d = recipe.transfer, student.encoder.width
     taps = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (student.config.taps or {}).items()}
-    kinds: dict[str, Any] = {"off": lambda *_: None, "each": TeacherToStudent, "joint": JointToStudent}
+    kinds: dict[str, Any] = {"none": lambda *_: None, "each": TeacherToStudent, "joint": JointToStudent}
     t2s = kinds[how.t2s](d, taps, how.projector_width or 2 * d)
     if t2s is not None and how.t2s_gradient == "student":
         t2s.requires_grad_(False)  # no gradient reaches it, and DDP must not wait for one

@@ -102,7 +102,7 @@ class Transfer(Part):
     calibration: int = Field(1024, ge=16, description="images that the statistics are estimated on")
     distance: Literal["blend", "cosine", "smooth_l1", "mse"] = "blend"
     cosine_share: float = Field(0.9, ge=0, le=1, description="a in a (1 - cosine) + (1 - a) smooth-L1")
-    t2s: Literal["off", "each", "joint"] = "joint"
+    t2s: Literal["none", "each", "joint"] = "joint"
     t2s_weight: float = Field(0.3, ge=0)
     t2s_gradient: Literal["both", "student", "projector"] = "both"
     preserve: float = Field(1.0, ge=0, description="weight of the base as a teacher")

@@ -269,7 +269,7 @@ def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("changes", [
-    {"transfer__t2s": "off", "transfer__standardize": "none", "transfer__distance": "mse", "transfer__preserve": 0.0},
+    {"transfer__t2s": "none", "transfer__standardize": "none", "transfer__distance": "mse", "transfer__preserve": 0.0},
     {"transfer__t2s": "each", "transfer__standardize": "channel", "transfer__reads": ["block0", "latent"]},
     {"transfer__t2s_gradient": "student", "transfer__balance": "fixed", "images__views": 2},
     {"student__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0}, "train__precision": "bf16",

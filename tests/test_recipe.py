@@ -41,7 +41,7 @@ def test_what_is_written_is_complete_and_reads_back_the_same(recipe: Path, tmp_p
     ("nonsense=3", "nonsense: unknown key; allowed: student, teachers"),
     ("train.lr=fast", "train.lr: Input should be a valid number, unable to parse string as a number (got 'fast')"),
     ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
-    ("transfer.t2s=both", "transfer.t2s: Input should be 'off', 'each' or 'joint' (got 'both')"),
+    ("transfer.t2s=both", "transfer.t2s: Input should be 'none', 'each' or 'joint' (got 'both')"),
     ("student.adapter.kind=houlsby", "student.adapter: Input tag 'houlsby'"),
     ("teachers.base.model=a/b", "teacher name 'base'"),
     ("teachers.one.module=a:b", "teachers.one: give either model (hub id or folder) or module"),

@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from shoulders import distill, evaluate, read_recipe
 from shoulders.checkpoint import write_text
+from shoulders.distill import distill
+from shoulders.evaluate import evaluate
+from shoulders.recipe import read_recipe
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "real_small.yaml"
 # what each variant changes in the recipe
 VARIANTS: dict[str, list[str]] = {
     "kpu": [],
-    "s2t": ["transfer.t2s=off"],
-    "s2t, mse, no standardize": ["transfer.t2s=off", "transfer.distance=mse", "transfer.standardize=none"],
+    "s2t": ["transfer.t2s=none"],
+    "s2t, mse, no standardize": ["transfer.t2s=none", "transfer.distance=mse", "transfer.standardize=none"],
 }
 
 

@@ -95,7 +95,7 @@ def kpu(
         latent: the student's, at its last place.
         told: {tap: what the student's projectors say}, in standardized space.
         taught: {tap: what the teachers say}, standardized; ``base/...`` where the base is preserved.
-        unify: {tap: (B,) present or not} -> {name: guess of the latent} (t2s); called unless t2s is off.
+        unify: {tap: (B,) present or not} -> {name: guess of the latent} (t2s); called unless t2s is ``none``.
         balance: losses (B, T) -> weights (B, T) of the teachers other than the base.
 
     Returns:
@@ -108,7 +108,7 @@ def kpu(
     weights = _weights(losses, teachers, balance, settings.preserve)  # (B, T)
     per_image = (weights * losses).sum(1)
     t2s: Terms = {}
-    if settings.t2s != "off":
+    if settings.t2s != "none":
         present = {tap: (weights[:, teachers.index(teacher_of(tap))] > 0).float() for tap in taught}
         t2s = t2s_terms(latent, unify(present), distance, settings.t2s_gradient)
         if settings.t2s == "each":

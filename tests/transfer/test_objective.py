@@ -71,7 +71,7 @@ def reference_tap_loss(told: Features, taught: Features, a: float, image: int) -
 @pytest.mark.parametrize("a", [0.9, 0.5, 1.0])
 def test_s2t_is_the_weighted_sum_of_each_teachers_mean_distance(scene, a: float) -> None:
     latent, told, taught = scene
-    settings = Settings(preserve=0.7, t2s="off", t2s_weight=1.0, t2s_gradient="both")
+    settings = Settings(preserve=0.7, t2s="none", t2s_weight=1.0, t2s_gradient="both")
     loss, terms = kpu(latent, told, taught, lambda present: {}, distance("blend", a), balance.uniform, settings)
     expected = 0.0
     for image in range(B):
@@ -98,7 +98,7 @@ def test_t2s_each_adds_every_teachers_guess_of_the_normalised_latent(scene) -> N
     widths = {tap: Widths(f.parts().get("summary", torch.zeros(1, 0)).shape[-1] or None, f.parts()["spatial"].shape[-1])
               for tap, f in taught.items()}  # fmt: skip
     guess = TeacherToStudent(D, widths, 16)
-    both = [Settings(preserve=0.7, t2s=kind, t2s_weight=0.3, t2s_gradient="both") for kind in ("off", "each")]
+    both = [Settings(preserve=0.7, t2s=kind, t2s_weight=0.3, t2s_gradient="both") for kind in ("none", "each")]
     losses = [
         kpu(latent, told, taught, lambda present: guess(taught, (4, 4)), distance("blend", 0.9), balance.uniform, s)[0]
         for s in both
