@@ -127,4 +127,6 @@ def _print_table(titles: list[str], rows: list[list[str]]) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, dict | list | tuple):
         return ", ".join(map(str, value))
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -4,7 +4,7 @@ Several cheap views of each image (random crop, flip, colours, most tokens left 
 other images by their summary (SimCLR, Chen et al. 2020, with several views), and places of two views that
 show the same spot are told apart from all other places by their patch tokens (DenseCL, Wang et al. 2021).
 
-    python benchmarks/teachers/base.py --data ../shared/data --out benchmarks/teachers/base
+    python benchmarks/teachers/base.py --data DATA --out benchmarks/teachers/base
 """
 
 from __future__ import annotations

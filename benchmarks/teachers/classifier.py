@@ -1,6 +1,6 @@
 """Train the classifier teacher: a three-stage ResNet on CIFAR-10 rendered at 64 px, with a last grid of 4x4.
 
-python benchmarks/teachers/classifier.py --data ../shared/data --out benchmarks/teachers/classifier
+python benchmarks/teachers/classifier.py --data DATA --out benchmarks/teachers/classifier
 """
 
 from __future__ import annotations

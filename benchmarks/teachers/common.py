@@ -185,13 +185,14 @@ def write_card(folder: Path, title: str, minutes: float, seed: int, terms: str, 
     rows = {
         **facts,
         "measured on": "the saved fp16 weights, read back as fp32",
-        "command": f"`python {script}.py --data ../shared/data --out {script}`",
+        "command": f"`python {script}.py --data DATA --out {script}`",
         "time": f"{minutes:.0f} minutes, one CPU thread of a busy machine",
         "seed": str(seed),
         "licence": f"weights Apache-2.0 like the project; {terms}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    (folder / "README.md").write_text(f"# {title}\n\n| | |\n|---|---|\n{table}\n")
+    front = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n"
+    (folder / "README.md").write_text(f"{front}# {title}\n\n| | |\n|---|---|\n{table}\n")
 
 
 def count_parameters(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """Train the segmenter teacher: a slim SegFormer on CamVid at 256x192, from scratch.
 
-python benchmarks/teachers/segmenter.py --data ../shared/data --out benchmarks/teachers/segmenter
+python benchmarks/teachers/segmenter.py --data DATA --out benchmarks/teachers/segmenter
 """
 
 from __future__ import annotations
