@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoulders.errors import DataError, SpaceError
 
@@ -41,8 +42,11 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
     final = folder / NAME.format(step)
     write_folder(final, write)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    others = [path for path in checkpoints(folder) if path != final]
+    older = [path for path in others if path < final]
+    # newer than what is saved now can only be one that was damaged and gone back before
+    for path in [*older[: len(older) - keep + 1], *(path for path in others if path > final)]:
+        shutil.rmtree(path)
     return final
 
 
@@ -63,7 +67,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that verifies, or None where there is none at all; damaged ones are named to ``say``.
+    """The newest checkpoint that verifies, or None where there is none at all.
+
+    Damaged ones are named to ``say``; they are never counted among those that are kept.
 
     Raises:
         DataError: if there are checkpoints and none verifies.
@@ -129,6 +135,16 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise _as_space_error(error, path) from error
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A sha256 over all weights and buffers of frozen modules: whether a run goes on with what it began with."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _as_space_error(error: Exception, path: Path) -> Exception:

@@ -108,6 +108,17 @@ def main() -> None:
     except ShouldersError as error:
         print(f"shoulders: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except MemoryError:
+        print(
+            "shoulders: no memory left; raise train.accumulate, or lower train.batch or images.workers", file=sys.stderr
+        )
+        sys.exit(SpaceError.exit_code)
+    except RuntimeError as error:
+        lost = next((line for line in LOST if line in str(error)), None)
+        if lost is None:
+            raise
+        print(f"shoulders: {' '.join(str(error).split())[:300]}; {LOST[lost][1]}", file=sys.stderr)
+        sys.exit(LOST[lost][0])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -116,6 +127,13 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code)
+
+
+# what torch says when something is gone -> exit code, and what to do
+LOST = {
+    "DataLoader worker": (70, "a worker was lost, perhaps for want of memory: lower images.workers"),
+    "out of memory": (5, "raise train.accumulate, or lower train.batch"),
+}
 
 
 def _print_table(titles: list[str], rows: list[list[str]]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from shoulders.checkpoint import checkpoints, load_newest, save_checkpoint, write_folder, write_text
-from shoulders.errors import NumericError, RecipeError, Stopped
+from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_checkpoint, write_folder, write_text
+from shoulders.checks import check
+from shoulders.errors import DataError, NumericError, Stopped
 from shoulders.features import Batch, Features, Skipped
 from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_source
-from shoulders.journal import Journal
+from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
 from shoulders.ranks import Rank, join, signals, use_bf16
-from shoulders.recipe import Recipe, as_size, check_resumed, dump_recipe
-from shoulders.student.base import check_base, load_base
-from shoulders.teachers import Teacher, Teachers, check_teacher, load_teacher
+from shoulders.recipe import Recipe, as_size, dump_recipe
+from shoulders.student.base import load_base
+from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
 from shoulders.transfer.projectors import Widths
 from shoulders.transfer.standardize import Moments
@@ -59,51 +60,18 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         if rank.is_main:
             recipe.out.mkdir(parents=True, exist_ok=True)
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
+        if resume and _finished(recipe):
+            rank.say(f"{recipe.out} is finished already")
+            return _summary_of(recipe)
         run = prepare(recipe, own or {}, rank)
         measures = run.train(resume)
-        summary = {
-            "out": str(recipe.out),
-            "steps": recipe.train.steps,
-            "seconds": time.perf_counter() - started,
-        } | measures
+        summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
+        summary |= measures
         if rank.is_main:
             write_folder(recipe.out / "student", partial(save_student, run.student))
-            write_text(recipe.out / "results.json", json.dumps(_rows(summary, len(run.images.heldout)), indent=1))
+            keep_rows(recipe.out / "results.json", _rows(summary))
         rank.barrier()
         return summary
-
-
-def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) -> None:
-    """Refuse what cannot work, before the first costly second.
-
-    Raises:
-        RecipeError: one line with the fix.
-    """
-    if not recipe.teachers and not own:
-        raise RecipeError("teachers: none; name at least one model to learn from")
-    if not recipe.images.all_sources():
-        raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
-    for name, source in recipe.images.all_sources().items():
-        if not source.path.exists():
-            raise RecipeError(
-                f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards"
-            )
-    share = rank.world * recipe.train.accumulate
-    if recipe.train.batch % share:
-        raise RecipeError(
-            f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
-            f"parts (train.accumulate); make it a multiple of {share}"
-        )
-    check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
-    for name, spec in recipe.teachers.items():
-        check_teacher(name, spec)
-    there = checkpoints(recipe.out / "checkpoints")
-    if there and not resume:
-        raise RecipeError(
-            f"out: {recipe.out} holds a run already ({there[-1].name}); add --resume, or choose another out"
-        )
-    if there:
-        check_resumed(recipe, recipe.out / "recipe.yaml")
 
 
 def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
@@ -121,6 +89,9 @@ def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
     return Run(recipe, learner, teachers, images, rank)
 
 
+ASKED_AT_ONCE = 16  # images that teachers see together outside of training steps: few, for the largest of them
+
+
 class Run:
     """One run in progress: images, teachers and the student's state, and the loop over them."""
 
@@ -130,6 +101,7 @@ class Run:
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})
         self.optimization = Optimization(learner, recipe.train)
+        self.frozen = fingerprint(self.student.encoder.base, teachers)
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
         self.parallel = DistributedDataParallel(learner) if rank.world > 1 else None
@@ -142,54 +114,60 @@ class Run:
         first = self._resume() if resume else 0
         if first == 0:
             self.calibrate()
-        journal = Journal(self.recipe.out, train.steps, first, rank.is_main, train.tensorboard)
-        report = SkipReport(self.recipe.out / "skipped.jsonl", len(self.images), self.recipe.images.max_bad)
         rank.say(f"asking the teachers about {len(self.images.heldout)} held-out images")
         heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
-        measures = journal.last_evaluation() if first else self._evaluate(heldout, journal, 0)
-        stream = self._batches(first, train.steps, rank.index, rank.world)
+        report = SkipReport(
+            self.recipe.out / "skipped.jsonl", len(self.images.images), self.recipe.images.max_bad, rank.is_main
+        )
+        report.add(heldout.skipped)
         skipped: list[Skipped] = []
-        with signals() as asked:
+        with (
+            signals() as asked,
+            Journal(self.recipe.out, first, train, rank.is_main) as journal,
+            closing(self._batches(first, train.steps, rank.index, rank.world)) as stream,
+        ):
+            measures = journal.last_evaluation() if first else self._evaluate(heldout, journal, 0)
             for step, batch in enumerate(stream, first + 1):
                 loss, terms, norm = self.step(step, batch)
                 journal.advance(train.batch)
                 skipped += batch.skipped
 
-                due = {what: step == train.steps or step % every == 0 for what, every in (
-                    ("log", train.log_every), ("evaluate", train.evaluate_every), ("save", train.save_every)
-                )}  # fmt: skip
-                if not any(due.values()) and not (asked and rank.world == 1):
-                    continue  # no host sync, no talk between ranks
+                log, evaluate, save = (
+                    step == train.steps or step % every == 0
+                    for every in (train.log_every, train.evaluate_every, train.save_every)
+                )
+                stop = rank.any(bool(asked))
+                if not (log or evaluate or save or stop):
+                    continue  # nothing waits for the device
                 report.add([skip for said in rank.gather(skipped) for skip in said])
                 skipped = []
                 self._stop_unless_finite(step)
-                if due["log"]:
+                if log:
                     journal.train(step, rank.means(terms | {"loss": loss}), self.optimization.lr(step), norm.item())
-                if due["evaluate"]:
+                if evaluate:
                     measures = self._evaluate(heldout, journal, step)
-                stop = rank.any(bool(asked))
-                if due["save"] or stop:
+                if save or stop:
                     self._save(step)
                 if stop and step < train.steps:
-                    journal.close()
                     raise Stopped(asked[0] if asked else signal.SIGTERM, step)
-        journal.close()
         self.optimization.keep_average()
-        return measures
+        return measures | {"heldout": len(heldout)}
 
     def step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """One update from one batch, in ``accumulate`` parts. Nothing here waits for the device."""
         self.learner.train()
-        parts = batch.to(self.rank.device).split(self.recipe.train.accumulate)
-        losses, terms = [], {}
+        parts = batch.to(self.rank.device).split(len(batch) // self.recipe.train.accumulate)
+        losses, told = [], []
         for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
             taught = self.teach(part)
             with self.autocast(), self._sync_gradients(i == len(parts) - 1):
                 loss, terms = self.forward(part.pixels(self.size), taught, coins)
                 (loss / len(parts)).backward()
             losses.append(loss.detach())
+            told.append(terms)
         norm = self.optimization.step(step)
         self.finite &= torch.isfinite(norm)
+        terms = {name: torch.stack([terms[name] for terms in told]).mean() for name in told[0]}
         return torch.stack(losses).mean(), terms, norm
 
     def teach(self, batch: Batch) -> dict[str, Features]:
@@ -204,7 +182,7 @@ class Run:
     def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
         return ((batch, self.teach(batch)) for batch in (batch.to(self.rank.device) for batch in stream))
 
-    def _batches(self, first: int, steps: int, rank: int, world: int) -> Iterator[Batch]:
+    def _batches(self, first: int, steps: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
         train = self.recipe.train
         return batches(self.images, self.sizes, self.recipe.images, batch=train.batch, seed=train.seed,
@@ -213,8 +191,9 @@ class Run:
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
         return evaluation_batches(
-            self.images.images, self.sizes, self.recipe.train.batch, self.images.heldout, how.workers, how.max_pixels
-        )
+            self.images.images, self.sizes, ASKED_AT_ONCE, self.images.heldout,
+            how.workers, how.max_pixels,
+        )  # fmt: skip
 
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
@@ -230,7 +209,9 @@ class Run:
         self.rank.say(f"fitting the standardizers ({how.standardize}) on {how.calibration} images")
         moments: dict[str, dict[str, Moments]] = {}
         steps = -(-how.calibration // train.batch)
-        for _, taught in self._taught(self._batches(0, steps, 0, 1)):
+        # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
+        parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
+        for _, taught in self._taught(parts):
             for tap, features in taught.items():
                 for part, x in features.parts().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
@@ -247,16 +228,14 @@ class Run:
     def _stop_unless_finite(self, step: int) -> None:
         if self.rank.any(not self.finite.item()):
             raise NumericError(
-                f"the gradients are no longer finite at step {step}; lower train.lr, or set train.precision=fp32, and "
-                f"go on with --resume from the newest checkpoint, which is sound"
+                f"the gradients are no longer finite at step {step}; start again in another out with a lower train.lr "
+                f"or train.precision=fp32, or look at what the teachers say"
             )
 
     def _save(self, step: int) -> None:
         if self.rank.is_main:
             folder = self.recipe.out / "checkpoints"
-            save_checkpoint(
-                folder, step, self.optimization.tensors(), {"world": self.rank.world}, self.recipe.train.keep
-            )
+            save_checkpoint(folder, step, self.optimization.tensors(), {"frozen": self.frozen}, self.recipe.train.keep)
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
@@ -264,6 +243,8 @@ class Run:
         if saved is None:
             return 0
         tensors, state = saved
+        if state["frozen"] != self.frozen:
+            raise DataError(f"{self.recipe.out}: the base or a teacher is not the one that this run began with")
         self.optimization.restore(tensors)
         return int(state["step"])
 
@@ -291,6 +272,19 @@ def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
     return build_student(base.model, student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps))
 
 
-def _rows(summary: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
-    common = {"model": "student", "task": "inheritance", "n": n, "seconds": summary["seconds"]}
+def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of results.json out of a run's summary."""
+    common = {"model": "student", "task": "inheritance", "n": summary["heldout"], "seconds": summary["seconds"]}
     return [common | {"metric": name, "value": value} for name, value in summary.items() if name.startswith("fvu")]
+
+
+def _finished(recipe: Recipe) -> bool:
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoints(recipe.out / "checkpoints")]
+    return recipe.train.steps in steps and all((recipe.out / left).exists() for left in ("student", "results.json"))
+
+
+def _summary_of(recipe: Recipe) -> dict[str, Any]:
+    """The summary of a finished run, out of what it left."""
+    rows = [r for r in json.loads((recipe.out / "results.json").read_text()) if r["task"] == "inheritance"]
+    summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": rows[0]["seconds"]}
+    return summary | {"heldout": rows[0]["n"]} | {row["metric"]: row["value"] for row in rows}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoulders.checkpoint import write_text
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
+from shoulders.journal import keep_rows
 from shoulders.model import load
 from shoulders.ranks import this_device
 from shoulders.recipe import as_size, read_recipe
@@ -49,9 +48,9 @@ def evaluate(
     for name, size, features_of in _chosen(run, models):
         on_model(name)
         for row in TASKS[task](features_of, splits, [size], batch, workers, seed):
-            rows.append({"model": name, **row, "data": str(data), "seed": seed})
+            rows.append({"model": name, **row, "data": str(Path(data).resolve()), "seed": seed})
     if (run / "recipe.yaml").is_file():
-        _keep(run / "results.json", rows)
+        keep_rows(run / "results.json", rows)
     return rows
 
 
@@ -85,15 +84,3 @@ def _of_teacher(teacher: Teacher, device: torch.device) -> FeaturesOf:
     """A teacher's last tap: the summary where it has one, else its spatial features."""
     last = list(teacher.taps)[-1]
     return lambda batch: teacher(batch.to(device).pixels(teacher.size))[last]
-
-
-def _keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace the rows of the same measurement in ``results.json``, and leave all others."""
-
-    def same(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("model", "task", "data", "metric", "seed"))
-
-    before = json.loads(path.read_text()) if path.exists() else []
-    new = {same(row) for row in rows}
-    kept = [row for row in before if same(row) not in new]
-    write_text(path, json.dumps(kept + rows, indent=1))

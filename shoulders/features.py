@@ -108,14 +108,13 @@ class Batch:
         moved = {size: images.to(device, non_blocking=True) for size, images in self.rendered.items()}
         return Batch(self.ids, moved, self.labels, self.skipped)
 
-    def split(self, parts: int) -> list[Batch]:
-        """The batch in ``parts`` consecutive ones of equal size."""
-        each = len(self) // parts
-        pieces = [slice(i * each, (i + 1) * each) for i in range(parts)]
+    def split(self, size: int) -> list[Batch]:
+        """The batch in consecutive ones of ``size`` images; the last may be smaller."""
+        pieces = [slice(start, start + size) for start in range(0, len(self), size)]
         return [
             Batch(
                 self.ids[piece],
-                {size: images[piece] for size, images in self.rendered.items()},
+                {px: images[piece] for px, images in self.rendered.items()},
                 None if self.labels is None else self.labels[piece],
             )
             for piece in pieces

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, Skipped
 from shoulders.model import ShouldersModel
 from shoulders.transfer.align import align
 from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
-from shoulders.transfer.objective import BASE, teacher_of
+from shoulders.transfer.objective import BASE
+from shoulders.transfer.projectors import teacher_of
 
 PLACES = 16  # places per image that are compared: neighbours say nearly the same, memory is not free
 
@@ -33,11 +34,13 @@ class HeldOut:
                  size: tuple[int, int]):  # fmt: skip
         self.size = size
         self.batches: list[Batch] = []
+        self.skipped: list[Skipped] = []
         grid = student.encoder.grid(size)
         rows: dict[str, list[Tensor]] = {}
         grids: dict[str, tuple[int, int]] = {}
         places: dict[str, list[Tensor]] = {}
         for number, (batch, features) in enumerate(taught):
+            self.skipped += batch.skipped
             self.batches.append(Batch(batch.ids, {size: batch.rendered[size]}))
             for tap, said in features.items():
                 if said.summary is not None:
@@ -52,6 +55,10 @@ class HeldOut:
             name: Target(torch.cat(parts), torch.cat(places[name]) if name in places else None, grids.get(name, (0, 0)))
             for name, parts in rows.items()
         }
+
+    def __len__(self) -> int:
+        """Images that could be read."""
+        return sum(map(len, self.batches))
 
     @torch.no_grad()
     def measure(self, student: ShouldersModel, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:

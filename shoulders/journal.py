@@ -12,6 +12,18 @@ from typing import Any
 from tqdm import tqdm
 
 from shoulders.checkpoint import write_text
+from shoulders.recipe import Train
+
+
+def keep_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Put rows into a ``results.json``: they replace those of the same measurement and leave all others."""
+
+    def same(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("model", "task", "data", "metric", "seed"))
+
+    before = json.loads(path.read_text()) if path.exists() else []
+    new = {same(row) for row in rows}
+    write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
 
 
 class Journal:
@@ -19,21 +31,20 @@ class Journal:
 
     Args:
         out: the run folder.
-        steps: of the whole run.
         first_step: where this process starts; rows of later steps, left by a killed run, are dropped.
     """
 
-    def __init__(self, out: Path, steps: int, first_step: int, is_main: bool, tensorboard: bool):
+    def __init__(self, out: Path, first_step: int, train: Train, is_main: bool):
         self.path = out / "metrics.jsonl"
         self.is_main = is_main
-        self.bar = tqdm(total=steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=train.steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True,
                         file=sys.stderr, smoothing=0.05)  # fmt: skip
         self.state: dict[str, str] = {}
         self.writer: Any = None
         self.images, self.since = 0, time.perf_counter()
         if is_main:
             self._keep_rows_up_to(first_step)
-            if tensorboard:
+            if train.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
@@ -65,7 +76,11 @@ class Journal:
         measured = [row for row in rows if row["kind"] == "evaluation"]
         return {name: value for name, value in measured[-1].items() if name.startswith("fvu")} if measured else {}
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        self.since = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
@@ -86,7 +101,7 @@ class Journal:
 
     def _keep_rows_up_to(self, step: int) -> None:
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _step_of(line) <= step] if step else []
         if len(kept) != len(lines):
             write_text(self.path, "".join(line + "\n" for line in kept))
 

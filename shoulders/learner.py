@@ -94,7 +94,9 @@ class Optimization:
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         for name, mean in self.average.items():
-            mean.lerp_(self.learns[name].detach(), 1 - (self.train.ema or 0.0))
+            # at first a short memory, else what was there at birth would stay for 1 / (1 - ema) steps
+            decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
+            mean.lerp_(self.learns[name].detach(), 1 - decay)
         return norm
 
     def lr(self, number: int) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -236,8 +237,11 @@ def load(path: Path | str) -> ShouldersModel:
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
         raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
-    with quiet():
-        return ShouldersModel.from_pretrained(folder).eval()
+    try:
+        with quiet():
+            return ShouldersModel.from_pretrained(folder).eval()
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise DataError(f"{folder}: not a sound student: {' '.join(str(error).split())[:300]}") from error
 
 
 def register() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ class Rank:
     index: int
     world: int
     device: torch.device
+    control: dist.ProcessGroup | None = None  # ranks talk here of what is not on the device, without waiting for it
 
     @property
     def is_main(self) -> bool:
@@ -50,8 +53,8 @@ class Rank:
         """Whether the claim holds on any rank: all then act alike."""
         if self.world == 1:
             return claim
-        flag = torch.tensor(int(claim), device=self.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        flag = torch.tensor(int(claim))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
         return bool(flag)
 
     def gather(self, mine: object) -> list:
@@ -59,7 +62,7 @@ class Rank:
         if self.world == 1:
             return [mine]
         everything: list = [None] * self.world
-        dist.all_gather_object(everything, mine)
+        dist.all_gather_object(everything, mine, group=self.control)
         return everything
 
     def barrier(self) -> None:
@@ -81,7 +84,7 @@ def join(timeout_s: int = 120) -> Iterator[Rank]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
-        yield Rank(dist.get_rank(), world, device)
+        yield Rank(dist.get_rank(), world, device, dist.new_group(backend="gloo"))
     finally:
         dist.destroy_process_group()
 
@@ -104,12 +107,22 @@ def use_bf16(precision: str, device: torch.device) -> bool:
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put themselves into; a second one ends the process at once."""
+    """A list that SIGTERM and SIGINT put themselves into.
+
+    Launchers send a signal more than once; only a second Ctrl-C, a second or more after the first, ends the process
+    at once. Outside the main thread, where no signal arrives, the list stays empty.
+    """
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    first: list[float] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        first.append(time.monotonic())
+        if number == signal.SIGINT and first[-1] - first[0] > 1:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -11,6 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoulders.errors import RecipeError
 
+TAKEN = ("base", "student", "teachers")  # names that mean something else
+
+
+def check_name(teacher: str) -> None:
+    """A teacher's name must be usable in keys of recipes, logs and weights.
+
+    Raises:
+        RecipeError: where it is not.
+    """
+    if teacher in TAKEN or not teacher.isidentifier():
+        raise RecipeError(f"teacher name {teacher!r}: use letters, digits and _, and none of {', '.join(TAKEN)}")
+
 
 class Part(BaseModel):
     """A section of the recipe: unknown keys are errors, values are checked on assignment too."""
@@ -33,6 +45,8 @@ class Lora(Part):
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
 
 
+ADAPTERS = ("bottleneck", "lora")
+BRANCHES = (*ADAPTERS, "int", "fresh")
 Adapter = Annotated[Bottleneck | Lora, Field(discriminator="kind")]
 
 
@@ -88,6 +102,8 @@ class Images(Part):
     def _some_images(self) -> Images:
         if self.path is not None and self.sources:
             raise ValueError("give either path (one source) or sources (several by name), not both")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale: fractions of the image, 0 < least <= most <= 1, got {self.scale}")
         return self
 
     def all_sources(self) -> dict[str, Source]:
@@ -111,6 +127,9 @@ class Transfer(Part):
     projector_width: int | None = Field(None, ge=1, description="hidden width; default: twice the latent's")
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Train(Part):
     """Optimisation and bookkeeping."""
 
@@ -119,7 +138,7 @@ class Train(Part):
     accumulate: int = Field(1, ge=1, description="parts that a rank's share of the batch is run in")
     lr: float = Field(3.0e-4, gt=0)
     weight_decay: float = Field(0.03, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
     clip: float = Field(1.0, gt=0, description="global gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; default: none")
@@ -147,10 +166,7 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         for name, spec in self.teachers.items():
-            if name == "base" or not name.isidentifier():
-                raise ValueError(
-                    f"teacher name {name!r}: use letters, digits and _, and not 'base' (see transfer.preserve)"
-                )
+            check_name(name)
             if spec.weight != 1 and self.transfer.balance != "fixed":
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
         return self
@@ -185,7 +201,8 @@ def check_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError("\n".join(f"{where}: {_explain(fault)}" for fault in error.errors())) from error
+        explained = {line.split(":")[0]: line for line in reversed([_explain(fault) for fault in error.errors()])}
+        raise RecipeError("\n".join(f"{where}: {line}" for line in reversed(explained.values()))) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -244,9 +261,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(fault: Any) -> str:
     """One line for one pydantic fault: dotted key, what is wrong, and for unknown keys the nearest known one."""
-    # a tagged union adds its tag to the location ("student.adapter.lora.rank"): leave it out of the key
+    # unions add their branches to the location ("student.adapter.lora.rank", "images.size.int"): not part of the key
     location = [str(piece) for piece in fault["loc"]]
-    key = ".".join(piece for piece in location if piece not in ("bottleneck", "lora")) or "recipe"
+    key = ".".join(piece for piece in location if piece.isidentifier() and piece not in BRANCHES) or "recipe"
     if fault["type"] == "extra_forbidden":
         known = _known_keys(location)
         near = difflib.get_close_matches(location[-1], known, n=1)
@@ -254,6 +271,8 @@ def _explain(fault: Any) -> str:
         return f"{key}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{key}: missing; give it in the recipe or as {key}=... on the command line"
+    if fault["type"] == "union_tag_not_found":
+        return f"{key}: give its kind, one of {', '.join(ADAPTERS)}"
     message = fault["msg"].removeprefix("Value error, ")
     given = fault["input"]
     return f"{key}: {message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "")

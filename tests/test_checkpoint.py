@@ -27,6 +27,14 @@ def test_what_is_saved_is_what_is_loaded_and_only_the_newest_are_kept(tmp_path: 
     assert load_newest(tmp_path / "nothing", print) is None
 
 
+def test_one_that_was_damaged_and_gone_back_before_does_not_push_out_the_sound(tmp_path: Path) -> None:
+    for step in (4, 12):
+        save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
+    (tmp_path / "step-00000012" / "state.json").write_text("{}")
+    save_checkpoint(tmp_path, 6, TENSORS, {}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006"]
+
+
 def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
     dice = random.Random(0)  # noqa: S311

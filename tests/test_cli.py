@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,14 +53,9 @@ def test_the_commands_are_frozen() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    taken = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        assert shoulders("--help").returncode == 0
-        taken.append(time.perf_counter() - begun)
     code = "import sys, shoulders.cli; print(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "False", f"--help took {min(taken):.2f} s"
+    assert done.stdout.strip() == "False"
 
 
 @pytest.fixture(scope="module")

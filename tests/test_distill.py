@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from shoulders.checkpoint import checkpoints
 from shoulders.distill import distill
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
+from shoulders.images import ImageSet, open_source
 from shoulders.recipe import check_recipe
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
@@ -174,16 +176,21 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     assert not (out / "student").exists()
     distill(check_recipe(recipe), resume=True)
     assert same(weights(out), weights(quiet_run))
-    # the log is that of one run: each step once, with the same loss
-    assert [(r["step"], r["loss"]) for r in metrics(out)] == [(r["step"], r["loss"]) for r in metrics(quiet_run)]
+    # the log is that of one run: each step and evaluation once, with the same numbers
+    for kind, number in (("train", "loss"), ("evaluation", "fvu_spread")):
+        ours, theirs = ([(row["step"], row[number]) for row in metrics(o, kind)] for o in (out, quiet_run))
+        assert ours == theirs
     assert not list(out.rglob("*.partial"))
 
 
-def test_a_finished_run_is_left_as_it_is(world: Path, quiet_run: Path) -> None:
-    before, log = weights(quiet_run), (quiet_run / "metrics.jsonl").read_text()
+def test_a_finished_run_is_left_as_it_is(world: Path, quiet_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def left() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in quiet_run.rglob("*") if path.is_file()}
+
+    before = left()
     summary = run(world, quiet_run, resume=True)
-    assert same(weights(quiet_run), before)
-    assert (quiet_run / "metrics.jsonl").read_text() == log
+    assert "finished already" in capsys.readouterr().err
+    assert left() == before
     assert summary["fvu_spread"] == metrics(quiet_run, "evaluation")[-1]["fvu_spread"]
 
 
@@ -215,6 +222,7 @@ def test_asked_to_stop_it_saves_and_says_so(
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3 or process.poll() is not None)
     if group:
         os.killpg(process.pid, number)  # as a batch system does: workers and all
+        os.killpg(process.pid, number)  # and more than once
     else:
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -233,11 +241,13 @@ def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
+    shutil.rmtree(out / "student")
     run(world, out, resume=True)
     assert "trying the one before" in capsys.readouterr().err
     assert same(weights(out), weights(quiet_run))
     for checkpoint in checkpoints(out / "checkpoints"):
         (checkpoint / "state.json").unlink()
+    shutil.rmtree(out / "student")
     with pytest.raises(DataError, match="none of the 2 checkpoints verifies"):
         run(world, out, resume=True)
 
@@ -264,8 +274,9 @@ def test_two_ranks_learn_what_one_learns(balance: str, world: Path, tmp_path: Pa
 def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Path) -> None:
     for parts in (1, 4):
         run(world, tmp_path / str(parts), train__accumulate=parts, train__steps=4)
-    one, four = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("1", "4"))
-    assert four == pytest.approx(one, rel=1e-5)
+    one, four = (metrics(tmp_path / name) for name in ("1", "4"))
+    for name in ("loss", "s2t/classifier/stage1/summary", "t2s/joint/spatial"):
+        assert [row[name] for row in four] == pytest.approx([row[name] for row in one], rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", [
@@ -281,14 +292,45 @@ def test_every_choice_of_the_recipe_trains(changes: dict[str, Any], world: Path,
     assert shoulders.load(tmp_path / "run")(torch.rand(1, 3, 32, 32)).latent.grid == (4, 4)
 
 
-def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -> None:
-    class Colours(torch.nn.Module):
-        def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
-            return {"mean": Features.from_map(torch.nn.functional.avg_pool2d(pixels, 8), pixels.mean((2, 3)))}
+class Colours(torch.nn.Module):
+    """Mean colours, of the image and of its parts."""
 
-    own = {"colours": shoulders.Teacher(Colours(), size=(32, 32))}
-    summary = distill(check_recipe(tree(world, tmp_path / "run", teachers={}, train__steps=3)), own=own)
-    assert 0 <= summary["fvu/colours/mean/spatial"] < 1.5
+    def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+        return {"mean.rgb": Features.from_map(torch.nn.functional.avg_pool2d(pixels, 8), pixels.mean((2, 3)))}
+
+
+def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -> None:
+    own = {"type": shoulders.Teacher(Colours(), size=(32, 32))}
+    changes: dict[str, Any] = {"train__steps": 3, "transfer__balance": "fixed"}
+    summary = distill(check_recipe(tree(world, tmp_path / "run", **changes)), own=own)
+    assert 0 <= summary["fvu/type/mean.rgb/spatial"] < 1.5
+    assert "type/mean.rgb" in shoulders.load(tmp_path / "run").inherit(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["base", "student", "my.net", "classifier"])
+def test_own_teachers_have_names_of_their_own(name: str, world: Path, tmp_path: Path) -> None:
+    own = {name: shoulders.Teacher(Colours(), size=(32, 32))}
+    with pytest.raises(RecipeError, match="rename one|teacher name"):
+        distill(check_recipe(tree(world, tmp_path / "run")), own=own)
+
+
+def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    for name in ("base", "classifier", "segmenter", "images"):
+        shutil.copytree(world / name, tmp_path / "world" / name)
+    run(tmp_path / "world", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    save_convnext(tmp_path / "world" / "classifier", seed=9)
+    with pytest.raises(DataError, match="not the one that this run began with"):
+        run(tmp_path / "world", tmp_path / "run", resume=True)
+
+
+@pytest.mark.slow
+def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
+    for name, compiled in (("plain", False), ("compiled", True)):
+        run(world, tmp_path / name, train__compile=compiled, train__steps=4)
+    plain, compiled_ = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled_ == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -296,12 +338,17 @@ def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -
     ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be shared .* multiple of 2"),
     ({"images__size": 30}, r"images.size: .*30.* nearest"),
     ({"teachers": {}}, "teachers: none"),
-], ids=["images", "batch", "size", "teachers"])  # fmt: skip
+    ({"transfer__reads": ["block0"], "transfer__t2s": "none"}, "nothing reaches the last block"),
+    ({"transfer__reads": ["block0", "block7"]}, "no place 'block7'"),
+    ({"images__scale": [0, 1]}, "images: scale: fractions"),
+    ({"train__betas": [2, 0.9]}, "train.betas"),
+    ({"out": "/dev/null/run"}, "out: cannot write to /dev/null"),
+], ids=["images", "batch", "size", "teachers", "reads", "places", "scale", "betas", "out"])  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_loads(
     changes: dict[str, Any], message: str, world: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=message) as refusal:
-        run(world, tmp_path / "run", **changes)
+        run(world, **({"out": tmp_path / "run"} | changes))
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "run").exists()
 
@@ -315,14 +362,17 @@ def test_an_old_run_is_neither_overwritten_nor_resumed_with_another_recipe(world
 
 def test_bad_images_are_named_and_too_many_of_them_stop_the_run(world: Path, tmp_path: Path) -> None:
     images = save_images(tmp_path / "images", 60)
-    for i in (3, 11, 25):
+    held = set(ImageSet({"images": open_source(images)}, {"images": None}, 0, 8).heldout.tolist())
+    broken = [min(held), *sorted(set(range(60)) - held)[:2]]  # one of them is held out
+    for i in broken:
         (images / f"{i:04d}.jpg").write_bytes(b"not an image")
     changes: dict[str, Any] = {"images__path": str(images), "images__holdout": 8}
     with pytest.raises(DataError, match=r"images.max_bad"):
         run(world, tmp_path / "strict", **changes)
-    run(world, tmp_path / "lenient", **changes, images__max_bad=0.1)
-    named = {json.loads(line)["name"] for line in (tmp_path / "lenient" / "skipped.jsonl").read_text().splitlines()}
-    assert named <= {"0003.jpg", "0011.jpg", "0025.jpg"} and named
+    summary = run(world, tmp_path / "lenient", **changes, images__max_bad=0.1)
+    rows = [json.loads(line) for line in (tmp_path / "lenient" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(row["name"] for row in rows) == sorted(f"{i:04d}.jpg" for i in broken)
+    assert summary["heldout"] == len(held) - 1
 
 
 def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(world: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 LAYERS = (
     ("__init__", "__main__", "cli"),
     ("distill", "evaluate"),
+    ("checks",),
     ("model", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
     ("features", "recipe", "errors", "hub", "ranks"),

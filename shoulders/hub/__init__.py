@@ -21,7 +21,6 @@ __all__ = [
     "load_strict",
     "locate",
     "open_pretrained",
-    "quiet",
     "read_config",
     "read_json",
     "quiet",

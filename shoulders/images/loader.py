@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from shoulders.images.image_set import Collection, ImageSet
 from shoulders.images.views import central_view, random_view, render, smallest_decode
 
 Size = tuple[int, int]
+_GRACE_S = 20
 # plain containers, because DataLoader pins nothing else: the four fields of Batch
 Rendered = tuple[Tensor, dict[Size, Tensor], Tensor | None, tuple[Skipped, ...]]
 
@@ -38,7 +39,7 @@ def batches(
     first_step: int = 0,
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This rank's part of the batches of steps [first_step, first_step + steps).
 
     Content depends neither on the number of workers nor on where a run was resumed. Step s is made of
@@ -69,7 +70,7 @@ def batches(
 
     views = _TrainingViews(image_set, sizes, settings, seed)
     for rendered in _render_ahead(views, wanted(), settings.workers):
-        yield Batch(*rendered)
+        yield _batch(rendered)
 
 
 def evaluation_batches(
@@ -99,7 +100,7 @@ def evaluation_batches(
     skipped: tuple[Skipped, ...] = ()
     # one batch is kept back: skipped images of an empty batch must go with one that is handed out
     for rendered in _render_ahead(_CentralViews(images, sizes, max_pixels), wanted, workers):
-        current = Batch(*rendered)
+        current = _batch(rendered)
         if len(current) == 0:
             skipped += current.skipped
             continue
@@ -110,6 +111,12 @@ def evaluation_batches(
     if ready is None:
         raise DataError(f"none of {len(chosen)} images could be decoded; the first: {skipped[:1]}")
     yield dataclasses.replace(ready, skipped=ready.skipped + skipped)
+
+
+def _batch(rendered: Rendered) -> Batch:
+    """The four fields as a Batch; pinning memory turns tuples into lists."""
+    ids, drawn, labels, skipped = rendered
+    return Batch(ids, drawn, labels, tuple(skipped))
 
 
 class _TrainingViews(Dataset[Rendered | DataError]):
@@ -199,7 +206,7 @@ def _render_ahead(
                 raise rendered
             yield rendered
     finally:
-        del rendered_ahead  # ends the workers, even while someone looks at the error
+        del rendered_ahead  # ends the workers now, not when some traceback lets go of this frame
 
 
 def _as_it_is(rendered: Any) -> Any:
@@ -209,7 +216,8 @@ def _as_it_is(rendered: Any) -> Any:
 def _start_worker(number: int) -> None:
     """Signals may reach the whole process group; it is the main process that decides what happens then.
 
-    A worker ends when it is told to over its queue, or when it finds the main process gone.
+    A worker ends when it is told to over its queue, or when it finds the main process gone; asked to terminate, it
+    gives the main process time to save what it has.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

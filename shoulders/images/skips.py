@@ -19,10 +19,11 @@ class SkipReport:
         path: of the list; one that exists is continued, so that a resumed run does not count twice.
         total: images that training draws from.
         max_bad: fraction of them that is put up with.
+        write: whether this process is the one of several that writes the list; all of them count.
     """
 
-    def __init__(self, path: Path, total: int, max_bad: float) -> None:
-        self.path, self.total, self.max_bad = path, total, max_bad
+    def __init__(self, path: Path, total: int, max_bad: float, write: bool = True) -> None:
+        self.path, self.total, self.max_bad, self.write = path, total, max_bad, write
         self.reasons: dict[str, str] = {}
         if path.exists():
             self._continue()
@@ -40,9 +41,10 @@ class SkipReport:
         if not new:
             return
         self.reasons.update(new)
-        lines = [json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in new.items()]
-        with self.path.open("a", encoding="ascii") as file:
-            file.writelines(lines)
+        if self.write:
+            lines = [json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in new.items()]
+            with self.path.open("a", encoding="ascii") as file:
+                file.writelines(lines)
         if len(self.reasons) > self.max_bad * self.total:
             raise DataError(self._explain())
 
@@ -54,7 +56,7 @@ class SkipReport:
     def _continue(self) -> None:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):  # the run was killed while writing the last line
+        if len(whole) < len(content) and self.write:  # the run was killed while writing the last line
             os.truncate(self.path, len(whole))
         try:
             for line in whole.splitlines():

@@ -143,7 +143,8 @@ class Teachers(nn.Module):
         bf16: bool = False,
     ) -> None:
         super().__init__()
-        self.teachers = nn.ModuleDict(teachers)
+        # with a slash: a bare name such as "type" could be one of ModuleDict's own
+        self.teachers = nn.ModuleDict({f"{name}/": teacher for name, teacher in teachers.items()})
         self.bf16 = bf16
         chosen = taps or {}
         self.chosen = {name: tuple(chosen.get(name) or teacher.taps) for name, teacher in teachers.items()}
@@ -187,6 +188,6 @@ class Teachers(nn.Module):
         return answers
 
     def _teacher(self, name: str) -> Teacher:
-        teacher = self.teachers[name]
+        teacher = self.teachers[f"{name}/"]
         assert isinstance(teacher, Teacher)  # noqa: S101
         return teacher

@@ -24,8 +24,8 @@ def fvu(latents: Tensor, targets: Tensor) -> float:
     x_fit, y_fit, x, y = (rows.flatten(0, 1).double() for rows in (
         latents[:half], targets[:half], latents[half:], targets[half:]
     ))  # fmt: skip
-    x_fit, x = _standardized(x_fit, x)
-    y_fit, y = _standardized(y_fit, y)
+    x_fit, x = channel_standardized(x_fit, x)
+    y_fit, y = channel_standardized(y_fit, y)
     middle = half // 2 * latents.shape[1]  # whole images on either side: places of one image are alike
     one, other = (x_fit[:middle], y_fit[:middle]), (x_fit[middle:], y_fit[middle:])
     maps = [(_ridge_maps(*one), other), (_ridge_maps(*other), one)]
@@ -52,8 +52,3 @@ def channel_standardized(fit: Tensor, *others: Tensor) -> list[Tensor]:
     mean, std = fit.mean(0), fit.std(0)
     live = std > 1e-6 * (1 + mean.abs())
     return [torch.where(live, (rows - mean) / torch.where(live, std, 1.0), 0.0) for rows in (fit, *others)]
-
-
-def _standardized(fit: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    fitted, scored = channel_standardized(fit, score)
-    return fitted, scored

@@ -17,6 +17,7 @@ from torch import Tensor
 from shoulders.features import Features
 from shoulders.transfer.align import align_pair
 from shoulders.transfer.distances import Distance
+from shoulders.transfer.projectors import teacher_of
 
 BASE = "base"
 Terms = dict[str, Tensor]
@@ -54,11 +55,6 @@ def t2s_terms(latent: Features, guesses: Mapping[str, Features], distance: Dista
 def normalised(latent: Features) -> Features:
     """Every vector of the latent layer-normalised, without learned scale: all teachers then aim at one magnitude."""
     return latent.map(lambda x: F.layer_norm(x, x.shape[-1:]))
-
-
-def teacher_of(tap: str) -> str:
-    """``segmenter/stage3`` -> ``segmenter``."""
-    return tap.split("/")[0]
 
 
 def per_teacher(terms: Terms, teachers: Sequence[str]) -> Tensor:
@@ -114,7 +110,8 @@ def kpu(
         if settings.t2s == "each":
             per_image = per_image + settings.t2s_weight * (weights * per_teacher(t2s, teachers)).sum(1)
         else:
-            per_image = per_image + settings.t2s_weight * torch.stack(list(t2s.values())).mean(0)
+            calls = [_anyone(name, taught, present) * value for name, value in t2s.items()]
+            per_image = per_image + settings.t2s_weight * torch.stack(calls).mean(0)
     terms = {name: value.detach().mean() for name, value in (s2t | t2s).items()}
     return per_image.mean(), terms
 
@@ -124,3 +121,9 @@ def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: fl
     weights = torch.full_like(losses, preserve)
     weights[:, taught_by] = balance(losses[:, taught_by].detach())
     return weights
+
+
+def _anyone(name: str, taught: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
+    """(B,) 1 where at least one teacher speaks of this part of the image; else nothing calls for a latent."""
+    part = name.rsplit("/", 1)[1]
+    return torch.stack([present[tap] for tap, features in taught.items() if part in features.parts()]).amax(0)

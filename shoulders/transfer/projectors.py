@@ -90,20 +90,29 @@ class JointToStudent(nn.Module):
         return Features(parts.get("summary"), parts.get("spatial"), grid)
 
     def _unify(self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
-        total, count = torch.zeros(()), torch.zeros(())
+        """A teacher's taps speak with one voice, their mean; then the mean over the teachers present."""
+        voices: dict[str, list[Tensor]] = {}
         for tap, features in aligned.items():
             x = features.parts().get(part)
-            if x is None:
-                continue
-            here = present[tap].view(-1, *[1] * (x.ndim - 1)).to(x.dtype)  # (B, 1[, 1])
-            total = total.to(x.device) + here * self.taps[key(tap)][part](x)  # type: ignore[index]
-            count = count.to(x.device) + here
+            if x is not None:
+                voices.setdefault(teacher_of(tap), []).append(self.taps[key(tap)][part](x))  # type: ignore[index]
+        total, count = torch.zeros(()), torch.zeros(())
+        for tap in {teacher_of(tap): tap for tap in aligned}.values():
+            if teacher_of(tap) in voices:
+                voice = torch.stack(voices[teacher_of(tap)]).mean(0)  # (B, [N,] D)
+                here = present[tap].view(-1, *[1] * (voice.ndim - 1)).to(voice.dtype)
+                total, count = total.to(voice.device) + here * voice, count.to(voice.device) + here
         return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
+
+
+def teacher_of(tap: str) -> str:
+    """``segmenter/stage3`` -> ``segmenter``."""
+    return tap.split("/")[0]
 
 
 def key(tap: str) -> str:
     """A tap's name as a module name: ``segmenter/stage3`` -> ``segmenter-stage3``."""
-    return tap.replace("/", "-")
+    return tap.replace("/", "-").replace(".", "_")
 
 
 def _per_part(widths: Widths, d: int, hidden: int) -> nn.ModuleDict:

@@ -133,6 +133,32 @@ def test_joint_leaves_out_whoever_is_absent(scene) -> None:
     assert torch.equal(full.parts()["summary"], alone.parts()["summary"])  # two has no summary
 
 
+def test_a_teacher_with_many_taps_has_one_voice(scene) -> None:
+    _, _, taught = scene
+    torch.manual_seed(0)
+    joint = JointToStudent(D, {tap: Widths(None, f.parts()["spatial"].shape[-1]) for tap, f in taught.items()}, 16)
+    said = {tap: joint.taps[tap.replace("/", "-")]["spatial"](align(f, (4, 4)).parts()["spatial"])  # type: ignore[index]
+            for tap, f in taught.items()}  # fmt: skip
+    two = (said["two/stage0"] + said["two/stage1"]) / 2
+    mean = (said["one/last"] + two + said["base/latent"]) / 3
+    only_spatial = {tap: Features(None, f.spatial, f.grid) for tap, f in taught.items()}
+    guess = joint(only_spatial, (4, 4), {tap: torch.ones(B) for tap in taught})
+    assert torch.allclose(guess.parts()["spatial"], joint.mlps["spatial"](joint.norms["spatial"](mean)), atol=1e-6)
+
+
+def test_an_image_that_nobody_speaks_of_is_not_pulled_anywhere(scene) -> None:
+    latent, told, taught = scene
+    told, taught = ({tap: f for tap, f in all_.items() if not tap.startswith("base")} for all_ in (told, taught))
+    weights = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    latent = latent.map(lambda x: x.clone().requires_grad_())
+    settings = Settings(preserve=0.0, t2s="joint", t2s_weight=1.0, t2s_gradient="both")
+    guess = {"joint": features(D, D, (4, 4), 5)}
+    loss, _ = kpu(latent, told, taught, lambda present: guess, distance("blend"), lambda losses: weights, settings)
+    loss.backward()
+    pulled = [float(x.grad[i].abs().sum()) for x in latent.parts().values() for i in range(B)]
+    assert [p > 0 for p in pulled] == [False, True, True] * 2
+
+
 @pytest.mark.parametrize(("gradient", "latent_moves", "guess_moves"),
                          [("both", True, True), ("student", True, False), ("projector", False, True)])  # fmt: skip
 def test_t2s_gradient_goes_where_it_is_told(scene, gradient: str, latent_moves: bool, guess_moves: bool) -> None:

@@ -1,0 +1,82 @@
+"""Refuse what cannot work, before the first costly second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from shoulders.checkpoint import checkpoints
+from shoulders.errors import RecipeError
+from shoulders.ranks import Rank
+from shoulders.recipe import Recipe, as_size, check_name, check_resumed
+from shoulders.student.base import check_base
+from shoulders.teachers import Teacher, check_teacher
+
+
+def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) -> None:
+    """Refuse what cannot work, before the first costly second.
+
+    Raises:
+        RecipeError: one line with the fix.
+    """
+    if not recipe.teachers and not own:
+        raise RecipeError("teachers: none; name at least one model to learn from")
+    if not recipe.images.all_sources():
+        raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
+    for name, source in recipe.images.all_sources().items():
+        if not source.path.exists():
+            raise RecipeError(
+                f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards"
+            )
+    share = rank.world * recipe.train.accumulate
+    if recipe.train.batch % share:
+        raise RecipeError(
+            f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
+            f"parts (train.accumulate); make it a multiple of {share}"
+        )
+    check_names(recipe, own)
+    check_reads(recipe)
+    check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
+    for name, spec in recipe.teachers.items():
+        check_teacher(name, spec)
+    check_out(recipe, resume)
+
+
+def check_names(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
+    """Names of teachers of your own follow the rules of those in a recipe, and are not taken.
+
+    Raises:
+        RecipeError: naming the one that does not.
+    """
+    for name in own:
+        if name in recipe.teachers:
+            raise RecipeError(f"teachers: {name!r} is both in the recipe and given from Python; rename one")
+        check_name(name)
+
+
+def check_reads(recipe: Recipe) -> None:
+    """Something must reach the last block, else a part of the adapter would never learn.
+
+    Raises:
+        RecipeError: with the ways out.
+    """
+    how = recipe.transfer
+    if "latent" not in how.reads and (how.t2s == "none" or how.t2s_gradient == "projector"):
+        raise RecipeError("transfer.reads: without the latent nothing reaches the last block; add latent, or set t2s")
+
+
+def check_out(recipe: Recipe, resume: bool) -> None:
+    """The run folder can be made, holds no other run, or the very run that is to go on.
+
+    Raises:
+        RecipeError: saying which it is.
+    """
+    out = recipe.out
+    above = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecipeError(f"out: cannot write to {above}; choose another out")
+    there = [*checkpoints(out / "checkpoints"), *out.glob("student")]
+    if there and not resume:
+        raise RecipeError(f"out: {out} holds a run already ({there[-1].name}); add --resume, or choose another out")
+    if there:
+        check_resumed(recipe, out / "recipe.yaml")
