@@ -13,9 +13,9 @@ help:
 	@echo "make check     lint, format and types"
 
 demo: $(READY)
-	$(BIN)/python examples/make_images.py runs/demo-images --count 300
+	$(BIN)/python examples/make_images.py runs/demo-images --count 600
 	$(BIN)/shoulders distill recipes/demo.yaml --resume
-	@echo "Look at it: $(BIN)/python -c 'import shoulders; print(shoulders.load("runs/demo"))'"
+	@echo 'In Python: import shoulders; student = shoulders.load("runs/demo")'
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -36,7 +36,11 @@ def distill(
     if as_json:
         print(json.dumps(summary, indent=1))
     else:
-        _print_table(["measure", "value"], [[k, f"{v:.4f}"] for k, v in summary.items() if k.startswith("fvu")])
+        print(f"fraction of variance unexplained, on {summary['heldout']} held-out images (0: all inherited)")
+        told = {key.removeprefix("fvu/"): value for key, value in summary.items() if key.startswith("fvu/")}
+        heads = {name: summary.get(f"fvu_head/{name}") for name in told}
+        _print_table(["teacher / tap / part", "fvu", "fvu of the projector"],
+                     [[name, f"{value:.3f}", _cell(heads[name])] for name, value in told.items()])  # fmt: skip
         print(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s; the student is in {summary['out']}/student")
 
 
