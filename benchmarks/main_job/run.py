@@ -17,8 +17,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shoulders.checkpoint import write_text
 from shoulders.distill import distill
 from shoulders.evaluate import evaluate
@@ -107,7 +105,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     probes = ["knn_top1", "linear_top1", "10shot_top1"]
     last = max(row.get("at_step", 0) for row in rows)
     some = rows[0]["variant"]
-    lines = [f"CPU threads: {torch.get_num_threads()}; probes on CIFAR-10 test, %.", ""]
+    lines = ["Probes on CIFAR-10 test, %.", ""]
     lines += ["| variant | " + " | ".join(measures + probes) + " |", "|---" * (1 + len(measures + probes)) + "|"]
     lines.append("| *step 0, the base* | " + " | ".join(
         [_cell(rows, measure, 1, variant=some, at_step=0) for measure in measures]
