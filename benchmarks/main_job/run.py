@@ -45,6 +45,8 @@ def main() -> None:
         for variant in given.variants:
             rows += one_run(variant, VARIANTS[variant], seed, given)
     rows += references(given)
+    for row in rows:
+        row.pop("data", None)  # a path of this machine
     if given.variants == list(VARIANTS):
         write_text(HERE / "results.json", json.dumps(rows, indent=1) + "\n")
         write_text(HERE / "table.md", table(rows))
