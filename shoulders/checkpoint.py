@@ -24,6 +24,7 @@ from shoulders.errors import DataError, SpaceError
 
 NAME = "step-{:08d}"
 MANIFEST = "manifest.json"
+MANY = 100  # files: syncing the whole disk once is then cheaper than each of them
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -103,9 +104,12 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
         aside.mkdir(parents=True)
         write(aside)
-        for path in sorted(aside.rglob("*")):
-            _sync(path)
-        _sync(aside)
+        paths = sorted(aside.rglob("*"))
+        if len(paths) > MANY:
+            os.sync()
+        else:
+            for path in [*paths, aside]:
+                _sync(path)
         if final.exists():
             replaced = final.with_name(final.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)

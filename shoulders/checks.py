@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
+from shoulders.own import check_function
 from shoulders.ranks import Rank
-from shoulders.recipe import Recipe, as_size, check_name, check_resumed
+from shoulders.recipe import Recipe, Source, as_size, check_name, check_resumed
 from shoulders.student.base import check_base
 from shoulders.teachers import Teacher, check_teacher
 
@@ -24,10 +25,7 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     if not recipe.images.all_sources():
         raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
     for name, source in recipe.images.all_sources().items():
-        if not source.path.exists():
-            raise RecipeError(
-                f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards"
-            )
+        check_source(name, source)
     share = rank.world * recipe.train.accumulate
     if recipe.train.batch % share:
         raise RecipeError(
@@ -40,6 +38,21 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     for name, spec in recipe.teachers.items():
         check_teacher(name, spec)
     check_out(recipe, resume)
+
+
+def check_source(name: str, source: Source) -> None:
+    """Something is where the images should come from.
+
+    Raises:
+        RecipeError: there is nothing.
+    """
+    if source.path is not None and not source.path.exists():
+        raise RecipeError(f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards")
+    if source.module is not None:
+        try:
+            check_function(source.module)
+        except ValueError as error:
+            raise RecipeError(f"images.sources.{name}.module: {error}") from error
 
 
 def check_names(recipe: Recipe, own: Mapping[str, Teacher]) -> None:

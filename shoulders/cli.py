@@ -105,6 +105,34 @@ def teachers(
         _print_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
 
 
+@app.command()
+def world(
+    folder: Annotated[Path, typer.Argument(help="Where to write; one folder for each style.")],
+    style: Annotated[list[str] | None, typer.Option(help="A style, may be repeated; default: all.")] = None,
+    train: Annotated[int, typer.Option(help="Scenes of each style to fit on.", min=1)] = 1000,
+    val: Annotated[int, typer.Option(help="Scenes of each style to choose on.", min=0)] = 200,
+    test: Annotated[int, typer.Option(help="Scenes of each style to report.", min=0)] = 500,
+    size: Annotated[int, typer.Option(help="Side in px.", min=32)] = 96,
+    seed: Annotated[int, typer.Option(help="Another seed, another world.", min=0)] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write the small world: scenes with labels for all four tasks, as ordinary files."""
+    from tqdm import tqdm
+
+    from shoulders.world import STYLES, write_world
+
+    styles, counts = style or list(STYLES), {"train": train, "val": val, "test": test}
+    with tqdm(total=len(styles) * sum(counts.values()), unit=" scenes", leave=False, disable=None) as bar:
+        written = write_world(folder, styles, counts, size, seed, on_scene=lambda: bar.update())
+    if as_json:
+        told = [{"style": name, "path": str(folder / name), "written": folder / name in written} for name in styles]
+        print(json.dumps(told, indent=1))
+        return
+    rows = [[name, str(folder / name), "written" if folder / name in written else "was there"] for name in styles]
+    _print_table(["style", "folder", ""], rows)
+    print("\nin each: classification/ (class folders), instances/ (COCO JSON), semantic/ (index masks)")
+
+
 def main() -> None:
     """The console script: runs a command and turns our errors into one line and their exit code."""
     try:

@@ -23,7 +23,7 @@ from shoulders.checks import check
 from shoulders.errors import DataError, NumericError, Stopped
 from shoulders.features import Batch, Features, Skipped
 from shoulders.heldout import HeldOut
-from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_source
+from shoulders.images import ImageSet, SkipReport, batches, call_source, evaluation_batches, open_source
 from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
@@ -255,7 +255,10 @@ class Run:
 
 def _open_images(recipe: Recipe) -> ImageSet:
     sources = recipe.images.all_sources()
-    opened = {name: open_source(source.path, source.column) for name, source in sources.items()}
+    opened = {
+        name: open_source(source.path, source.column) if source.path else call_source(str(source.module), **source.args)
+        for name, source in sources.items()
+    }
     shares = {name: source.share for name, source in sources.items()}
     return ImageSet(opened, shares, recipe.train.seed, recipe.images.holdout)
 

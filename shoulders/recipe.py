@@ -77,11 +77,21 @@ class TeacherSpec(Part):
 
 
 class Source(Part):
-    """One place that images come from: a folder, a parquet file, or a folder of tar shards."""
+    """One place that images come from: a folder, a parquet file, tar shards, or a function of your own."""
 
-    path: Path
+    path: Path | None = Field(None, description="folder, .parquet or .tar file")
+    module: str | None = Field(None, description="package.module:function that returns an ImageSource")
+    args: dict[str, Any] = Field({}, description="module only: keyword arguments of the function")
     share: float | None = Field(None, gt=0, description="share of each epoch; default proportional to sqrt(count)")
     column: str = Field("image", description="parquet only: the image column")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Source:
+        if (self.path is None) == (self.module is None):
+            raise ValueError("give either path (folder or file) or module (package.module:function)")
+        if self.args and self.module is None:
+            raise ValueError("args are for module: a folder or file takes none")
+        return self
 
 
 class Images(Part):

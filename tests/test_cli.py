@@ -33,6 +33,7 @@ FROZEN = {
         "--help",
     ],
     "teachers": ["[recipe]", "[overrides]...", "--families", "--json", "--help"],
+    "world": ["{folder}", "--style", "--train", "--val", "--test", "--size", "--seed", "--json", "--help"],
 }
 
 

@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 # From top to bottom: a part imports from its own layer and from those below it.
 LAYERS = (
     ("__init__", "__main__", "cli"),
-    ("distill", "evaluate"),
+    ("distill", "evaluate", "world"),
     ("checks",),
     ("model", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
-    ("features", "recipe", "errors", "hub", "ranks"),
+    ("features", "recipe", "errors", "hub", "own", "ranks"),
 )
 # These stand side by side and never import each other.
 APART = {"images", "teachers", "student", "transfer"}

@@ -5,7 +5,7 @@ from shoulders.images.image_set import Collection, ImageSet
 from shoulders.images.loader import batches, evaluation_batches
 from shoulders.images.skips import SkipReport
 from shoulders.images.source import ImageSource, image_id
-from shoulders.images.sources import open_source
+from shoulders.images.sources import call_source, open_source
 from shoulders.images.views import View, central_view, random_view, render
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Undecodable",
     "View",
     "batches",
+    "call_source",
     "central_view",
     "decode",
     "decode_with_size",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk
 from shoulders.images.parquet import Parquet
 from shoulders.images.shards import Shards
 from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
+from shoulders.own import call_function
 
 
 def open_source(path: Path | str, column: str = "image") -> ImageSource:
@@ -36,6 +38,27 @@ def open_source(path: Path | str, column: str = "image") -> ImageSource:
         raise RecipeError(f"{path}: no source of images; give a folder, a .parquet or an uncompressed .tar file")
     if len(source) == 0:
         raise DataError(f"{path}: no images in it; looked for {' '.join(EXTENSIONS)}, .parquet and .tar")
+    return source
+
+
+def call_source(function: str, **settings: Any) -> ImageSource:
+    """The source that ``package.module:function`` returns.
+
+    Raises:
+        RecipeError: it cannot be called, or what it returns is not an `ImageSource` with images in it.
+    """
+    try:
+        source = call_function(function, **settings)
+    except ValueError as error:
+        raise RecipeError(f"images.sources: {error}") from error
+    missing = [part for part in ("classes", "labels", "__len__", "name", "read", "label") if not hasattr(source, part)]
+    if missing:
+        raise RecipeError(
+            f"images.sources: {function} must return a shoulders.images.ImageSource; "
+            f"this {type(source).__name__} has no {', '.join(missing)}"
+        )
+    if len(source) == 0:
+        raise RecipeError(f"images.sources: {function} returned a source of no images; give it some")
     return source
 
 

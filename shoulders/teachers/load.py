@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
-
 import torch
 import transformers
 from torch import Tensor, nn
@@ -16,6 +9,7 @@ from torch import Tensor, nn
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
 from shoulders.hub import load_strict
+from shoulders.own import call_function, check_function
 from shoulders.recipe import TeacherSpec
 from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
 from shoulders.teachers.families import REMOTE
@@ -49,16 +43,12 @@ def check_teacher(name: str, spec: TeacherSpec) -> None:
     if spec.module is None:
         read_checkpoint(name, spec)
         return
-    module, _ = _split(name, spec.module)
     if spec.size is not None:
         raise fault(name, "size", "a teacher built by module: sets its own size; leave the key out")
-    with _current_folder_importable():
-        try:
-            found = find_spec(module)
-        except (ImportError, ValueError):
-            found = None
-    if found is None:
-        raise fault(name, "module", f"no Python module {module!r} here or among the installed packages")
+    try:
+        check_function(spec.module)
+    except ValueError as error:
+        raise fault(name, "module", str(error)) from error
 
 
 def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
@@ -107,19 +97,10 @@ def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
 
 def _build_own(name: str, spec: TeacherSpec) -> Teacher:
     """Call ``package.module:function`` and hold what it returns against the contract."""
-    module_name, function_name = _split(name, str(spec.module))
-    with _current_folder_importable():
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # it is the user's code: whatever it raises is reported as theirs
-            raise fault(name, "module", f"importing {module_name} fails: {type(error).__name__}: {error}") from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            raise fault(name, "module", f"{module_name} has no function {function_name!r}")
-        try:
-            teacher = function()
-        except Exception as error:
-            raise fault(name, "module", f"{spec.module} fails: {type(error).__name__}: {error}") from error
+    try:
+        teacher = call_function(str(spec.module))
+    except ValueError as error:
+        raise fault(name, "module", str(error)) from error
     if not isinstance(teacher, Teacher):
         raise fault(name, "module", f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}")
     try:
@@ -133,21 +114,3 @@ def _build_own(name: str, spec: TeacherSpec) -> Teacher:
         allowed = ", ".join(teacher.taps)
         raise fault(name, "taps", f"no tap {', '.join(unknown)}; {spec.module} has {allowed}")
     return teacher.with_taps(spec.taps)
-
-
-def _split(name: str, path: str) -> tuple[str, str]:
-    module, colon, function = path.partition(":")
-    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise fault(name, "module", f"{path!r} must be written package.module:function")
-    return module, function
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    """Modules in the current folder can be imported, as with ``python -m``."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

@@ -1,7 +1,16 @@
 """The small world: procedural scenes with labels for all four tasks, and the teachers trained on them."""
 
+from pathlib import Path
+
+from shoulders.world.files import COUNTS, SPLITS, seed_of, write_world
 from shoulders.world.scenes import SIZE, Scene, draw
 from shoulders.world.shapes import CLASSES
+from shoulders.world.source import Drawn, unlabelled
 from shoulders.world.styles import STYLES
 
-__all__ = ["CLASSES", "SIZE", "STYLES", "Scene", "draw"]
+TEACHERS = Path(__file__).parent / "teachers"  # one transformers folder each, the base included
+
+__all__ = [
+    "CLASSES", "COUNTS", "SIZE", "SPLITS", "STYLES", "TEACHERS", "Drawn", "Scene", "draw", "seed_of", "unlabelled",
+    "write_world",
+]  # fmt: skip

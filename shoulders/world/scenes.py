@@ -37,7 +37,7 @@ class Scene:
     def boxes(self) -> NDArray[np.float32]:
         """(n, 4) left, top, right, bottom in px, tight around the visible pixels, right and bottom exclusive."""
         spans = []
-        for side in (self.masks.any(1), self.masks.any(2)):  # (n, W), (n, H)
+        for side in (np.any(self.masks, 1), np.any(self.masks, 2)):  # (n, W), (n, H)
             spans.append((side.argmax(1), side.shape[1] - side[:, ::-1].argmax(1)))
         (left, right), (top, bottom) = spans
         return np.stack([left, top, right, bottom], 1).astype(np.float32)
@@ -114,10 +114,10 @@ def outline(placed: Placed, rng: Generator, size: int, unit: float) -> tuple[tup
     """The part of the canvas that an object may touch, and its depth there: turned, stretched and bent at random."""
     reach = 1.2 * placed.radius + _MARGIN * unit
     window = (around(placed.y, reach, size), around(placed.x, reach, size))
-    y, x = np.ogrid[window]
+    y, x = (at.astype(np.float32) for at in np.ogrid[window])  # (h, 1), (1, w)
     angle, stretch = rng.uniform(0, 6.283), rng.uniform(0.75, 1.0)
     cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
-    right, down = (x - placed.x).astype(np.float32), (y - placed.y).astype(np.float32)
+    right, down = x - np.float32(placed.x), y - np.float32(placed.y)
     across, along = cos * right + sin * down, cos * down - sin * right
     bend = tuple(rng.random(3).tolist())
     shape = SHAPES[CLASSES[placed.kind]]
@@ -141,8 +141,8 @@ def lay_stroke(canvas: Canvas, look: Style, rng: Generator, unit: float, light: 
     window = (around(centre[1], reach, size), around(centre[0], reach, size))
     if any(span.stop - span.start < 2 for span in window):
         return
-    y, x = np.ogrid[window]
-    level = stroke(x.astype(np.float32), y.astype(np.float32), tuple(start), tuple(end), width)
+    y, x = (at.astype(np.float32) for at in np.ogrid[window])
+    level = stroke(x, y, start.tolist(), end.tolist(), width)
     look.paint(canvas[window], -level, rng, unit, light)
 
 

@@ -7,11 +7,12 @@ family. They need not be distances: `depth` turns them into pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]
 Bend = tuple[float, float, float]
 
 
@@ -86,7 +87,7 @@ SHAPES: dict[str, Callable[[Field, Field, Bend], Field]] = {
 CLASSES = tuple(SHAPES)
 
 
-def stroke(x: Field, y: Field, start: tuple[float, float], end: tuple[float, float], width: float) -> Field:
+def stroke(x: Field, y: Field, start: list[float], end: list[float], width: float) -> Field:
     """A line with round ends: what scenes are cluttered with. In pixels."""
     along, up = end[0] - start[0], end[1] - start[1]
     at = (((x - start[0]) * along + (y - start[1]) * up) / (along**2 + up**2 + 1e-6)).clip(0, 1)

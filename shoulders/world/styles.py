@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -17,7 +18,7 @@ from PIL import Image
 
 from shoulders.world.shapes import Field
 
-Canvas = NDArray[np.float32]  # (H, W, 3), 0 to 1
+Canvas = NDArray[np.floating[Any]]  # (H, W, 3), 0 to 1
 Paint = Callable[[Canvas, Field, Generator, float, float], None]
 
 
@@ -50,6 +51,11 @@ def cloud(side: int, cells: int, rng: Generator) -> Field:
     """Smooth noise (side, side) in [0, 1]: a few random values, interpolated."""
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def grain(shape: tuple[int, int], rng: Generator) -> Field:
+    """Noise (H, W) in [-0.5, 0.5); it takes one number from `rng` at any size, so that all else stays the same."""
+    return np.random.default_rng(rng.integers(2**63)).random(shape, dtype=np.float32) - np.float32(0.5)
 
 
 def ramp(side: int, rng: Generator) -> Field:
@@ -128,8 +134,8 @@ def neon_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light:
 def paper_background(side: int, rng: Generator, unit: float) -> Canvas:
     """A pastel sheet with grain, at times ruled."""
     sheet = colour(rng, (0.05, 0.35), (0.75, 0.97))
-    grain = 0.06 * (rng.random((side, side), dtype=np.float32) - 0.5) + 0.08 * (cloud(side, 12, rng) - 0.5)
-    canvas = sheet + grain[..., None]
+    rough = 0.06 * grain((side, side), rng) + 0.08 * (cloud(side, 12, rng) - 0.5)
+    canvas = sheet + rough[..., None]
     if rng.random() < 0.4:
         ruled = stripes((side, side), rng, rng.uniform(5, 14) * unit, 0.3)
         canvas += 0.5 * ruled[..., None] * (colour(rng, (0.1, 0.5), (0.6, 0.95)) - canvas)
@@ -143,7 +149,7 @@ def paper_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light
     if rng.random() < 0.5:
         printed = stripes(depth.shape, rng, rng.uniform(3, 8) * unit, rng.uniform(0.3, 0.6))
         blend(sheet, colour(rng, (0.1, 0.7), (0.5, 1.0)), printed)
-    sheet += 0.08 * (rng.random((*depth.shape, 1), dtype=np.float32) - 0.5)
+    sheet += 0.08 * grain(depth.shape, rng)[..., None]
     blend(canvas, sheet, cover(depth))
 
 
