@@ -16,7 +16,7 @@ LAYERS = (
     ("__init__", "__main__", "cli"),
     ("distill", "evaluate", "world"),
     ("checks",),
-    ("model", "checkpoint", "tasks", "heldout", "journal", "learner"),
+    ("model", "grafts", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
     ("features", "recipe", "errors", "hub", "own", "ranks"),
 )

@@ -150,7 +150,7 @@ TINY: dict[str, Callable[[], Any]] = {
         hf.SamConfig(
             vision_config={
                 "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 16,
-                "image_size": 64, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32,
+                "image_size": 64, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32, "num_pos_feats": 8,
             },
             **SAM_HEADS,
         )

@@ -1,0 +1,109 @@
+"""Every head that can be cut off, against the whole model that it was cut from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor
+
+from shoulders.errors import RecipeError
+from shoulders.features import Features
+from shoulders.grafts import CUTS, Graft, can_graft, load_graft
+from shoulders.recipe import TeacherSpec
+from shoulders.teachers import FAMILIES, Teacher, load_teacher
+from tests.teachers.conftest import TINY, VIT
+
+WITH_HEAD = TINY | {"deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT))}
+SAID = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", "predicted_depth", "pred_masks")
+# one rounding apart: what these heads read lies in memory in another order than their encoder leaves it
+ROUNDED = {"regnet": 1e-7, "upernet": 1e-7, "sam2": 1e-7}
+POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
+BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
+
+
+def grown(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
+    """A tiny model with its head, frozen, and the teacher that it is on disk."""
+    torch.manual_seed(0)
+    model = WITH_HEAD[model_type]()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    model.save_pretrained(folder)
+    size = 64 if FAMILIES[model_type].size else None
+    taps = ["level0", "level1", "level2"] if model_type == "sam2" else None
+    return model.eval().requires_grad_(False), TeacherSpec(model=str(folder), size=size, taps=taps)
+
+
+def tensors(output: Any) -> dict[str, Tensor]:
+    return {name: output[name] for name in SAID if name in output}
+
+
+@pytest.mark.parametrize("model_type", CUTS)
+def test_fed_with_the_teachers_own_taps_a_graft_gives_the_teachers_output(model_type: str, tmp_path: Path) -> None:
+    model, spec = grown(model_type, tmp_path)
+    teacher = load_teacher("t", spec)
+    graft = load_graft("t", spec, teacher)
+    pixels = torch.rand(2, 3, *teacher.size)
+    taught = teacher(pixels)
+    for prompts in (POINTS, BOXES) if model_type.startswith("sam") else ({},):
+        with torch.no_grad():
+            whole = tensors(model(pixel_values=(pixels - teacher.mean) / teacher.std, **prompts))
+        told = tensors(graft(taught, **prompts))
+        assert whole
+        for name, truth in whole.items():
+            assert truth.std() > 0
+            assert (told[name] - truth).abs().max() <= ROUNDED.get(model_type, 0.0), name
+    assert can_graft(spec)
+    assert sum(p.numel() for p in graft.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["segformer", "d_fine", "maskformer", "resnet"])
+def test_a_head_depends_on_every_tap_that_it_reads_and_on_no_pixel(model_type: str, tmp_path: Path) -> None:
+    _, spec = grown(model_type, tmp_path)
+    teacher = load_teacher("t", spec)
+    graft = load_graft("t", spec, teacher)
+    taught = teacher(torch.rand(2, 3, *teacher.size))
+    before = tensors(graft(taught))
+    for tap in graft.taps:
+        other = taught | {tap: taught[tap].map(lambda x: x + torch.randn_like(x))}
+        after = tensors(graft(other))
+        assert any((after[name] - before[name]).abs().max() > 0 for name in before), tap
+    again = tensors(graft(taught))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_features_on_another_grid_are_brought_to_the_heads_own(tmp_path: Path) -> None:
+    _, spec = grown("segformer", tmp_path)
+    teacher = load_teacher("t", spec)
+    graft = load_graft("t", spec, teacher)
+    flat = {tap: Features(None, torch.randn(2, 1, facts.spatial).expand(2, 9, -1), (3, 3))  # type: ignore[arg-type]
+            for tap, facts in teacher.taps.items()}  # fmt: skip
+    assert graft(flat).logits.shape == (2, 2, 16, 16)
+
+
+def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
+    hf.Dinov2Model(hf.Dinov2Config(**{**VIT, "intermediate_size": None})).save_pretrained(tmp_path / "bare")
+    bare = TeacherSpec(model=str(tmp_path / "bare"))
+    assert not can_graft(bare)
+    with pytest.raises(RecipeError, match=r"teachers\.t\.model: .*no head that can be inherited"):
+        load_graft("t", bare, load_teacher("t", bare))
+    _, spec = grown("segformer", tmp_path / "whole")
+    narrow = TeacherSpec(model=spec.model, size=64, taps=["stage3"])
+    with pytest.raises(RecipeError, match=r"teachers\.t\.taps: the head reads stage0, stage1, stage2, stage3; add"):
+        load_graft("t", narrow, load_teacher("t", narrow))
+    own = TeacherSpec(module="package.module:function")
+    assert not can_graft(own)
+    with pytest.raises(RecipeError, match="module of your own"):
+        load_graft("t", own, teacher=None)  # type: ignore[arg-type]
+
+
+def test_heads_hold_no_weight_of_the_encoder(tmp_path: Path) -> None:
+    _, spec = grown("rt_detr", tmp_path)
+    teacher: Teacher = load_teacher("t", spec)
+    graft: Graft = load_graft("t", spec, teacher)
+    names = [name for name, _ in graft.named_parameters()]
+    assert not any("backbone" in name or ".model.encoder." in name for name in names)
+    assert any("decoder" in name for name in names)
