@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
+from shoulders.grafts import check_graft
 from shoulders.own import check_function
 from shoulders.ranks import Rank
 from shoulders.recipe import Recipe, Source, as_size, check_name, check_resumed
@@ -37,6 +38,8 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
     for name, spec in recipe.teachers.items():
         check_teacher(name, spec)
+    for name in recipe.keep_heads:
+        check_graft(name, recipe.teachers[name])
     check_out(recipe, resume)
 
 

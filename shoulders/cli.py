@@ -79,6 +79,27 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a student's folder.")],
+    images: Annotated[Path, typer.Argument(help="An image, or a folder, parquet or tar file of images.")],
+    head: Annotated[list[str] | None, typer.Option(help="A kept head, may be repeated; default: all.")] = None,
+    out: Annotated[Path, typer.Option(help="Where predictions.json and pictures go.")] = Path("predictions"),
+    threshold: Annotated[float, typer.Option(help="Leave out objects of a lower score.", min=0, max=1)] = 0.5,
+    as_json: AsJson = False,
+) -> None:
+    """Run the heads that a student kept on images."""
+    from shoulders.predict import predict
+
+    told = predict(run, images, head or (), out, threshold=threshold)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    rows = [[image, name, _brief(answer)] for image, heads in told.items() for name, answer in heads.items()]
+    _print_table(["image", "head", "answer"], rows)
+    print(f"\npredictions.json and a picture for each image and head are in {out}")
+
+
+@app.command()
 def teachers(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe: say what each of its teachers is.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as teachers.x.size=224.")] = None,
@@ -172,6 +193,14 @@ def _print_table(titles: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     for row in [titles, ["-" * width for width in widths], *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _brief(answer: Any) -> str:
+    """An answer in a few words: the first classes or objects with their scores."""
+    if isinstance(answer, dict):
+        return "depth map"
+    scores = [f"{one['label']}" + ("" if one["score"] is None else f" {one['score']:.2f}") for one in answer]
+    return ", ".join(scores[:4]) + (f" and {len(scores) - 4} more" if len(scores) > 4 else "") or "nothing found"
 
 
 def _cell(value: Any) -> str:

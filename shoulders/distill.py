@@ -22,17 +22,18 @@ from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_che
 from shoulders.checks import check
 from shoulders.errors import DataError, NumericError, Stopped
 from shoulders.features import Batch, Features, Skipped
+from shoulders.grafts import load_graft
 from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, call_source, evaluation_batches, open_source
 from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
-from shoulders.model import ShouldersModel, build_student, save_student, student_config
+from shoulders.model import ShouldersModel, build_student, finer, save_student, student_config
 from shoulders.ranks import Rank, join, signals, use_bf16
 from shoulders.recipe import Recipe, as_size, dump_recipe
 from shoulders.student.base import load_base
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Widths
+from shoulders.transfer.projectors import Widths, teacher_of
 from shoulders.transfer.standardize import Moments
 
 
@@ -68,7 +69,8 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
         summary |= measures
         if rank.is_main:
-            write_folder(recipe.out / "student", partial(save_student, run.student))
+            heads = {name: load_graft(name, recipe.teachers[name], run.teachers[name]) for name in recipe.keep_heads}
+            write_folder(recipe.out / "student", partial(save_student, run.student, heads=heads))
             keep_rows(recipe.out / "results.json", _rows(summary))
         rank.barrier()
         return summary
@@ -267,12 +269,15 @@ def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
     base = load_base(recipe.student)
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
+    kept = recipe.keep_heads if recipe.transfer.own_grids else []
+    grids = {tap: facts.grid for tap, facts in teachers.taps.items() if facts.spatial and teacher_of(tap) in kept}
+    fine = finer(base.model.config, as_size(recipe.images.size), grids)
     whose = teachers.whose()
     if recipe.transfer.preserve:
         taps[f"{BASE}/latent"] = Widths(base.model.config.hidden_size, base.model.config.hidden_size)
     whose[BASE] = {"source": recipe.student.base, "revision": base.revision, "licence": base.licence}
     pixels = base.preprocessing
-    return build_student(base.model, student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps))
+    return build_student(base.model, student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps, fine))
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

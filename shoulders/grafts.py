@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from shoulders.features import Features
-from shoulders.hub import load_strict
+from shoulders.hub import load_strict, quiet
 from shoulders.recipe import TeacherSpec
 from shoulders.teachers import Tap, Teacher
-from shoulders.teachers.checkpoint import fault, read_checkpoint
+from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
 from shoulders.transfer.align import align
 
 Taps = Mapping[str, Features]
@@ -177,11 +177,14 @@ class Graft(nn.Module):
         cut: where.
         taps: {tap: widths and grid} that the head reads.
         size: (h, w) in px that the head believes the images to have.
+        processor: the model's own image processor, for what comes after the head; None where there is none.
     """
 
-    def __init__(self, model: nn.Module, cut: Cut, taps: Mapping[str, Tap], size: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Any, cut: Cut, taps: Mapping[str, Tap], size: tuple[int, int], processor: Any = None
+    ) -> None:
         super().__init__()
-        self.model, self.cut, self.taps, self.size = model, cut, dict(taps), size
+        self.model, self.cut, self.taps, self.size, self.processor = model, cut, dict(taps), size, processor
         blanks = _answers(model, (cut.encoder, *cut.silent), size)
         self.replays = {path: Replay(blank) for path, blank in blanks.items()}
         for path, replay in self.replays.items():
@@ -205,46 +208,68 @@ class Graft(nn.Module):
         return self.model(pixel_values=pixels, **prompts)
 
 
-def can_graft(spec: TeacherSpec) -> bool:
-    """Whether a teacher is a model with a head that can be cut off."""
-    if spec.module is not None:
-        return False
-    checkpoint = read_checkpoint("", spec)
-    return checkpoint.config.model_type in CUTS and _head_class(checkpoint.config) is not None
-
-
-def load_graft(name: str, spec: TeacherSpec, teacher: Teacher) -> Graft:
-    """The head of a teacher, from its own checkpoint, reading the default taps of its family.
+def check_graft(name: str, spec: TeacherSpec) -> None:
+    """Refuse a teacher without a head that can be cut off, before any weights are read.
 
     Raises:
-        RecipeError: the teacher has no head, or one that cannot be cut off; the line begins with
-            ``teachers.<name>.model:``.
-        DataError: weights of the head are missing or broken.
+        RecipeError: the line begins with ``teachers.<name>.``.
     """
     if spec.module is not None:
         raise fault(name, "module", "a module of your own has no head that could be inherited")
     checkpoint = read_checkpoint(name, spec)
-    model_type, head = checkpoint.config.model_type, _head_class(checkpoint.config)
-    if model_type not in CUTS or head is None:
+    if checkpoint.config.model_type not in CUTS or head_class(checkpoint.config) is None:
         raise fault(
-            name, "model",
-            f"{spec.model!r} ({model_type}) has no head that can be inherited; give a checkpoint of one of "
-            f"{', '.join(sorted(CUTS))} with its head",
-        )  # fmt: skip
-    family = checkpoint.family.taps
-    wanted = (family.names if CUTS[model_type].every_tap else family.chosen)(checkpoint.image_config)
-    missing = [tap for tap in wanted if tap not in teacher.taps]
+            name,
+            "model",
+            f"{spec.model!r} ({checkpoint.config.model_type}) has no head that can be inherited; give a checkpoint of "
+            f"one of {', '.join(sorted(CUTS))}, saved with its head",
+        )
+    missing = [tap for tap in _read_by_head(checkpoint) if tap not in checkpoint.taps]
     if missing:
-        raise fault(name, "taps", f"the head reads {', '.join(wanted)}; add {', '.join(missing)}, or leave the key out")
-    model = load_strict(checkpoint.pretrained, head, checkpoint.config)
-    return Graft(model, CUTS[model_type], {tap: teacher.taps[tap] for tap in wanted}, teacher.size)
+        raise fault(name, "taps", f"the head also reads {', '.join(missing)}; add them, or leave the key out")
 
 
-def _head_class(config: Any) -> Any:
-    """The transformers class that a checkpoint was saved as, where that is a model with a head."""
+def load_graft(name: str, spec: TeacherSpec, teacher: Teacher) -> Graft:
+    """The head of a teacher, from the teacher's own checkpoint.
+
+    Raises:
+        RecipeError: as `check_graft`.
+        DataError: weights of the head are missing or broken.
+    """
+    check_graft(name, spec)
+    checkpoint = read_checkpoint(name, spec)
+    model = load_strict(checkpoint.pretrained, head_class(checkpoint.config), checkpoint.config)
+    taps = {tap: teacher.taps[tap] for tap in _read_by_head(checkpoint)}
+    processor = read_processor(checkpoint.pretrained.source, checkpoint.pretrained.revision)
+    return Graft(model, CUTS[checkpoint.config.model_type], taps, teacher.size, processor)
+
+
+def read_processor(source: str, revision: str | None = None) -> Any:
+    """The image processor of a checkpoint, or None where it has none that loads here."""
+    try:
+        with quiet():
+            return transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def head_class(config: Any) -> Any:
+    """The transformers class that a checkpoint was saved as, where that is a model with a head; else None."""
     architecture = (config.architectures or [""])[0]
     headed = architecture.endswith(("ForImageClassification", "Detection", "Segmentation", "DepthEstimation"))
     return getattr(transformers, architecture, None) if headed or architecture in ("SamModel", "Sam2Model") else None
+
+
+def taps_of(name: str, told: Taps) -> dict[str, Features]:
+    """The features of one teacher under its own names: ``segmenter/stage3`` -> ``stage3``."""
+    return {tap.split("/", 1)[1]: features for tap, features in told.items() if tap.startswith(f"{name}/")}
+
+
+def _read_by_head(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The taps that a head reads."""
+    family = checkpoint.family.taps
+    every = CUTS[checkpoint.config.model_type].every_tap
+    return (family.names if every else family.chosen)(checkpoint.image_config)
 
 
 @torch.no_grad()

@@ -6,11 +6,13 @@ know the type ``shoulders_student``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -19,8 +21,10 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
 import shoulders.student.encoder as encoder
-from shoulders.errors import DataError
+from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
+from shoulders.grafts import Graft, taps_of
+from shoulders.heads import answers, open_head, save_head
 from shoulders.hub import quiet
 from shoulders.recipe import Recipe, as_size
 from shoulders.transfer.projectors import Projector, Widths, key
@@ -36,6 +40,7 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
         mean, std: pixel normalisation of the base, per channel; the model takes pixels in [0, 1].
         image_size: (h, w) that the student was trained at; other multiples of the patch size work too.
         taps: {tap: {"summary": width or None, "spatial": width or None}} of the teachers.
+        fine: {tap: how many times finer than the student's grid its projector answers}; 1 where it is not named.
         reads: places that the projectors read.
         projector_width: width between the two layers of a projector.
         standardize: kind of the standardizers.
@@ -50,6 +55,7 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
     std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     image_size: list[int] | tuple[int, ...] = (224, 224)
     taps: dict[str, Any] | None = None
+    fine: dict[str, int] | None = None
     reads: list[str] | tuple[str, ...] = ("latent",)
     projector_width: int = 0
     standardize: str = "none"
@@ -124,12 +130,17 @@ class ShouldersModel(ShouldersPreTrainedModel):
         widths = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
         d = self.encoder.width
         self.projectors = nn.ModuleDict(
-            {key(tap): Projector(d, w, config.reads, config.projector_width) for tap, w in widths.items()}
+            {
+                key(tap): Projector(d, w, config.reads, config.projector_width, (config.fine or {}).get(tap, 1))
+                for tap, w in widths.items()
+            }
         )
         self.standardizers = nn.ModuleDict(
             {key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()}
         )
         self.taps = list(widths)
+        self.heads: dict[str, Path] = {}  # the kept heads that lie beside the weights it was loaded from
+        self.grafts: dict[str, list[Graft]] = {}  # those in use; in lists, for they are no part of the weights
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> StudentOutput:
@@ -154,9 +165,42 @@ class ShouldersModel(ShouldersPreTrainedModel):
         return {tap: self.standardizer(tap)(features) for tap, features in taught.items()}
 
     def inherit(self, pixels: Tensor) -> dict[str, Features]:
-        """{tap: Features} in each teacher's own space, on the student's grid, with no teacher present."""
+        """{tap: Features} in each teacher's own space, with no teacher present: what its head can be fed with."""
         told = self.tell(self.places(pixels))
         return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
+
+    def head(self, name: str) -> Graft:
+        """A kept head, loaded when it is first asked for.
+
+        Raises:
+            RecipeError: the student keeps no head of this name.
+        """
+        if name not in self.heads:
+            kept = ", ".join(self.heads) or "none; name some in keep_heads: of the recipe"
+            raise RecipeError(f"head {name!r}: not kept by this student; it has {kept}")
+        if name not in self.grafts:
+            self.grafts[name] = [open_head(self.heads[name]).to(self.device)]
+        return self.grafts[name][0]
+
+    @torch.no_grad()
+    def predict(
+        self, name: str, pixels: Tensor, sizes: Sequence[tuple[int, int]] | None = None,
+        threshold: float = 0.5, **prompts: Any,
+    ) -> list[Any]:  # fmt: skip
+        """What a kept head says of pixels (B, 3, h, w) in [0, 1], through its teacher's own post-processing.
+
+        Args:
+            name: of the teacher whose head it is.
+            sizes: (h, w) of the original images, for boxes and masks in their pixels; default: that of the pixels.
+            threshold: objects of a lower score are left out.
+            prompts: what the head takes beside the image, such as points and boxes.
+
+        Returns:
+            For each image what the transformers pipeline of the head's task gives.
+        """
+        graft = self.head(name)
+        output = graft(taps_of(name, self.inherit(pixels)), **prompts)
+        return answers(graft, output, sizes or [(pixels.shape[2], pixels.shape[3])] * len(pixels), threshold)
 
     def standardizer(self, tap: str) -> TapStandardizer:
         """The standardizer of a tap."""
@@ -181,13 +225,15 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
 
 
 def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float], std: Sequence[float],
-                   teachers: Mapping[str, dict[str, Any]], taps: Mapping[str, Widths]) -> ShouldersConfig:  # fmt: skip
+                   teachers: Mapping[str, dict[str, Any]], taps: Mapping[str, Widths],
+                   fine: Mapping[str, int]) -> ShouldersConfig:  # fmt: skip
     """The config of a run's student.
 
     Args:
         mean, std: the base's pixel normalisation.
         teachers: {name: {"source", "revision", "licence"}}.
         taps: {tap: widths} of all teachers, the preserved base among them.
+        fine: {tap: how many times finer than the student's its grid is}, for those inherited on their own grid.
     """
     return ShouldersConfig(
         base=base.config.to_dict(),
@@ -196,11 +242,25 @@ def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float],
         std=list(std),
         image_size=list(as_size(recipe.images.size)),
         taps={tap: widths._asdict() for tap, widths in taps.items()},
+        fine=dict(fine),
         reads=list(recipe.transfer.reads),
         projector_width=recipe.transfer.projector_width or 2 * base.config.hidden_size,
         standardize=recipe.transfer.standardize,
         teachers={name: dict(facts) for name, facts in teachers.items()},
     )
+
+
+def finer(base: PreTrainedConfig, size: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """{tap: how many times finer than the student's its grid is, rounded up}, of those taps where it is finer.
+
+    Args:
+        base: the base's config.
+        size: (h, w) of the student's images in px.
+        grids: {tap: (H, W)}.
+    """
+    h, w = (side // base.patch_size for side in size)
+    factors = {tap: max(math.ceil(grid[0] / h), math.ceil(grid[1] / w)) for tap, grid in grids.items()}
+    return {tap: factor for tap, factor in factors.items() if factor > 1}
 
 
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:
@@ -210,10 +270,15 @@ def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersMo
     return student
 
 
-def save_student(student: ShouldersModel, folder: Path) -> None:
-    """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it."""
+def save_student(student: ShouldersModel, folder: Path, heads: Mapping[str, Graft]) -> None:
+    """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it.
+
+    The heads that it keeps go into ``folder/heads/NAME``.
+    """
     with quiet():
         student.save_pretrained(folder)
+        for name, graft in heads.items():
+            save_head(graft, folder / "heads" / name)
     rows = [f"| {name} | {facts['source']} | {facts['licence']} |" for name, facts in student.config.teachers.items()]
     h, w = student.config.image_size
     card = [
@@ -239,9 +304,11 @@ def load(path: Path | str) -> ShouldersModel:
         raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
     try:
         with quiet():
-            return ShouldersModel.from_pretrained(folder).eval()
+            student: ShouldersModel = ShouldersModel.from_pretrained(folder).eval()
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: not a sound student: {' '.join(str(error).split())[:300]}") from error
+    student.heads = {path.parent.name: path.parent for path in sorted(folder.glob("heads/*/head.json"))}
+    return student
 
 
 def register() -> None:

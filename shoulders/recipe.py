@@ -134,6 +134,7 @@ class Transfer(Part):
     preserve: float = Field(1.0, ge=0, description="weight of the base as a teacher")
     balance: Literal["uniform", "fixed", "dropping"] = "uniform"
     reads: list[str] = Field(["latent"], min_length=1, description="places that projectors read: latent, block0, ..")
+    own_grids: bool = Field(True, description="taps that a kept head reads are inherited on their own finer grids")
     projector_width: int | None = Field(None, ge=1, description="hidden width; default: twice the latent's")
 
 
@@ -171,6 +172,7 @@ class Recipe(Part):
     images: Images
     transfer: Transfer = Transfer()
     train: Train = Train()
+    keep_heads: list[str] = Field([], description="teachers whose heads the student keeps and runs")
     out: Path
 
     @model_validator(mode="after")
@@ -179,6 +181,9 @@ class Recipe(Part):
             check_name(name)
             if spec.weight != 1 and self.transfer.balance != "fixed":
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
+        unknown = [name for name in self.keep_heads if name not in self.teachers]
+        if unknown:
+            raise ValueError(f"keep_heads: {', '.join(unknown)} not among teachers: {', '.join(self.teachers)}")
         return self
 
 

@@ -32,6 +32,7 @@ FROZEN = {
         "--json",
         "--help",
     ],
+    "predict": ["{run}", "{images}", "--head", "--out", "--threshold", "--json", "--help"],
     "teachers": ["[recipe]", "[overrides]...", "--families", "--json", "--help"],
     "world": ["{folder}", "--style", "--train", "--val", "--test", "--size", "--seed", "--json", "--help"],
 }

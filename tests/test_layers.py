@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 # From top to bottom: a part imports from its own layer and from those below it.
 LAYERS = (
     ("__init__", "__main__", "cli"),
-    ("distill", "evaluate", "world"),
+    ("distill", "evaluate", "predict", "world"),
     ("checks",),
-    ("model", "grafts", "checkpoint", "tasks", "heldout", "journal", "learner"),
+    ("model", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
     ("features", "recipe", "errors", "hub", "own", "ranks"),
 )

@@ -157,16 +157,16 @@ class Teachers(nn.Module):
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """The sizes (h, w) that batches must be rendered at, without repeats."""
-        return list(dict.fromkeys(self._teacher(name).size for name in self.chosen))
+        return list(dict.fromkeys(self[name].size for name in self.chosen))
 
     @property
     def taps(self) -> dict[str, Tap]:
         """What each ``"name/tap"`` gives."""
-        return {f"{name}/{tap}": self._teacher(name).taps[tap] for name, taps in self.chosen.items() for tap in taps}
+        return {f"{name}/{tap}": self[name].taps[tap] for name, taps in self.chosen.items() for tap in taps}
 
     def whose(self) -> dict[str, dict[str, str | None]]:
         """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, licence}}``."""
-        each = {name: self._teacher(name) for name in self.chosen}
+        each = {name: self[name] for name in self.chosen}
         return {
             name: {"source": teacher.source, "revision": teacher.revision, "licence": teacher.licence}
             for name, teacher in each.items()
@@ -180,14 +180,15 @@ class Teachers(nn.Module):
         """
         answers = {}
         for name, taps in self.chosen.items():
-            teacher = self._teacher(name)
+            teacher = self[name]
             pixels = batch.pixels(teacher.size)  # (B, 3, h, w)
             with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
                 said = teacher(pixels)
             answers.update({f"{name}/{tap}": said[tap].map(Tensor.float) for tap in taps})
         return answers
 
-    def _teacher(self, name: str) -> Teacher:
+    def __getitem__(self, name: str) -> Teacher:
+        """One teacher, by its name."""
         teacher = self.teachers[f"{name}/"]
         assert isinstance(teacher, Teacher)  # noqa: S101
         return teacher

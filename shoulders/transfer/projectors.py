@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,27 @@ def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
 
+class Finer(nn.Module):
+    """Two linear layers with a GELU between, each place speaking for ``factor`` x ``factor`` places of a finer grid.
+
+    The first layer gives every finer place its own hidden vector (sub-pixel convolution, arXiv 1609.05158): what a
+    token knows of where in its patch something is need not pass through a resized map.
+    """
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, factor: int):
+        super().__init__()
+        self.factor = factor
+        self.hidden = max(hidden // factor, 1)  # the finer places are many: the cost grows by factor, not its square
+        self.first = nn.Linear(width_in, self.hidden * factor**2)
+        self.last = nn.Linear(self.hidden, width_out)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, H * W, width_in) on grid (H, W) -> (B, H * f * W * f, width_out)."""
+        (h, w), f = grid, self.factor
+        y = self.first(x).view(len(x), h, w, f, f, self.hidden).transpose(2, 3)  # (B, H, f, W, f, hidden)
+        return self.last(nn.functional.gelu(y.reshape(len(x), h * f * w * f, self.hidden)))
+
+
 class Projector(nn.Module):
     """s2t of one tap: independent MLPs for summary and spatial, one per place read, summed over places.
 
@@ -32,24 +54,28 @@ class Projector(nn.Module):
         widths: of the tap.
         reads: places of the student; the latent, or several blocks (a ladder, as in UNIC).
         hidden: width between the two layers.
+        fine: how many times finer than the student's grid the spatial answer is.
     """
 
-    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int):
+    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int, fine: int = 1):
         super().__init__()
-        self.reads = tuple(reads)
+        self.reads, self.fine = tuple(reads), fine
         for part, width in widths._asdict().items():
-            ladder = {place: mlp(d, hidden, width) for place in self.reads} if width else {}
-            self.add_module(part, nn.ModuleDict(ladder))
+            finer = part == "spatial" and fine > 1
+            rung: Callable[[int, int, int], nn.Module] = partial(Finer, factor=fine) if finer else mlp
+            self.add_module(part, nn.ModuleDict({place: rung(d, hidden, width) for place in self.reads if width}))
 
     def forward(self, seen: Mapping[str, Features]) -> Features:
-        """{place: Features} -> the tap's features on the student's grid, in standardized space."""
+        """{place: Features} -> the tap's features in standardized space, on the student's grid or a finer one."""
+        (h, w) = grid = next(iter(seen.values())).grid
         parts: dict[str, Tensor | None] = {"summary": None, "spatial": None}
         for part in parts:
             for place, rung in self.get_submodule(part).items():  # type: ignore[operator]
-                told = rung(seen[place].parts()[part])
+                x = seen[place].parts()[part]
+                told = rung(x, grid) if isinstance(rung, Finer) else rung(x)
                 before = parts[part]
                 parts[part] = told if before is None else before + told
-        return Features(parts["summary"], parts["spatial"], next(iter(seen.values())).grid)
+        return Features(parts["summary"], parts["spatial"], (h * self.fine, w * self.fine))
 
 
 class TeacherToStudent(nn.Module):

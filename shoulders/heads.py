@@ -1,0 +1,175 @@
+"""Heads that a student keeps: on disk beside it, and what they answer, by their teachers' own post-processing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.grafts import CUTS, Graft, head_class, read_processor
+from shoulders.hub import quiet
+from shoulders.teachers import Tap
+
+Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
+
+
+def save_head(graft: Graft, folder: Path) -> None:
+    """Write a head without its encoder: config.json, model.safetensors, the image processor, and head.json."""
+    folder.mkdir(parents=True)
+    with quiet():
+        graft.model.config.save_pretrained(folder)
+        if graft.processor is not None:
+            graft.processor.save_pretrained(folder)
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _weights(graft).items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    taps = {tap: [facts.summary, facts.spatial, list(facts.grid)] for tap, facts in graft.taps.items()}
+    (folder / "head.json").write_text(json.dumps({"size": list(graft.size), "taps": taps}) + "\n")
+
+
+def open_head(folder: Path) -> Graft:
+    """A head as `save_head` left it.
+
+    Raises:
+        DataError: something is missing or does not fit.
+    """
+    try:
+        told = json.loads((folder / "head.json").read_text())
+        taps = {tap: Tap(summary, spatial, tuple(grid)) for tap, (summary, spatial, grid) in told["taps"].items()}
+        with quiet():
+            config = AutoConfig.from_pretrained(folder)
+            model = head_class(config)(config)
+        h, w = told["size"]
+        graft = Graft(model, CUTS[config.model_type], taps, (h, w), read_processor(str(folder)))
+        missing = graft.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
+        absent = [name for name in missing if name in _weights(graft)]
+        if absent:
+            raise ValueError(f"the weights lack {absent[0]}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: not a sound head: {' '.join(str(error).split())[:300]}") from error
+    return graft
+
+
+def _weights(graft: Graft) -> dict[str, Tensor]:
+    """The weights by name, one of each group that shares its memory."""
+    seen: set[int] = set()
+    weights = {}
+    for name, value in graft.state_dict().items():
+        if value.data_ptr() not in seen or value.numel() == 0:
+            weights[name] = value
+        seen.add(value.data_ptr())
+    return weights
+
+
+def answers(graft: Graft, output: Any, sizes: Sizes, threshold: float = 0.5) -> list[Any]:
+    """What a head's output means for each image, in the form of the transformers pipeline of its task.
+
+    Args:
+        output: what `graft` gave.
+        sizes: (h, w) of the original images; boxes and masks are in their pixels.
+        threshold: objects of a lower score are left out.
+
+    Returns:
+        Classification: ``[{label, score}]``, best first. Detection: ``[{label, score, box}]``. Segmentation:
+        ``[{label, score, mask}]`` with masks (h, w) bool. Depth: ``{predicted_depth}`` (h, w).
+
+    Raises:
+        RecipeError: the head comes without the image processor that its task needs.
+    """
+    kind = answer_kind(graft)
+    if kind is not classified and graft.processor is None:
+        raise RecipeError(
+            "this head has no preprocessor_config.json, which its post-processing needs; add the teacher's"
+        )
+    return kind(graft, output, list(sizes), threshold)
+
+
+def answer_kind(graft: Graft) -> Callable[..., list[Any]]:
+    """The function of `ANSWERS` for a head."""
+    name = type(graft.model).__name__
+    return next(function for ending, function in ANSWERS.items() if name.endswith(ending))
+
+
+def classified(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Classes, the best five first; the threshold does not apply."""
+    scores, classes = output.logits.softmax(-1).sort(descending=True)
+    names = graft.model.config.id2label
+    pairs = [
+        list(zip(row.tolist(), kinds.tolist(), strict=True))[:5] for row, kinds in zip(scores, classes, strict=True)
+    ]
+    return [[{"label": names[kind], "score": score} for score, kind in row] for row in pairs]
+
+
+def detected(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Objects with boxes."""
+    names = graft.model.config.id2label
+    found = graft.processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    return [
+        [
+            {"label": names[kind], "score": score, "box": dict(zip(corners, box, strict=True))}
+            for score, kind, box in zip(*(one[part].tolist() for part in ("scores", "labels", "boxes")), strict=True)
+        ]
+        for one in found
+    ]
+
+
+def segmented(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """A mask for each class that is there; the threshold does not apply."""
+    names = graft.model.config.id2label
+    maps = graft.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
+    return [
+        [{"label": names[kind], "score": None, "mask": image == kind} for kind in image.unique().tolist()]
+        for image in maps
+    ]
+
+
+def instances(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Objects with masks."""
+    names = graft.model.config.id2label
+    found = graft.processor.post_process_instance_segmentation(output, threshold=threshold, target_sizes=sizes)
+    return [
+        [
+            {"label": names[one["label_id"]], "score": one["score"], "mask": image["segmentation"] == one["id"]}
+            for one in image["segments_info"]
+        ]
+        for image in found
+    ]
+
+
+def depths(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Depth of each pixel; the threshold does not apply."""
+    found = graft.processor.post_process_depth_estimation(output, target_sizes=sizes)
+    return [{"predicted_depth": one["predicted_depth"]} for one in found]
+
+
+def prompted(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """A mask for each prompt, the best of those that the head offers; the threshold does not apply."""
+    best = output.iou_scores.argmax(-1)  # (B, P)
+    told = []
+    for masks, scores, which, size in zip(output.pred_masks, output.iou_scores, best, sizes, strict=True):
+        chosen = masks[torch.arange(len(which)), which][:, None]  # (P, 1, H, W)
+        full = torch.nn.functional.interpolate(chosen, size=size, mode="bilinear", align_corners=False)[:, 0] > 0
+        picked = scores[torch.arange(len(which)), which].tolist()
+        told.append([{"label": None, "score": score, "mask": mask} for mask, score in zip(full, picked, strict=True)])
+    return told
+
+
+# end of the model's class name -> what its output means
+ANSWERS: dict[str, Callable[..., list[Any]]] = {
+    "ForImageClassification": classified,
+    "ForObjectDetection": detected,
+    "ForSemanticSegmentation": segmented,
+    "ForUniversalSegmentation": instances,
+    "ForInstanceSegmentation": instances,
+    "ForDepthEstimation": depths,
+    "SamModel": prompted,
+    "Sam2Model": prompted,
+}

@@ -1,0 +1,81 @@
+"""`shoulders predict`: JSON and pictures, without a teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shoulders.errors import DataError, RecipeError
+from shoulders.features import Features
+from shoulders.pictures import pca_pictures, picture
+from shoulders.predict import _runs, predict
+from shoulders.world import draw
+from shoulders.world.files import run_lengths
+from tests.test_heads import run  # noqa: F401
+
+
+def test_every_image_and_head_gets_an_answer_and_a_picture(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(draw("paper", 0, index).image[: 60 + index]).save(folder / f"{index}.png")
+    told = predict(run, folder, out=tmp_path / "out", threshold=0.0)
+    assert list(told) == ["0.png", "1.png", "2.png"]
+    assert set(told["1.png"]) == {"segformer", "rt_detr_v2"}
+    mask = told["1.png"]["segformer"][0]["mask"]
+    assert mask["size"] == [61, 96] and sum(mask["counts"]) == 61 * 96
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == told
+    pictures = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == [f"{i}-{kind}.png" for i in range(3) for kind in ("latent", "rt_detr_v2", "segformer")]
+    with Image.open(tmp_path / "out" / "0-rt_detr_v2.png") as shown:
+        assert shown.size == (480, 300)
+    alone = predict(run, folder / "1.png", ["segformer"])
+    assert alone == {"1.png": {"segformer": told["1.png"]["segformer"]}}
+
+
+def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(RecipeError, match="not kept"):
+        predict(run, tmp_path, ["nobody"])
+    with pytest.raises(DataError, match="leave it out"):
+        predict(run, tmp_path / "broken.png")
+
+
+def test_masks_become_run_lengths_as_the_world_writes_them() -> None:
+    for index in range(3):
+        for mask in draw("ink", 0, index).masks:
+            assert _runs(torch.from_numpy(mask))["counts"] == run_lengths(mask)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        [{"label": "star", "score": 0.9}],
+        [{"label": "star", "score": 0.9, "box": {"xmin": 1.0, "ymin": 2.0, "xmax": 30.0, "ymax": 40.0}}],
+        [{"label": "star", "score": 0.9, "mask": torch.ones(96, 96, dtype=torch.bool).tril()}],
+        [{"label": name, "score": None, "mask": torch.eye(96).bool()} for name in ("background", "star", "heart")],
+        {"predicted_depth": torch.rand(96, 96)},
+    ],
+)
+def test_every_kind_of_answer_has_a_picture_that_differs_from_the_image(answer: object) -> None:
+    image = Image.fromarray(draw("studio", 0, 0).image)
+    drawn = picture(image, answer)
+    assert drawn.width == 480 and drawn.height >= 480
+    plain = np.asarray(image.resize((480, 480), Image.Resampling.BICUBIC))
+    changed = drawn.height > 480 or (np.asarray(drawn)[:480] != plain).any()
+    assert changed
+
+
+def test_equal_features_have_equal_colours() -> None:
+    features = Features(None, torch.randn(2, 16, 8).repeat(1, 4, 1), (8, 8))
+    first, second = pca_pictures(features, (8, 8))
+    again = pca_pictures(features, (8, 8))
+    assert first.tobytes() == again[0].tobytes() != second.tobytes()
+    top, bottom = np.asarray(first)[:2], np.asarray(first)[2:4]
+    assert (top == bottom).all()
