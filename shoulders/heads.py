@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from shoulders.errors import DataError, RecipeError
+from shoulders.features import Features
 from shoulders.grafts import CUTS, Graft, head_class, read_processor
 from shoulders.hub import quiet
 from shoulders.teachers import Tap
@@ -173,3 +175,33 @@ ANSWERS: dict[str, Callable[..., list[Any]]] = {
     "SamModel": prompted,
     "Sam2Model": prompted,
 }
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A head and who gives it features, as `shoulders.tasks.inherited` asks it.
+
+    Args:
+        graft: the head.
+        size: (h, w) in px of the images that ``feed`` takes.
+        feed: pixels (B, 3, h, w) in [0, 1] -> the features of the head's taps, a teacher's or a student's.
+    """
+
+    graft: Graft
+    size: tuple[int, int]
+    feed: Callable[[Tensor], dict[str, Features]]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, by index."""
+        names = self.graft.model.config.id2label
+        return [names[index] for index in sorted(names)]
+
+    @property
+    def processor(self) -> Any:
+        """The image processor of the head's teacher."""
+        return self.graft.processor
+
+    def say(self, pixels: Tensor) -> Any:
+        """The head's own output."""
+        return self.graft(self.feed(pixels))

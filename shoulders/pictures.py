@@ -34,7 +34,7 @@ def picture(image: Image.Image, answer: Any) -> Image.Image:
     if not answer:
         return with_legend(large, [("nothing found", (128, 128, 128))])
     names = list(dict.fromkeys(str(one["label"]) for one in answer))
-    colours = {name: COLOURS[_number(name) % len(COLOURS)] for name in names}
+    colours = palette(names)
     if "mask" in answer[0]:
         for one in answer:
             large = overlay(large, one["mask"], colours[str(one["label"])], edge=one["score"] is not None)
@@ -50,6 +50,15 @@ def enlarged(size: tuple[int, int]) -> tuple[int, int]:
     """The size in px that an image is shown at."""
     scale = max(1.0, LEAST / max(size))
     return round(size[0] * scale), round(size[1] * scale)
+
+
+def palette(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """A colour for each name: nearly always the same in every picture, and never one twice while there are others."""
+    chosen: dict[str, tuple[int, int, int]] = {}
+    for name in sorted(names):
+        turns = [COLOURS[(_number(name) + turn) % len(COLOURS)] for turn in range(len(COLOURS))]
+        chosen[name] = next((colour for colour in turns if colour not in chosen.values()), turns[0])
+    return chosen
 
 
 def overlay(image: Image.Image, mask: Tensor, colour: tuple[int, int, int], edge: bool) -> Image.Image:

@@ -128,7 +128,12 @@ def test_shapes_are_one_piece_of_about_one_unit(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [(("photo", 0, 0, 96), "photo"), (("ink", -1, 0, 96), "-1"), (("ink", 0, -1, 96), "-1"), (("ink", 0, 0, 8), "8 px")],
+    [
+        (("photo", 0, 0, 96), "photo"),
+        (("ink", -1, 0, 96), "-1"),
+        (("ink", 0, -1, 96), "-1"),
+        (("ink", 0, 0, 8), "8 px"),
+    ],
 )
 def test_what_cannot_be_drawn_is_refused(asked: tuple[str, int, int, int], told: str) -> None:
     with pytest.raises(RecipeError, match=told):

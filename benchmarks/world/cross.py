@@ -1,0 +1,71 @@
+"""Each teacher of the small world at its own task, on the test scenes of every style.
+
+    python benchmarks/world/cross.py --work runs/cross [--test 500]
+
+Writes cross.json beside this file: rows of teacher, task, style, metric, value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from shoulders.grafts import load_graft
+from shoulders.heads import Fed
+from shoulders.recipe import TeacherSpec
+from shoulders.tasks import TASKS
+from shoulders.tasks.inherited import HEADS
+from shoulders.teachers import load_teacher
+from shoulders.world import STYLES, TEACHERS, write_world
+
+# teacher -> task, metric, folder of a style that holds the labels
+JOBS = {
+    "classifier": ("classification", "top1", "classification"),
+    "detector": ("detection", "AP", "instances"),
+    "segmenter": ("semantic", "mIoU", "semantic"),
+    "instances": ("instance", "AP", "instances"),
+}
+
+
+def measure(world: Path) -> list[dict[str, object]]:
+    """A row for each teacher and style."""
+    rows: list[dict[str, object]] = []
+    for name, (task, metric, folder) in JOBS.items():
+        spec = TeacherSpec(model=str(TEACHERS / name))
+        teacher = load_teacher(name, spec)
+        head = Fed(load_graft(name, spec, teacher), teacher.size, teacher)
+        for style in STYLES:
+            told = HEADS[task](head, TASKS[task].find(world / style / folder, "image"), 50, 0)
+            value = next(row["value"] for row in told if row["metric"] == metric)
+            rows.append({"teacher": name, "task": task, "style": style, "metric": metric, "value": round(value, 4)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """The rows as Markdown, a line for each teacher."""
+    lines = [f"| teacher (task, metric) | {' | '.join(STYLES)} |", "|---|" + "---|" * len(STYLES)]
+    for name, (task, metric, _) in JOBS.items():
+        cells = [f"{row['value']:.3f}" for row in rows if row["teacher"] == name]
+        lines.append(f"| {name} ({task}, {metric}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/cross"))
+    parser.add_argument("--test", type=int, default=500)
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    write_world(given.work, counts={"train": 50, "val": 0, "test": given.test})
+    rows = measure(given.work)
+    out = Path(__file__).with_suffix(".json")
+    out.write_text(json.dumps(rows, indent=1) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
