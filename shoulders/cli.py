@@ -47,31 +47,39 @@ def distill(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a student's folder.")],
-    task: Annotated[str, typer.Option(help="What to measure: classification.")],
-    data: Annotated[Path, typer.Option(help="Labelled images: class folders, parquet or tar, split or not.")],
+    task: Annotated[str, typer.Option(help="classification, detection, semantic or instance.")],
+    data: Annotated[Path, typer.Option(help="Labelled images: class folders, index masks or COCO files.")],
     models: Annotated[
         str, typer.Option(help="student, base, teachers, or teachers by name.")
     ] = "student,base,teachers",
     column: Annotated[str, typer.Option(help="The image column of parquet files.")] = "image",
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode.", min=0)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes or threads that decode.", min=0)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    heads: Annotated[bool, typer.Option("--heads", help="Score the kept heads instead of fitting a probe.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the student, its base and its teachers on a task."""
-    from shoulders.evaluate import evaluate
+    from shoulders.evaluate import evaluate, evaluate_heads
 
     def say(name: str) -> None:
         print(f"measuring {name} ...", file=sys.stderr)
 
-    rows = evaluate(run, task, data, models.split(","), column=column, batch=batch, workers=workers, seed=seed,
-                    on_model=say)  # fmt: skip
+    if heads:
+        rows = evaluate_heads(
+            run, task, data, models.split(","), column=column, batch=batch, workers=workers, on_model=say
+        )
+    else:
+        rows = evaluate(run, task, data, models.split(","), column=column, batch=batch, workers=workers, seed=seed,
+                        on_model=say)  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    values = {(row["model"], row["metric"]): f"{100 * row['value']:.1f}" for row in rows}
+    # those of single classes are told with --json alone
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if "/" not in row["metric"]))
+    named = [(row["model"] + (f", head of {row['head']}" if heads else ""), row) for row in rows]
+    names = list(dict.fromkeys(name for name, _ in named))
+    values = {(name, row["metric"]): f"{100 * row['value']:.1f}" for name, row in named}
     print(f"{task}, % of {rows[0]['n']} images")
     _print_table(
         ["model", *metrics], [[name, *(values.get((name, metric), "-") for metric in metrics)] for name in names]

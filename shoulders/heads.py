@@ -99,6 +99,14 @@ def answer_kind(graft: Graft) -> Callable[..., list[Any]]:
     return next(function for ending, function in ANSWERS.items() if name.endswith(ending))
 
 
+def task_of(graft: Graft) -> str | None:
+    """The task of `shoulders.tasks.TASKS` that a head answers, or None."""
+    tasks: dict[Callable[..., list[Any]], str] = {
+        classified: "classification", detected: "detection", segmented: "semantic", instances: "instance",
+    }  # fmt: skip
+    return tasks.get(answer_kind(graft))
+
+
 def classified(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """Classes, the best five first; the threshold does not apply."""
     scores, classes = output.logits.softmax(-1).sort(descending=True)

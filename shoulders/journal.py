@@ -19,7 +19,7 @@ def keep_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into a ``results.json``: they replace those of the same measurement and leave all others."""
 
     def same(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("model", "task", "data", "metric", "seed"))
+        return tuple(row.get(key) for key in ("model", "head", "task", "data", "metric", "seed"))
 
     before = json.loads(path.read_text()) if path.exists() else []
     new = {same(row) for row in rows}

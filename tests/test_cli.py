@@ -29,6 +29,7 @@ FROZEN = {
         "--batch",
         "--workers",
         "--seed",
+        "--heads",
         "--json",
         "--help",
     ],

@@ -10,6 +10,8 @@ show the same spot are told apart from all other places by their patch tokens (D
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import common
@@ -21,6 +23,23 @@ from torch.func import functional_call
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
 VIEWS, BATCH, SEED = 4, 128, 0
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What one step sees: V views of B images, view by view.
+
+    Args:
+        images: (V*B, 3, h, w), normalized.
+        spots: (V, B, N, 2), what each place shows, in image coordinates from -1 to 1.
+        keep: (V*B, k), the places that are kept.
+        more: what else the encoder asks for.
+    """
+
+    images: Tensor
+    spots: Tensor
+    keep: Tensor
+    more: tuple[Tensor, ...] = ()
 
 
 def build_model() -> Dinov2Model:
@@ -64,10 +83,11 @@ class Encoder(nn.Module):
         return self.model.layernorm(self.model.encoder(tokens).last_hidden_state)
 
 
-def encode(encoder: Encoder, images: Tensor, keep: Tensor) -> Tensor:
+def encode(encoder: nn.Module, *given: Tensor) -> Tensor:
     """Run wholly in bf16 on a bf16 reading of the fp32 weights: 1.5 times as fast here as autocast."""
     reading = {name: weight.bfloat16() for name, weight in encoder.named_parameters()}
-    return functional_call(encoder, reading, (images.bfloat16(), keep)).float()
+    images, *more = given
+    return functional_call(encoder, reading, (images.bfloat16(), *more)).float()
 
 
 def summary_term(latent: Tensor, views: int, temperature: float) -> Tensor:
@@ -118,10 +138,10 @@ def spatial_term(
 
 
 @torch.no_grad()
-def summaries(model: nn.Module, pixels: Tensor) -> Tensor:
+def summaries(model: nn.Module, pixels: Tensor, side: int = SIZE) -> Tensor:
     """The summary (B, C) of each image, rendered as at inference."""
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [model(pixel_values=common.render(part, SIZE, SIZE)).pooler_output for part in pixels.split(500)]
+        parts = [model(pixel_values=common.render(part, side, side)).pooler_output for part in pixels.split(500)]
     return torch.cat(parts).float()
 
 
@@ -137,7 +157,7 @@ def knn_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, k: int 
 
 def linear_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> float:
     """Top-1 in percent of a linear map fitted on frozen, standardized summaries (L-BFGS, light decay)."""
-    mean, deviation = seen.mean(0), seen.std(0)
+    mean, deviation = seen.mean(0), seen.std(0).clamp(min=1e-4)
     seen, asked = (seen - mean) / deviation, (asked - mean) / deviation
     layer = nn.Linear(seen.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(layer.weight)
@@ -161,40 +181,55 @@ def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.4) 
     return min(1.0, (step + 1) / warmup, (steps - step) / (cool * steps))
 
 
+def take_views(pixels: Tensor, keep_places: int, generator: torch.Generator) -> Looks:
+    """Views of uint8 images (B, 3, 64, 64), each with `keep_places` places at random."""
+    pairs = [make_views(pixels, generator) for _ in range(VIEWS)]
+    keep = torch.rand(VIEWS * len(pixels), GRID**2, generator=generator).argsort(1)[:, :keep_places]
+    return Looks(torch.cat([view for view, _ in pairs]), torch.stack([spots for _, spots in pairs]), keep)
+
+
 def train(
-    model: Dinov2Model, images: Tensor, steps: int, keep_places: int, work: Path, watch: tuple[Tensor, Tensor]
+    encoder: nn.Module,
+    width: int,
+    images: Tensor,
+    steps: int,
+    work: Path,
+    look: Callable[[Tensor, int, torch.Generator], Looks],
+    watch: Callable[[], None],
+    spatial_weight: float = 0.3,
+    run: Callable[..., Tensor] = encode,
+    matrix_dims: tuple[int, ...] = (2,),
 ) -> float:
-    """Train in place; k-NN from 3,000 to 1,000 watched training images is printed. Minutes spent."""
-    encoder, heads = Encoder(model), Heads(model.config.hidden_size)
-    model.set_attn_implementation("eager")  # twice as fast as sdpa's backward on so few tokens
-    both = nn.ModuleDict({"model": model, "heads": heads})
-    matrices = [weight for weight in both.parameters() if weight.ndim == 2 and min(weight.shape) > 1]
+    """Train an encoder (images, kept places, ...) -> tokens (B, 1 + k, width) in place. Minutes spent."""
+    heads = Heads(width)
+    both = nn.ModuleDict({"model": encoder.get_submodule("model"), "heads": heads})
+    matrices = [
+        weight for weight in both.parameters() if weight.ndim in matrix_dims and min(weight.flatten(1).shape) > 1
+    ]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in both.parameters() if id(weight) not in chosen]
     optimizers = common.Optimizers(matrices, rest, lr=0.02, rest_lr=1e-3, decay=0.05)
     progress = common.Progress(work, steps, 20, {"model": both, "optimizers": optimizers})
     for step, batch in common.epoch_batches(len(images), BATCH, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
-        pairs = [make_views(images[batch], generator) for _ in range(VIEWS)]
-        keep = torch.rand(VIEWS * BATCH, GRID**2, generator=generator).argsort(1)[:, :keep_places]
-        tokens = encode(encoder, torch.cat([view for view, _ in pairs]), keep)
+        looks = look(images[batch], step, generator)
+        tokens = run(encoder, looks.images, looks.keep, *looks.more)
+        views = looks.spots.shape[:2]
         with torch.autocast("cpu", torch.bfloat16):
-            summary = summary_term(heads.summary(tokens[:, 0]).float(), VIEWS, 0.2)
+            summary = summary_term(heads.summary(tokens[:, 0]).float(), views[0], 0.2)
             spatial = spatial_term(
                 heads.spatial,
-                tokens[:, 1:].unflatten(0, (VIEWS, BATCH)),
-                torch.stack([spots for _, spots in pairs]),
-                keep.unflatten(0, (VIEWS, BATCH)),
+                tokens[:, 1:].unflatten(0, views),
+                looks.spots,
+                looks.keep.unflatten(0, views),
                 0.2,
                 generator,
             )
-        (summary + 0.3 * spatial).backward()
+        (summary + spatial_weight * spatial).backward()
         optimizers.step(hold_then_cool(step, steps))
         progress.line(step, summary=float(summary.detach()), spatial=float(spatial.detach()))
         if (step + 1) % 100 == 0:
-            known = summaries(model, watch[0])
-            score = knn_top1(known[:3000], watch[1][:3000], known[3000:], watch[1][3000:])
-            print(f"k-NN top-1 with 3,000 neighbours {score:.1f} %", flush=True)
+            watch()
         progress.save(step, 100)
     return progress.minutes()
 
@@ -212,7 +247,17 @@ def main() -> None:
     model = build_model().train()
     images = load_images(given.data, SEED)
     pixels, labels = common.load_cifar10(given.data, "train")  # labels only measure, they never train
-    minutes = train(model, images, given.steps, given.keep, given.work, (pixels[:4000], labels[:4000]))
+
+    def look(images: Tensor, step: int, generator: torch.Generator) -> Looks:
+        return take_views(images, given.keep, generator)
+
+    def watch() -> None:
+        known = summaries(model, pixels[:4000])
+        score = knn_top1(known[:3000], labels[:3000], known[3000:], labels[3000:4000])
+        print(f"k-NN top-1 with 3,000 neighbours {score:.1f} %", flush=True)
+
+    model.set_attn_implementation("eager")  # twice as fast as sdpa's backward on so few tokens
+    minutes = train(Encoder(model), model.config.hidden_size, images, given.steps, given.work, look, watch)
     common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
     saved = AutoModel.from_pretrained(given.out, dtype=torch.float32).eval()
     asked, truth = common.load_cifar10(given.data, "test")

@@ -6,6 +6,7 @@ python benchmarks/teachers/classifier.py --data DATA --out benchmarks/teachers/c
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import common
@@ -17,13 +18,17 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 SIZE, BATCH, SEED = 64, 256, 0
 
 
-def build_model() -> ResNetForImageClassification:
-    """A ResNet of three stages of two basic blocks, 64/128/256 wide."""
-    names = dict(enumerate(common.CIFAR_CLASSES))
+def build_model(
+    classes: tuple[str, ...] = common.CIFAR_CLASSES,
+    widths: tuple[int, ...] = (64, 128, 256),
+    depths: tuple[int, ...] = (2, 2, 2),
+) -> ResNetForImageClassification:
+    """A ResNet of basic blocks."""
+    names = dict(enumerate(classes))
     config = ResNetConfig(
-        embedding_size=64,
-        hidden_sizes=[64, 128, 256],
-        depths=[2, 2, 2],
+        embedding_size=widths[0],
+        hidden_sizes=list(widths),
+        depths=list(depths),
         layer_type="basic",
         id2label=names,
         label2id={name: index for index, name in names.items()},
@@ -55,11 +60,11 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor) -> float:
+def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor, side: int = SIZE) -> float:
     """Top-1 in percent, images rendered as at inference, no test-time augmentation."""
     model.eval()
     hits = sum(
-        int((model(pixel_values=common.render(part, SIZE, SIZE)).logits.argmax(1) == truth).sum())
+        int((model(pixel_values=common.render(part, side, side)).logits.argmax(1) == truth).sum())
         for part, truth in zip(pixels.split(500), labels.split(500), strict=True)
     )
     model.train()
@@ -67,30 +72,42 @@ def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor) -> float:
 
 
 def train(
-    model: ResNetForImageClassification, pixels: Tensor, labels: Tensor, held: int, epochs: float, work: Path
+    model: ResNetForImageClassification,
+    seen: tuple[Tensor, Tensor],
+    steps: int,
+    work: Path,
+    view: Callable[[Tensor, torch.Generator], Tensor],
+    watch: Callable[[], float],
+    best: common.Best,
 ) -> float:
-    """Train in place on all but the last `held` images of a fixed shuffle; minutes spent."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
-    seen, kept = order[: len(order) - held], order[len(order) - held :]
-    steps = int(epochs * (len(seen) // BATCH))
+    """Train in place on pixels and labels; `watch` scores held-out images now and then. Minutes spent."""
+    pixels, labels = seen
     matrices = [weight for weight in model.resnet.parameters() if weight.ndim == 4]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
     optimizers = common.Optimizers(matrices, rest, lr=0.03, rest_lr=3e-3, decay=0.05)
-    progress = common.Progress(work, steps, 25, {"model": model, "optimizers": optimizers})
-    for step, batch in common.epoch_batches(len(seen), BATCH, SEED, progress.start, steps):
+    progress = common.Progress(work, steps, 25, {"model": model, "optimizers": optimizers, "best": best})
+    for step, batch in common.epoch_batches(len(labels), BATCH, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
-        images = augment(pixels[seen[batch]], generator).contiguous(memory_format=torch.channels_last)
+        images = view(pixels[batch], generator).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixel_values=images).logits
-        loss = F.cross_entropy(logits.float(), labels[seen[batch]], label_smoothing=0.1)
+        loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
         loss.backward()
         optimizers.step(common.one_cycle(step, steps))
         progress.line(step, loss=float(loss.detach()))
-        if held and (step + 1) % 195 == 0:
-            print(f"held-out top-1 {top1(model, pixels[kept], labels[kept]):.1f} %", flush=True)
+        if (step + 1) % 195 == 0 or step + 1 == steps:
+            score = watch()
+            print(f"held-out top-1 {score:.1f} %", flush=True)
+            best.offer(score)
         progress.save(step, 195)
     return progress.minutes()
+
+
+def split(held: int) -> tuple[Tensor, Tensor]:
+    """Indices of CIFAR-10 train to learn from, and the last `held` of the same shuffle to watch."""
+    order = torch.randperm(50_000, generator=torch.Generator().manual_seed(SEED))
+    return order[: len(order) - held], order[len(order) - held :]
 
 
 def main() -> None:
@@ -99,13 +116,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/classifier"))
     parser.add_argument("--epochs", type=float, default=12)
-    parser.add_argument("--held", type=int, default=1000, help="training images kept aside to watch progress")
+    parser.add_argument("--held", type=int, default=1000, help="training images to watch progress on")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = build_model().to(memory_format=torch.channels_last).train()
     pixels, labels = common.load_cifar10(given.data, "train")
-    minutes = train(model, pixels, labels, given.held, given.epochs, given.work)
+    seen, kept = split(given.held)
+    minutes = train(
+        model,
+        (pixels[seen], labels[seen]),
+        int(given.epochs * (len(seen) // BATCH)),
+        given.work,
+        augment,
+        lambda: top1(model, pixels[kept], labels[kept]) if given.held else 0.0,
+        common.Best(lambda: None),
+    )
     common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
     saved = AutoModelForImageClassification.from_pretrained(given.out, dtype=torch.float32)
     score = top1(saved, *common.load_cifar10(given.data, "test"))

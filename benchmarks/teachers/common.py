@@ -1,4 +1,4 @@
-"""What the three trainings share: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
+"""What the trainings share: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,24 @@ class Progress:
         os.replace(partial, self.file)
 
 
+class Best:
+    """The best score so far of a run; `keep` is called whenever a score beats it."""
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self.keep, self.score = keep, float("-inf")
+
+    def offer(self, score: float) -> None:
+        if score > self.score:
+            self.score = score
+            self.keep()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"score": self.score}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.score = state["score"]
+
+
 def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, processor: str) -> None:
     """Write config.json, model.safetensors (fp16) and preprocessor_config.json.
 
@@ -179,13 +197,15 @@ def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, 
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_card(folder: Path, title: str, minutes: float, seed: int, terms: str, facts: dict[str, str]) -> None:
-    """Write README.md: the model card of the teacher named like its folder."""
+def write_card(
+    folder: Path, title: str, minutes: float, seed: int, terms: str, facts: dict[str, str], command: str = ""
+) -> None:
+    """Write README.md: the model card of the teacher named like its folder, and trained by the script of that name."""
     script = f"benchmarks/teachers/{folder.name}"
     rows = {
         **facts,
         "measured on": "the saved fp16 weights, read back as fp32",
-        "command": f"`python {script}.py --data DATA --out {script}`",
+        "command": f"`{command or f'python {script}.py --data DATA --out {script}'}`",
         "time": f"{minutes:.0f} minutes, one CPU thread of a busy machine",
         "seed": str(seed),
         "licence": f"weights Apache-2.0 like the project; {terms}",

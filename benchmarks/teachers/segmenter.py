@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import common
 import numpy as np
@@ -21,10 +23,11 @@ HEIGHT, WIDTH, CROP_HEIGHT, CROP_WIDTH, BATCH, SEED = 192, 256, 160, 192, 12, 0
 UNLABELLED, IGNORE = 11, 255
 
 
-def build_model(classes: list[str]) -> SegformerForSemanticSegmentation:
-    """MiT-b0 with a decoder 128 wide."""
+def build_model(classes: list[str], **shape: Any) -> SegformerForSemanticSegmentation:
+    """MiT-b0, or the `shape` given, with a decoder 128 wide."""
     names = dict(enumerate(classes))
     config = SegformerConfig(
+        **shape,
         decoder_hidden_size=128,
         id2label=names,
         label2id={name: index for index, name in names.items()},
@@ -73,13 +76,22 @@ def jitter(unit: Tensor, generator: torch.Generator) -> Tensor:
     return ((unit - grey) * gain[:, 2] + grey).clamp(0, 1)
 
 
+def crops(pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch of images and maps to normalized crops (B, 3, h, w) and their maps (B, h, w)."""
+    views = [augment(image, label, generator) for image, label in zip(pixels, truth, strict=True)]
+    images = common.normalize(jitter(torch.stack([image for image, _ in views]).float() / 255, generator))
+    return images, torch.stack([label for _, label in views]).long()
+
+
 @torch.no_grad()
-def intersection_over_union(model: torch.nn.Module, pixels: Tensor, truth: Tensor, classes: int) -> Tensor:
+def intersection_over_union(
+    model: torch.nn.Module, pixels: Tensor, truth: Tensor, classes: int, size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> Tensor:
     """IoU in percent of each class over the whole set, at annotation resolution, unlabelled places aside."""
     model.eval()
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
     for part, label in zip(pixels.split(8), truth.split(8), strict=True):
-        logits = model(pixel_values=common.render(part, HEIGHT, WIDTH)).logits  # (B, K, 48, 64)
+        logits = model(pixel_values=common.render(part, *size)).logits  # (B, K, h / 4, w / 4)
         guess = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
         counted = label != IGNORE
         confusion += torch.bincount(label[counted].long() * classes + guess[counted], minlength=classes**2)
@@ -102,19 +114,26 @@ def split_weights(
     return matrices, [weight for weight in model.parameters() if id(weight) not in chosen]
 
 
-def train(model: SegformerForSemanticSegmentation, data: Path, classes: int, steps: int, work: Path) -> float:
-    """Train in place on the train split; the val split is only watched. Minutes spent."""
-    pixels, truth = load_camvid(data, "train")
-    watched = load_camvid(data, "val")
-    weights = class_weights(truth, classes)
-    optimizers = common.Optimizers(*split_weights(model), lr=0.01, rest_lr=1e-3, decay=0.05)
-    progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers})
-    for step, batch in common.epoch_batches(len(pixels), BATCH, SEED, progress.start, steps):
+def train(
+    model: SegformerForSemanticSegmentation,
+    seen: tuple[Tensor, Tensor],
+    steps: int,
+    batch_size: int,
+    work: Path,
+    view: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]],
+    watch: Callable[[], Tensor],
+    best: common.Best,
+    lr: float = 0.01,
+) -> float:
+    """Train in place on images and maps; `watch` says the IoU of each class now and then. Minutes spent."""
+    pixels, truth = seen
+    weights = class_weights(truth, model.config.num_labels)
+    optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=1e-3, decay=0.05)
+    progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
+    for step, batch in common.epoch_batches(len(pixels), batch_size, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
         torch.manual_seed(SEED * 10**6 + step)  # dropout and drop path
-        views = [augment(pixels[index], truth[index], generator) for index in batch.tolist()]
-        images = common.normalize(jitter(torch.stack([image for image, _ in views]).float() / 255, generator))
-        label = torch.stack([label for _, label in views]).long()
+        images, label = view(pixels[batch], truth[batch], generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixel_values=images).logits
         logits = F.interpolate(logits.float(), size=label.shape[1:], mode="bilinear", align_corners=False)
@@ -122,9 +141,10 @@ def train(model: SegformerForSemanticSegmentation, data: Path, classes: int, ste
         loss.backward()
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, loss=float(loss.detach()))
-        if (step + 1) % 300 == 0:
-            told = intersection_over_union(model, *watched, classes)
+        if (step + 1) % 300 == 0 or step + 1 == steps:
+            told = watch()
             print(f"val mIoU {told.mean():.1f} %  " + " ".join(f"{value:.0f}" for value in told), flush=True)
+            best.offer(float(told.mean()))
         progress.save(step, 300)
     return progress.minutes()
 
@@ -140,7 +160,17 @@ def main() -> None:
     torch.manual_seed(SEED)
     classes = json.loads((given.data / "camvid" / "classes.json").read_text())
     model = build_model(classes).train()
-    minutes = train(model, given.data, len(classes), given.steps, given.work)
+    watched = load_camvid(given.data, "val")
+    minutes = train(
+        model,
+        load_camvid(given.data, "train"),
+        given.steps,
+        BATCH,
+        given.work,
+        crops,
+        lambda: intersection_over_union(model, *watched, len(classes)),
+        common.Best(lambda: None),
+    )
     common.save_teacher(model, given.out, HEIGHT, WIDTH, "SegformerImageProcessor")
     saved = AutoModelForSemanticSegmentation.from_pretrained(given.out, dtype=torch.float32)
     scores = intersection_over_union(saved, *load_camvid(given.data, "test"), len(classes))

@@ -1,12 +1,39 @@
 """What we measure: one file per task; each knows a function from images to Features, never a model."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from shoulders.tasks import classification
+from shoulders.tasks import classification, objects, semantic
+from shoulders.tasks.dense import DenseSplit, DenseSplits, find_masks, find_objects
 from shoulders.tasks.labelled import Split, Splits, find_splits
 from shoulders.tasks.rows import Row
 
-# Each: (features_of, splits, sizes, batch, workers, seed) -> rows.
-TASKS: dict[str, Callable[..., list[Row]]] = {"classification": classification.run}
 
-__all__ = ["TASKS", "Row", "Split", "Splits", "find_splits"]
+@dataclass(frozen=True)
+class Task:
+    """How a task is measured.
+
+    Args:
+        find: (path, image column of parquet files) -> the splits there.
+        run: (features_of, those splits, sizes, batch, workers, seed) -> rows.
+        spatial: whether the features need a spatial part.
+    """
+
+    find: Callable[[Path | str, str], Any]
+    run: Callable[..., list[Row]]
+    spatial: bool
+
+
+TASKS = {
+    "classification": Task(find_splits, classification.run, spatial=False),
+    "detection": Task(find_objects, objects.run, spatial=True),
+    "semantic": Task(find_masks, semantic.run, spatial=True),
+    "instance": Task(partial(find_objects, masks=True), partial(objects.run, masks=True), spatial=True),
+}
+
+__all__ = [
+    "TASKS", "DenseSplit", "DenseSplits", "Row", "Split", "Splits", "Task", "find_masks", "find_objects", "find_splits",
+]  # fmt: skip

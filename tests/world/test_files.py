@@ -158,4 +158,4 @@ def test_a_recipe_names_the_source_as_a_function() -> None:
         ("shoulders.world:seed_of", {"split": "test"}, "ImageSource"),
     ):
         with pytest.raises(RecipeError, match=told):
-            call_source(function, **settings)  # type: ignore[arg-type]
+            call_source(function, **settings)

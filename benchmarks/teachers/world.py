@@ -1,0 +1,47 @@
+"""Train the five small teachers of the small world from nothing, on one CPU thread.
+
+Each learns from scenes that are drawn on the spot; nothing is downloaded. A teacher whose folder has its card is
+finished and is left alone: remove the folder, or give another --out, to train it again. An interrupted training
+goes on from its scratch state in --work. All seeds are fixed: two runs on one machine give the same weights.
+
+    python benchmarks/teachers/world.py --out shoulders/world/teachers --work runs/world [--only detector segmenter]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+import torch
+
+# name of the teacher -> module beside this one whose train_world(out, work, steps) trains and saves it
+TEACHERS = {
+    "base": "world_base",
+    "classifier": "world_classifier",
+    "detector": "detection",
+    "segmenter": "world_segmenter",
+    "instances": "instances",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("shoulders/world/teachers"))
+    parser.add_argument("--work", type=Path, default=Path("runs/world"), help="scratch states and drawn scenes")
+    parser.add_argument("--only", nargs="+", choices=TEACHERS, default=list(TEACHERS), metavar="NAME")
+    parser.add_argument("--steps", type=int, help="of each training; default: its own")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in given.only:
+        out = given.out / name
+        if (out / "README.md").exists():
+            print(f"{name}: finished, see {out / 'README.md'}", flush=True)
+            continue
+        print(f"{name}: training, scratch state in {given.work / name}", flush=True)
+        # imported when its turn comes: a detector asks for scipy, a classifier does not
+        importlib.import_module(TEACHERS[name]).train_world(out, given.work / name, given.steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""How hard the small world is: top-1 of image classification, by style and over all styles.
+
+Frozen features are read by a linear map and by nearest neighbours: raw pixels, the base's architecture at random
+weights, the base itself. Networks trained with the labels say what can be reached.
+
+    python benchmarks/world/difficulty.py [--base shoulders/world/teachers/base]
+
+Writes difficulty.json and difficulty.md beside this file. Nine minutes on one CPU thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from shoulders.checkpoint import write_text
+from shoulders.tasks.classification import Extracted, knn_top1, linear_top1
+from shoulders.world import CLASSES, SIZE, STYLES
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "teachers"))
+import base  # noqa: E402  (the trainings of the teachers lie in a folder of scripts)
+import classifier  # noqa: E402
+import common  # noqa: E402
+import world_data  # noqa: E402
+from world_classifier import turn  # noqa: E402
+
+SEED, STEPS, COUNTS = 0, 300, {"train": 4000, "test": 1000}
+Pictures = tuple[Tensor, Tensor]  # uint8 (B, 3, H, W) and int64 (B,)
+
+
+def by_style(split: str, work: Path) -> dict[str, Pictures]:
+    """Pictures and labels of each style, and of all together."""
+    drawn = world_data.load_styles(split, COUNTS[split], work)
+    found = {style: (scenes.images, scenes.labels) for style, scenes in drawn.items()}
+    found["all"] = (torch.cat([x for x, _ in found.values()]), torch.cat([y for _, y in found.values()]))
+    return found
+
+
+def pixels(images: Tensor) -> Tensor:
+    """The picture itself, at 24x24 px (B, 1728)."""
+    return F.interpolate(images.float(), size=(24, 24), mode="area").flatten(1) / 255
+
+
+def summary(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's CLS token (B, C)."""
+
+    @torch.no_grad()
+    def answer(images: Tensor) -> Tensor:
+        return base.summaries(model.eval(), images, SIZE)
+
+    return answer
+
+
+def probe(features: Callable[[Tensor], Tensor], train: dict[str, Pictures], test: dict[str, Pictures]) -> Any:
+    """Top-1 in percent of both readings, by style."""
+    known = {style: features(train[style][0]) for style in STYLES}
+    asked = {style: features(test[style][0]) for style in STYLES}
+    known["all"], asked["all"] = torch.cat(list(known.values())), torch.cat(list(asked.values()))
+    scores: dict[str, dict[str, float]] = {"linear": {}, "k-NN": {}}
+    for style in train:
+        seen = Extracted(known[style], train[style][1], torch.arange(len(known[style])))
+        held = Extracted(asked[style], test[style][1], torch.arange(len(asked[style])))
+        for name, measure in (("linear", linear_top1), ("k-NN", knn_top1)):
+            scores[name][style] = round(100 * measure(seen, None, held, len(CLASSES), SEED)[0], 1)
+    return scores
+
+
+def supervised(train: Pictures, test: Pictures) -> float:
+    """Top-1 in percent of a small ResNet trained with these labels, no choice made by any score."""
+    torch.manual_seed(SEED)
+    model = classifier.build_model(CLASSES, (24, 48, 96), (1, 1, 1)).to(memory_format=torch.channels_last).train()
+    matrices = [weight for weight in model.resnet.parameters() if weight.ndim == 4]
+    rest = [weight for weight in model.parameters() if weight.ndim != 4]
+    optimizers = common.Optimizers(matrices, rest, lr=0.03, rest_lr=3e-3, decay=0.05)
+    for step, batch in common.epoch_batches(len(train[1]), 128, SEED, 0, STEPS):
+        images = turn(train[0][batch], torch.Generator().manual_seed(step))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixel_values=images.contiguous(memory_format=torch.channels_last)).logits
+        F.cross_entropy(logits.float(), train[1][batch], label_smoothing=0.1).backward()
+        optimizers.step(common.one_cycle(step, STEPS))
+    return round(classifier.top1(model, *test, SIZE), 1)
+
+
+def as_table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown: one row per reading, one column per style."""
+    columns = [*STYLES, "all"]
+    lines = ["| top-1, % | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=HERE.parents[1] / "shoulders/world/teachers/base")
+    parser.add_argument("--work", type=Path, default=Path("runs/world/difficulty"), help="drawn scenes")
+    given = parser.parse_args()
+    begun = time.perf_counter()
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    train, test = by_style("train", given.work), by_style("test", given.work)
+    rows: dict[str, dict[str, float]] = {}
+    untrained = AutoModel.from_config(AutoConfig.from_pretrained(given.base))
+    trained = AutoModel.from_pretrained(given.base, dtype=torch.float32)
+    for name, features in (("pixels", pixels), ("random ViT", summary(untrained)), ("base", summary(trained))):
+        for reading, row in probe(features, train, test).items():
+            rows[f"{name}, {reading}"] = row
+        print(as_table(rows), flush=True)
+    rows["ResNet with labels"] = {style: supervised(train[style], test[style]) for style in train}
+    told = {"counts": COUNTS, "seed": SEED, "steps": STEPS, "seconds": round(time.perf_counter() - begun), "top1": rows}
+    write_text(HERE / "difficulty.json", json.dumps(told, indent=1) + "\n")
+    write_text(HERE / "difficulty.md", as_table(rows))
+    print(as_table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Student, base and teachers are measured on every task by the same code, from files to rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from shoulders.distill import distill
+from shoulders.errors import DataError, RecipeError
+from shoulders.evaluate import _places_of, evaluate
+from shoulders.features import Batch, Features
+from shoulders.recipe import check_recipe
+from shoulders.tasks import TASKS, object_head, objects, semantic
+from shoulders.teachers import Teacher
+from tests.tasks.scenes import save_masks, save_objects
+from tests.tiny import save_base, save_convnext, save_images, save_segformer
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS = {"train": 6, "val": 3, "test": 4}
+
+
+class Whole(torch.nn.Module):
+    """Answers for the whole image alone."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+        return {"last": Features(pixels.mean((2, 3)), None)}
+
+
+def speechless() -> Teacher:
+    return Teacher(Whole(), size=(32, 32))
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (semantic, objects):
+        monkeypatch.setattr(module, "FEWEST_STEPS", 8)
+    monkeypatch.setattr(object_head, "WIDTH", 16)
+    monkeypatch.setattr(object_head, "FINE_WIDTH", 16)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("world")
+    save_base(root / "base")
+    save_convnext(root / "classifier")
+    save_segformer(root / "segmenter")
+    save_images(root / "photos", 40)
+    save_masks(root / "masks", COUNTS)
+    save_objects(root / "objects", COUNTS)
+    recipe: dict[str, Any] = {
+        "student": {"base": str(root / "base"), "adapter": {"kind": "lora", "rank": 2}},
+        "teachers": {name: {"model": str(root / name)} for name in ("classifier", "segmenter")},
+        "images": {"path": str(root / "photos"), "size": 32, "workers": 0},
+        "transfer": {"calibration": 16},
+        "train": {"steps": 2, "batch": 4},
+        "out": str(root / "run"),
+    }
+    distill(check_recipe(recipe))
+    return root
+
+
+DATA = {"semantic": "masks", "detection": "objects", "instance": "objects"}
+FIRST = {"semantic": "mIoU", "detection": "AP", "instance": "mask_AP"}
+
+
+@pytest.mark.parametrize("task", DATA)
+def test_all_models_are_measured_and_the_rows_are_kept(task: str, world: Path) -> None:
+    if task != "semantic":
+        pytest.importorskip("faster_coco_eval")
+    asked: list[str] = []
+    rows = evaluate(world / "run", task, world / DATA[task], workers=0, on_model=asked.append)
+    assert asked == ["student", "base", "classifier", "segmenter"]
+    assert {row["model"] for row in rows if row["metric"] == FIRST[task]} == set(asked)
+    assert all(row["task"] == task and row["n"] == 4 and 0 <= row["value"] <= 1 for row in rows)
+    kept = [row for row in json.loads((world / "run/results.json").read_text()) if row["task"] == task]
+    assert kept == rows
+    again = evaluate(world / "run", task, world / DATA[task], ("base",), workers=0)
+    values = {row["metric"]: row["value"] for row in rows if row["model"] == "base"}
+    assert {row["metric"]: row["value"] for row in again} == values
+    assert len([row for row in json.loads((world / "run/results.json").read_text()) if row["task"] == task]) == len(
+        rows
+    )
+
+
+def test_a_teacher_without_places_is_named_before_anything_is_measured(world: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((world / "run/recipe.yaml").read_text())
+    recipe["teachers"]["mute"] = {"module": "tests.test_evaluate:speechless"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    asked: list[str] = []
+    with pytest.raises(RecipeError, match="teachers.mute: has no spatial features, which semantic needs"):
+        evaluate(tmp_path, "semantic", world / "masks", ("segmenter", "mute"), workers=0, on_model=asked.append)
+    assert asked == []
+    rows = evaluate(tmp_path, "semantic", world / "masks", ("segmenter",), workers=0, on_model=asked.append)
+    assert (asked, rows[0]["model"]) == (["segmenter"], "segmenter")
+
+
+def test_a_teacher_of_several_grids_is_asked_for_all_of_them() -> None:
+    class Levels(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+            pooled = {side: torch.nn.functional.adaptive_avg_pool2d(pixels, side) for side in (2, 8, 4)}
+            return {f"level{side}": Features.from_map(maps * side) for side, maps in pooled.items()}
+
+    teacher = Teacher(Levels(), size=(32, 32), mean=(0, 0, 0), std=(1, 1, 1))
+    pixels = torch.full((2, 3, 32, 32), 51, dtype=torch.uint8)
+    told = _places_of(teacher, torch.device("cpu"))(Batch(torch.arange(2), {(32, 32): pixels}))
+    assert told.grid == (4, 4)  # of 8 px; 4 px would be finer than is asked for
+    expected = torch.tensor([2.0, 8.0, 4.0]).repeat_interleave(3) * 0.2
+    torch.testing.assert_close(told.spatial, expected.expand(2, 16, 9))
+
+
+def test_unknown_tasks_and_models_are_refused(world: Path) -> None:
+    with pytest.raises(RecipeError, match="'flying' is not one of classification, detection, semantic, instance"):
+        evaluate(world / "run", "flying", world / "masks")
+    with pytest.raises(RecipeError, match="--models: nobody not here; choose from student, base, teachers, classifier"):
+        evaluate(world / "run", "semantic", world / "masks", ("nobody",))
+    assert list(TASKS) == ["classification", "detection", "semantic", "instance"]
+
+
+def shoulders(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shoulders", *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def test_a_broken_mask_is_one_line_and_exit_3(world: Path, tmp_path: Path) -> None:
+    save_masks(tmp_path, {"train": 2, "val": 2})
+    (tmp_path / "annotations/val/1.png").write_bytes(b"no mask")
+    with pytest.raises(DataError, match="val/1.png: not a mask"):
+        evaluate(world / "run", "semantic", tmp_path)
+    done = shoulders("evaluate", world / "run", "--task", "semantic", "--data", tmp_path)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (3, 1), done.stderr
+    assert "val/1.png: not a mask" in done.stderr
+
+
+def test_the_table_leaves_out_single_classes(world: Path, tmp_path: Path) -> None:
+    save_masks(tmp_path, {"train": 2, "val": 2})
+    done = shoulders(
+        "evaluate", world / "run/student", "--task", "semantic", "--data", tmp_path, "--models", "student,base"
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "semantic, % of 2 images", done.stderr
+    assert lines[1].split() == ["model", "mIoU", "pixel_accuracy"]
+    assert [line.split()[0] for line in lines[3:]] == ["student", "base"]
