@@ -37,8 +37,10 @@ def picture(image: Image.Image, answer: Any) -> Image.Image:
     colours = palette(names)
     if "mask" in answer[0]:
         for one in answer:
+            if one["label"] == "background":
+                continue  # it stays as it is, so that what is not background stands out
             large = overlay(large, one["mask"], colours[str(one["label"])], edge=one["score"] is not None)
-        return with_legend(large, [(name, colours[name]) for name in names])
+        return with_legend(large, [(name, colours[name]) for name in names if name != "background"])
     if "box" in answer[0]:
         for one in reversed(answer):
             draw_box(large, one, colours[str(one["label"])], large.width / image.width)
