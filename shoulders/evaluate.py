@@ -75,7 +75,7 @@ def evaluate_heads(
     run: Path | str, task: str, data: Path | str, models: Sequence[str] = WHO, *, column: str = "image",
     batch: int = 64, workers: int = 1, on_model: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rows as of `evaluate`, with ``head``: the heads that answer a task, on their teachers' and the student's features.
+    """Rows as of `evaluate`, with ``head``: heads that answer a task, on their teachers' and the student's features.
 
     Nothing is fitted. The student is asked through the heads that it keeps, teachers through their own.
 
