@@ -48,8 +48,8 @@ def by_style(split: str, work: Path) -> dict[str, Pictures]:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The picture itself, at 24x24 px (B, 1728)."""
-    return F.interpolate(images.float(), size=(24, 24), mode="area").flatten(1) / 255
+    """The picture itself, at 16x16 px (B, 768)."""
+    return F.interpolate(images.float(), size=(16, 16), mode="area").flatten(1) / 255
 
 
 def summary(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -41,4 +41,4 @@ def test_only_finer_grids_need_a_finer_projector() -> None:
         patch_size = 8
 
     grids = {"a/x": (12, 12), "a/y": (6, 6), "b/x": (24, 24), "b/y": (13, 12)}
-    assert finer(Config(), (96, 96), grids) == {"b/x": 2, "b/y": 2}  # type: ignore[arg-type]
+    assert finer(Config(), (96, 96), grids) == {"b/x": 2, "b/y": 2}
