@@ -152,3 +152,14 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, timeout=200,
                               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_world_is_written_once(tmp_path: Path) -> None:
+    asked = ("world", tmp_path, "--style", "ink", "--train", 3, "--val", 0, "--test", 2)
+    first = shoulders(*asked)
+    assert first.returncode == 0 and "written" in first.stdout and "instances/ (COCO JSON)" in first.stdout
+    told = json.loads(shoulders(*asked, "--json").stdout)
+    assert told == [{"style": "ink", "path": str(tmp_path / "ink"), "written": False}]
+    refused = shoulders(*asked, "--seed", 1)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"shoulders: {tmp_path / 'ink'}: holds the world")
