@@ -27,13 +27,13 @@ from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, call_source, evaluation_batches, open_source
 from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
-from shoulders.model import ShouldersModel, build_student, finer, save_student, student_config
+from shoulders.model import ShouldersModel, build_student, save_student, student_config
 from shoulders.ranks import Rank, join, signals, use_bf16
 from shoulders.recipe import Recipe, as_size, dump_recipe
 from shoulders.student.base import load_base
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Widths, teacher_of
+from shoulders.transfer.projectors import Widths, finer, teacher_of
 from shoulders.transfer.standardize import Moments
 
 
@@ -271,7 +271,8 @@ def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
     kept = recipe.keep_heads if recipe.transfer.own_grids else []
     grids = {tap: facts.grid for tap, facts in teachers.taps.items() if facts.spatial and teacher_of(tap) in kept}
-    fine = finer(base.model.config, as_size(recipe.images.size), grids)
+    h, w = (side // base.model.config.patch_size for side in as_size(recipe.images.size))
+    fine = finer((h, w), grids)
     whose = teachers.whose()
     if recipe.transfer.preserve:
         taps[f"{BASE}/latent"] = Widths(base.model.config.hidden_size, base.model.config.hidden_size)

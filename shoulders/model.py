@@ -6,7 +6,6 @@ know the type ``shoulders_student``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,19 +247,6 @@ def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float],
         standardize=recipe.transfer.standardize,
         teachers={name: dict(facts) for name, facts in teachers.items()},
     )
-
-
-def finer(base: PreTrainedConfig, size: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """{tap: how many times finer than the student's its grid is, rounded up}, of those taps where it is finer.
-
-    Args:
-        base: the base's config.
-        size: (h, w) of the student's images in px.
-        grids: {tap: (H, W)}.
-    """
-    h, w = (side // base.patch_size for side in size)
-    factors = {tap: max(math.ceil(grid[0] / h), math.ceil(grid[1] / w)) for tap, grid in grids.items()}
-    return {tap: factor for tap, factor in factors.items() if factor > 1}
 
 
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:

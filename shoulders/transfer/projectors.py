@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -129,6 +130,12 @@ class JointToStudent(nn.Module):
                 here = present[tap].view(-1, *[1] * (voice.ndim - 1)).to(voice.dtype)
                 total, count = total.to(voice.device) + here * voice, count.to(voice.device) + here
         return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
+
+
+def finer(own: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """{tap: how many times finer than the student's ``own`` grid its is, rounded up}, of those where it is finer."""
+    factors = {tap: max(math.ceil(h / own[0]), math.ceil(w / own[1])) for tap, (h, w) in grids.items()}
+    return {tap: factor for tap, factor in factors.items() if factor > 1}
 
 
 def teacher_of(tap: str) -> str:

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from shoulders.features import Features
-from shoulders.model import finer
-from shoulders.transfer.projectors import Finer, Projector, Widths
+from shoulders.transfer.projectors import Finer, Projector, Widths, finer
 
 
 def test_places_come_out_row_by_row_of_the_finer_grid() -> None:
@@ -37,8 +36,5 @@ def test_a_projector_tells_of_the_finer_grid_and_of_the_summary_as_before() -> N
 
 
 def test_only_finer_grids_need_a_finer_projector() -> None:
-    class Config:
-        patch_size = 8
-
     grids = {"a/x": (12, 12), "a/y": (6, 6), "b/x": (24, 24), "b/y": (13, 12)}
-    assert finer(Config(), (96, 96), grids) == {"b/x": 2, "b/y": 2}
+    assert finer((12, 12), grids) == {"b/x": 2, "b/y": 2}
