@@ -30,7 +30,7 @@ JOBS = {
     "semantic": ("segmenter", "paper", "mIoU", "semantic"),
     "instance": ("instances", "ink", "AP", "instances"),
 }
-PROBES = {"classification": "linear", "detection": "AP", "semantic": "mIoU", "instance": "mask_AP"}
+PROBES = {"classification": "linear_top1", "detection": "AP", "semantic": "mIoU", "instance": "mask_AP"}
 
 
 def measure(run: Path, world: Path, seed: int, probes: bool) -> list[dict[str, Any]]:
