@@ -19,6 +19,7 @@ from shoulders.model import ShouldersModel, load
 from shoulders.pictures import enlarged, pca_pictures, picture
 from shoulders.ranks import this_device
 from shoulders.recipe import as_size
+from shoulders.tasks.coco import list_runs
 
 BATCH = 8
 WHOLE = View(0, 0, 1, 1)
@@ -103,12 +104,8 @@ def _plain(answer: Any) -> Any:
     """An answer as JSON: masks as run lengths, depth as rows of numbers."""
     if isinstance(answer, dict):
         return {"predicted_depth": answer["predicted_depth"].tolist()}
-    return [{key: _runs(value) if key == "mask" else value for key, value in one.items()} for one in answer]
+    return [{key: _rle(value) if key == "mask" else value for key, value in one.items()} for one in answer]
 
 
-def _runs(mask: Tensor) -> dict[str, Any]:
-    """COCO's uncompressed run lengths of a mask (h, w): down the columns, the first run of zeros."""
-    flat = mask.T.flatten().to(torch.int8)
-    ends = torch.nonzero(flat.diff()).flatten() + 1
-    edges = torch.cat([ends.new_zeros(1), ends, ends.new_tensor([flat.numel()])])
-    return {"size": list(mask.shape), "counts": [0] * int(flat[0]) + edges.diff().tolist()}
+def _rle(mask: Tensor) -> dict[str, Any]:
+    return {"size": list(mask.shape), "counts": list_runs(mask.cpu().numpy())}

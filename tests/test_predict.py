@@ -13,9 +13,8 @@ from PIL import Image
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
 from shoulders.pictures import pca_pictures, picture
-from shoulders.predict import _runs, predict
+from shoulders.predict import predict
 from shoulders.world import draw
-from shoulders.world.files import run_lengths
 from tests.test_heads import run  # noqa: F401
 
 
@@ -44,12 +43,6 @@ def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:
         predict(run, tmp_path, ["nobody"])
     with pytest.raises(DataError, match="leave it out"):
         predict(run, tmp_path / "broken.png")
-
-
-def test_masks_become_run_lengths_as_the_world_writes_them() -> None:
-    for index in range(3):
-        for mask in draw("ink", 0, index).masks:
-            assert _runs(torch.from_numpy(mask))["counts"] == run_lengths(mask)
 
 
 @pytest.mark.parametrize(

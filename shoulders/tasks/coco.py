@@ -181,6 +181,14 @@ def _is_polygon(part: Any) -> bool:
     return _is_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 and max(map(abs, part)) < FARTHEST
 
 
+def list_runs(mask: NDArray[np.bool_]) -> list[int]:
+    """COCO's uncompressed RLE of a mask (H, W): lengths of runs down the columns, the first one of zeros."""
+    flat = mask.ravel(order="F")
+    ends = np.flatnonzero(np.diff(flat)) + 1
+    runs: list[int] = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
 def run_lengths(counts: str) -> list[int]:
     """Run lengths out of COCO's text: five bits a character from the lowest, each run less the last but one."""
     runs: list[int] = []

@@ -16,6 +16,7 @@ from PIL import Image
 
 from shoulders.checkpoint import write_folder
 from shoulders.errors import RecipeError
+from shoulders.tasks.coco import list_runs
 from shoulders.world.scenes import SIZE, SMALLEST, Scene, draw
 from shoulders.world.shapes import CLASSES
 from shoulders.world.styles import STYLES
@@ -154,18 +155,10 @@ def annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]
                 "bbox": [left, top, right - left, bottom - top],
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
+                "segmentation": {"size": list(mask.shape), "counts": list_runs(mask)},
             }
         )
     return rows
-
-
-def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed RLE of a mask (H, W): lengths of runs down the columns, the first one of zeros."""
-    flat = mask.ravel(order="F")
-    ends = np.flatnonzero(np.diff(flat)) + 1
-    runs: list[int] = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
-    return [0, *runs] if flat[0] else runs
 
 
 def _link(picture: Path, twin: Path) -> None:

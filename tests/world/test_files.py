@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 from shoulders.errors import RecipeError
 from shoulders.images import ImageSource, call_source
 from shoulders.tasks import find_splits
+from shoulders.tasks.coco import list_runs
 from shoulders.world import CLASSES, draw, files, seed_of, unlabelled, write_world
-from shoulders.world.files import run_lengths
 
 COUNTS = {"train": 60, "val": 50, "test": 55}
 
@@ -82,9 +82,9 @@ def test_coco_masks_and_boxes_are_those_of_the_scene(world: Path) -> None:
 
 
 def test_run_lengths_begin_with_zeros() -> None:
-    assert run_lengths(np.array([[True, False], [True, True]])) == [0, 2, 1, 1]
-    assert run_lengths(np.zeros((2, 2), dtype=bool)) == [4]
-    assert run_lengths(np.ones((2, 2), dtype=bool)) == [0, 4]
+    assert list_runs(np.array([[True, False], [True, True]])) == [0, 2, 1, 1]
+    assert list_runs(np.zeros((2, 2), dtype=bool)) == [4]
+    assert list_runs(np.ones((2, 2), dtype=bool)) == [0, 4]
 
 
 def test_what_is_there_already_is_left_alone(world: Path) -> None:
