@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,19 @@ from transformers import AutoConfig
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.grafts import CUTS, Graft, head_class, read_processor
+from shoulders.grafts import CUTS, Graft, Head, Names, ZeroShot, head_class, open_zero_shot, read_processor
 from shoulders.hub import quiet
 from shoulders.teachers import Tap
+from shoulders.teachers.families import row_of
 
 Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
 
 
-def save_head(graft: Graft, folder: Path) -> None:
-    """Write a head without its encoder: config.json, model.safetensors, the image processor, and head.json."""
+def save_head(graft: Head, folder: Path) -> None:
+    """Write a head without its encoder: config.json, model.safetensors, the image processor, and head.json.
+
+    Of an image-text teacher the class names are kept, as embeddings, and no tower.
+    """
     folder.mkdir(parents=True)
     with quiet():
         graft.model.config.save_pretrained(folder)
@@ -33,10 +37,11 @@ def save_head(graft: Graft, folder: Path) -> None:
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _weights(graft).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     taps = {tap: [facts.summary, facts.spatial, list(facts.grid)] for tap, facts in graft.taps.items()}
-    (folder / "head.json").write_text(json.dumps({"size": list(graft.size), "taps": taps}) + "\n")
+    more = {"names": asdict(graft.names)} if isinstance(graft, ZeroShot) else {"size": list(graft.size)}
+    (folder / "head.json").write_text(json.dumps(more | {"taps": taps}) + "\n")
 
 
-def open_head(folder: Path) -> Graft:
+def open_head(folder: Path) -> Head:
     """A head as `save_head` left it.
 
     Raises:
@@ -45,11 +50,15 @@ def open_head(folder: Path) -> Graft:
     try:
         told = json.loads((folder / "head.json").read_text())
         taps = {tap: Tap(summary, spatial, tuple(grid)) for tap, (summary, spatial, grid) in told["taps"].items()}
+        if "names" in told:
+            kept = told["names"]
+            names = Names(tuple(kept["classes"]), tuple(kept["prompts"]), kept["source"], kept["revision"])
+            return open_zero_shot(folder, names, taps)
         with quiet():
             config = AutoConfig.from_pretrained(folder)
             model = head_class(config)(config)
         h, w = told["size"]
-        graft = Graft(model, CUTS[config.model_type], taps, (h, w), read_processor(str(folder)))
+        graft = Graft(model, CUTS[row_of(config.to_dict())], taps, (h, w), read_processor(str(folder)))
         missing = graft.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
         absent = [name for name in missing if name in _weights(graft)]
         if absent:
@@ -59,7 +68,7 @@ def open_head(folder: Path) -> Graft:
     return graft
 
 
-def _weights(graft: Graft) -> dict[str, Tensor]:
+def _weights(graft: Head) -> dict[str, Tensor]:
     """The weights by name, one of each group that shares its memory."""
     seen: set[int] = set()
     weights = {}
@@ -70,7 +79,7 @@ def _weights(graft: Graft) -> dict[str, Tensor]:
     return weights
 
 
-def answers(graft: Graft, output: Any, sizes: Sizes, threshold: float = 0.5) -> list[Any]:
+def answers(graft: Head, output: Any, sizes: Sizes, threshold: float = 0.5) -> list[Any]:
     """What a head's output means for each image, in the form of the transformers pipeline of its task.
 
     Args:
@@ -85,35 +94,53 @@ def answers(graft: Graft, output: Any, sizes: Sizes, threshold: float = 0.5) -> 
     Raises:
         RecipeError: the head comes without the image processor that its task needs.
     """
-    kind = answer_kind(graft)
-    if kind is not classified and graft.processor is None:
+    check_processor(graft)
+    return answer_kind(graft)(graft, output, list(sizes), threshold)
+
+
+def check_processor(graft: Head) -> None:
+    """Refuse a head whose answers cannot be read for want of its teacher's image processor.
+
+    Raises:
+        RecipeError: with the ways out.
+    """
+    step = READ_WITH.get(answer_kind(graft))
+    if step is not None and not hasattr(graft.processor, step):
         raise RecipeError(
-            "this head has no preprocessor_config.json, which its post-processing needs; add the teacher's"
+            "this head has no preprocessor_config.json, which its post-processing needs, or none that loads here; "
+            "add the teacher's, or install torchvision where it needs that"
         )
-    return kind(graft, output, list(sizes), threshold)
 
 
-def answer_kind(graft: Graft) -> Callable[..., list[Any]]:
+def answer_kind(graft: Head) -> Callable[..., list[Any]]:
     """The function of `ANSWERS` for a head."""
     name = type(graft.model).__name__
     return next(function for ending, function in ANSWERS.items() if name.endswith(ending))
 
 
-def task_of(graft: Graft) -> str | None:
+def task_of(graft: Head) -> str | None:
     """The task of `shoulders.tasks.TASKS` that a head answers, or None."""
     tasks: dict[Callable[..., list[Any]], str] = {
-        classified: "classification", detected: "detection", segmented: "semantic", instances: "instance",
+        classified: "classification", matched: "classification", detected: "detection", segmented: "semantic",
+        instances: "instance",
     }  # fmt: skip
     return tasks.get(answer_kind(graft))
 
 
 def classified(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """Classes, the best five first; the threshold does not apply."""
-    scores, classes = output.logits.softmax(-1).sort(descending=True)
-    names = graft.model.config.id2label
-    pairs = [
-        list(zip(row.tolist(), kinds.tolist(), strict=True))[:5] for row, kinds in zip(scores, classes, strict=True)
-    ]
+    return _best(output.logits.softmax(-1), graft.classes)
+
+
+def matched(graft: ZeroShot, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Class names, the best five first; the threshold does not apply."""
+    return _best(output.scores, output.classes)
+
+
+def _best(scores: Tensor, names: Sequence[str]) -> list[Any]:
+    """The five best of scores (B, K)."""
+    top, kinds = scores.sort(descending=True, stable=True)
+    pairs = [list(zip(row, which, strict=True))[:5] for row, which in zip(top.tolist(), kinds.tolist(), strict=True)]
     return [[{"label": names[kind], "score": score} for score, kind in row] for row in pairs]
 
 
@@ -182,6 +209,18 @@ ANSWERS: dict[str, Callable[..., list[Any]]] = {
     "ForDepthEstimation": depths,
     "SamModel": prompted,
     "Sam2Model": prompted,
+    "CLIPModel": matched,
+    "SiglipModel": matched,
+    "Siglip2Model": matched,
+}
+
+
+# what needs a step of the image processor
+READ_WITH: dict[Callable[..., list[Any]], str] = {
+    detected: "post_process_object_detection",
+    segmented: "post_process_semantic_segmentation",
+    instances: "post_process_instance_segmentation",
+    depths: "post_process_depth_estimation",
 }
 
 
@@ -193,17 +232,18 @@ class Fed:
         graft: the head.
         size: (h, w) in px of the images that ``feed`` takes.
         feed: pixels (B, 3, h, w) in [0, 1] -> the features of the head's taps, a teacher's or a student's.
+        names: of a zero-shot head, those of its class names that it is to choose from; default: all.
     """
 
-    graft: Graft
+    graft: Head
     size: tuple[int, int]
     feed: Callable[[Tensor], dict[str, Features]]
+    names: Sequence[str] | None = None
 
     @property
     def classes(self) -> list[str]:
         """The names of the classes, by index."""
-        names = self.graft.model.config.id2label
-        return [names[index] for index in sorted(names)]
+        return self.graft.classes if self.names is None else list(self.names)
 
     @property
     def processor(self) -> Any:
@@ -212,4 +252,9 @@ class Fed:
 
     def say(self, pixels: Tensor) -> Any:
         """The head's own output."""
-        return self.graft(self.feed(pixels))
+        return self.graft(self.feed(pixels), **({} if self.names is None else {"classes": self.names}))
+
+
+def knows(fed: Fed, names: Sequence[str] | None) -> bool:
+    """Whether a head keeps all of the class names of some data, which has none where it only numbers its classes."""
+    return bool(names) and set(names or ()) <= set(fed.classes)

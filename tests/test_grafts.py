@@ -12,15 +12,30 @@ from torch import Tensor
 
 from shoulders.errors import RecipeError
 from shoulders.features import Features
-from shoulders.grafts import CUTS, Graft, check_graft, load_graft
+from shoulders.grafts import CUTS, check_graft, load_graft
 from shoulders.recipe import TeacherSpec
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
-from tests.teachers.conftest import TINY, VIT
+from tests.teachers.conftest import FOUR, NECK, RF_DETR, TINY, VIT, far, swin
 
-WITH_HEAD = TINY | {"deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT))}
+BLOCKS = VIT | {"num_hidden_layers": 4, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3]}
+WIDTHS = [8, 16, 32, 64]
+WITH_HEAD = TINY | {
+    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT)),
+    # other heads and encoders of families that the table has already
+    "dpt, classes": lambda: hf.DPTForSemanticSegmentation(hf.DPTConfig(**BLOCKS, **NECK)),
+    "rf_detr, masks": lambda: hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)),
+    "dpt_backbone, hierarchical": lambda: far(
+        hf.DPTConfig(backbone_config=swin(hf.Swinv2Config, out_features=FOUR), **NECK | {"neck_hidden_sizes": WIDTHS})
+    ),
+}
 SAID = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", "predicted_depth", "pred_masks")
 # one rounding apart: what these heads read lies in memory in another order than their encoder leaves it
-ROUNDED = {"regnet": 1e-7, "upernet": 1e-7, "sam2": 1e-7}
+ROUNDED = {"regnet": 1e-7, "upernet": 1e-7}
+HYBRID = BLOCKS | {
+    "is_hybrid": True, "backbone_featmap_shape": [1, 16, 2, 2],
+    "backbone_config": {"embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "num_groups": 2,
+                        "out_features": ["stage1", "stage2", "stage3"], "layer_type": "bottleneck"},
+}  # fmt: skip
 POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
 BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
 
@@ -32,7 +47,7 @@ def grown(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(folder)
-    size = 64 if FAMILIES[model_type].size else None
+    size = 64 if FAMILIES[model_type.split(",")[0]].size else None
     taps = ["level0", "level1", "level2"] if model_type == "sam2" else None
     return model.eval().requires_grad_(False), TeacherSpec(model=str(folder), size=size, taps=taps)
 
@@ -41,7 +56,7 @@ def tensors(output: Any) -> dict[str, Tensor]:
     return {name: output[name] for name in SAID if name in output}
 
 
-@pytest.mark.parametrize("model_type", CUTS)
+@pytest.mark.parametrize("model_type", [*CUTS, "dpt, classes", "rf_detr, masks", "dpt_backbone, hierarchical"])
 def test_fed_with_the_teachers_own_taps_a_graft_gives_the_teachers_output(model_type: str, tmp_path: Path) -> None:
     model, spec = grown(model_type, tmp_path)
     teacher = load_teacher("t", spec)
@@ -92,6 +107,12 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     narrow = TeacherSpec(model=spec.model, size=64, taps=["stage3"])
     with pytest.raises(RecipeError, match=r"teachers\.t\.taps: the head also reads stage0, stage1, stage2; add"):
         load_graft("t", narrow, load_teacher("t", narrow))
+    _, spec = grown("dpt", tmp_path / "dpt")
+    with pytest.raises(RecipeError, match="its head takes square images alone, not 32 x 48 px; set size:"):
+        check_graft("t", TeacherSpec(model=spec.model, size=(32, 48)))
+    hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
+    with pytest.raises(RecipeError, match="also reads its convolutional stem"):
+        check_graft("t", TeacherSpec(model=str(tmp_path / "hybrid")))
     own = TeacherSpec(module="package.module:function")
     with pytest.raises(RecipeError, match="module of your own"):
         load_graft("t", own, teacher=None)  # type: ignore[arg-type]
@@ -100,7 +121,7 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
 def test_heads_hold_no_weight_of_the_encoder(tmp_path: Path) -> None:
     _, spec = grown("rt_detr", tmp_path)
     teacher: Teacher = load_teacher("t", spec)
-    graft: Graft = load_graft("t", spec, teacher)
+    graft = load_graft("t", spec, teacher)
     names = [name for name, _ in graft.named_parameters()]
     assert not any("backbone" in name or ".model.encoder." in name for name in names)
     assert any("decoder" in name for name in names)

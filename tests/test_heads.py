@@ -18,16 +18,18 @@ from shoulders.grafts import load_graft, taps_of
 from shoulders.heads import answers, open_head, save_head
 from shoulders.recipe import Recipe, TeacherSpec
 from shoulders.teachers import load_teacher
-from tests.teachers.conftest import TINY
+from tests.teachers.conftest import RF_DETR, TINY
 from tests.tiny import save_base, save_images
 
-KINDS = ("resnet", "rt_detr_v2", "segformer", "maskformer", "depth_anything", "sam")
+KINDS = ("resnet", "rt_detr_v2", "rf_detr", "segformer", "maskformer", "depth_anything", "dpt", "sam")
 PROCESSORS = {
     "resnet": "ConvNextImageProcessor",
     "rt_detr_v2": "RTDetrImageProcessor",
     "segformer": "SegformerImageProcessor",
     "maskformer": "MaskFormerImageProcessor",
+    "rf_detr": "RfDetrImageProcessor",  # needs torchvision, which need not be here
     "depth_anything": "DPTImageProcessor",
+    "dpt": "DPTImageProcessor",
     "sam": "SamImageProcessor",
 }
 
@@ -38,7 +40,7 @@ def save_teacher(kind: str, folder: Path) -> TeacherSpec:
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
-    side = {"sam": 64, "depth_anything": 28}.get(kind, 64)
+    side = {"sam": 64, "depth_anything": 28, "dpt": 32}.get(kind, 64)
     settings = {"image_processor_type": PROCESSORS[kind], "size": {"height": side, "width": side}}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     return TeacherSpec(model=str(folder))
@@ -88,12 +90,12 @@ def test_a_head_that_was_not_kept_is_refused(run: Path) -> None:
 def test_taps_that_a_kept_head_reads_are_inherited_on_their_own_grids(run: Path) -> None:
     student = shoulders.load(run)
     told = student.inherit(torch.rand(2, 3, 32, 32))
-    coarse = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
+    own = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
     head = student.head("segformer")
     for tap, features in taps_of("segformer", told).items():
         wanted = head.taps[tap].grid
         assert all(have >= want for have, want in zip(features.grid, wanted, strict=True))
-    assert taps_of("resnet", told)["stage3"].grid == coarse
+    assert taps_of("resnet", told)["stage3"].grid <= own  # this one was not kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,6 +159,17 @@ def test_heads_without_their_processor_say_so(tmp_path: Path) -> None:
     graft = load_graft("t", spec, teacher)
     if graft.processor is None:
         with pytest.raises(RecipeError, match="preprocessor_config"):
+            answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+
+
+def test_masks_of_a_detector_with_another_processor_are_refused(tmp_path: Path) -> None:
+    spec = save_teacher("rf_detr", tmp_path / "r")
+    torch.manual_seed(0)
+    hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)).save_pretrained(tmp_path / "r")
+    teacher = load_teacher("t", spec)
+    graft = load_graft("t", spec, teacher)
+    if not hasattr(graft.processor, "post_process_instance_segmentation"):  # it needs torchvision
+        with pytest.raises(RecipeError, match="install torchvision"):
             answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 

@@ -20,7 +20,7 @@ from shoulders.hub import (
     read_preprocessing,
 )
 from shoulders.recipe import TeacherSpec
-from shoulders.teachers.families import FAMILIES, REMOTE, Family
+from shoulders.teachers.families import FAMILIES, REMOTE, Family, row_of
 
 
 def fault(name: str, key: str, message: str) -> RecipeError:
@@ -34,12 +34,14 @@ class Checkpoint:
 
     Args:
         pretrained: where its files come from.
+        row: of the table of families; ``family`` is what stands there.
         config: the transformers config; ``image_config`` is the part of it that describes the image encoder.
         preprocessing: input size (legal for this family), mean and std.
         taps: the taps to use.
     """
 
     pretrained: Pretrained
+    row: str
     family: Family
     config: Any
     image_config: Any
@@ -68,6 +70,7 @@ def read_checkpoint(name: str, spec: TeacherSpec) -> Checkpoint:
     check_weights(pretrained)
     return Checkpoint(
         pretrained=pretrained,
+        row=row_of(pretrained.tree),
         family=family,
         config=config,
         image_config=image_config,
@@ -89,7 +92,7 @@ def _choose_family(name: str, spec: TeacherSpec, tree: dict[str, Any]) -> Family
             )
         return REMOTE
     model_type = tree.get("model_type")
-    if model_type not in FAMILIES:
+    if row_of(tree) not in FAMILIES:
         raise fault(
             name,
             "model",
@@ -106,7 +109,7 @@ def _choose_family(name: str, spec: TeacherSpec, tree: dict[str, Any]) -> Family
             f"{spec.model!r} has a timm backbone; install timm, "
             "or give a revision of it with a transformers backbone (for facebook/detr-*: no_timm)",
         )
-    return FAMILIES[model_type]
+    return FAMILIES[row_of(tree)]
 
 
 def _choose_taps(name: str, spec: TeacherSpec, family: Family, config: Any) -> tuple[str, ...]:

@@ -21,17 +21,24 @@ class Taps:
     Args:
         text: the names in general, for tables.
         names: config -> names.
-        default: the taps used when a recipe names none: the ``last`` of the names or ``all``.
+        default: the taps used when a recipe names none: the ``last`` of the names, ``all``, or those of the ``head``.
+        head: config -> the taps that a task head reads, where they are not simply the last one or all.
     """
 
     text: str
     names: Callable[[Any], tuple[str, ...]]
-    default: Literal["last", "all"] = "last"
+    default: Literal["last", "all", "head"] = "last"
+    head: Callable[[Any], tuple[str, ...]] | None = None
 
     def chosen(self, config: Any) -> tuple[str, ...]:
         """The default taps for this config."""
-        names = self.names(config)
-        return names if self.default == "all" else names[-1:]
+        return {"last": self.names(config)[-1:], "all": self.names(config), "head": self.of_head(config)}[self.default]
+
+    def of_head(self, config: Any) -> tuple[str, ...]:
+        """The taps that a task head reads."""
+        if self.head is not None:
+            return self.head(config)
+        return self.names(config) if self.default == "all" else self.names(config)[-1:]
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,8 @@ class Family:
         part: attribute of the config that describes the image tower, where the config holds more.
         encoder: path in ``model`` of the submodule that takes the pixels; "" for all of it.
         unused: submodules that never run here and are dropped.
-        multiple: sizes must be divisible by this many px; "patch" for the config's patch size.
+        multiple: sizes must be divisible by this many px; "patch" for the config's patch size, "window" for that
+            times the windows of a side.
         fixed: the size is the config's and no other.
         size: default size in px where the checkpoint does not say; default: the config's.
         stats: default mean and std.
@@ -65,7 +73,7 @@ class Family:
     part: str = ""
     encoder: str = ""
     unused: tuple[str, ...] = ()
-    multiple: int | Literal["patch"] = "patch"
+    multiple: int | Literal["patch", "window"] = "patch"
     fixed: bool = False
     size: int | None = None
     stats: PixelStats = IMAGENET
@@ -74,14 +82,16 @@ class Family:
 
     def step(self, config: Any) -> int:
         """Sizes must be divisible by this many px."""
-        return reads.patch_size(config) if self.multiple == "patch" else self.multiple
+        if isinstance(self.multiple, int):
+            return self.multiple
+        return reads.patch_size(config) * (config.num_windows if self.multiple == "window" else 1)
 
     @property
     def size_rule(self) -> str:
         """The sizes allowed, in words."""
         if self.fixed:
             return "the config's image size"
-        words = {"patch": "multiples of the patch size", 1: "any"}
+        words = {"patch": "multiples of the patch size", "window": "multiples of patch size x windows", 1: "any"}
         return words.get(self.multiple, f"multiples of {self.multiple}")
 
 
@@ -95,6 +105,14 @@ def _stages(config: Any) -> tuple[str, ...]:
 
 def _backbone_maps(config: Any) -> tuple[str, ...]:
     return tuple(f"stage{i}" for i in range(len(config.backbone_config.out_features)))
+
+
+def _outputs(config: Any) -> tuple[str, ...]:
+    return tuple(f"stage{i}" for i in range(len(config.out_features)))
+
+
+def _dpt_blocks(config: Any) -> tuple[str, ...]:
+    return tuple(f"block{i}" for i in sorted(config.backbone_out_indices))
 
 
 def _backbone_stages(config: Any) -> tuple[str, ...]:
@@ -115,9 +133,11 @@ ALL_STAGES = Taps("stage0..stageN-1", _stages, "all")
 BACKBONE_MAPS = Taps("stage0..stageN-1 (the backbone's outputs)", _backbone_maps, "all")
 BACKBONE_STAGES = Taps("stage0..stageN-1 (the backbone's stages)", _backbone_stages, "all")
 FINAL = Taps("last", lambda config: ("last",))
-FPN = Taps("level0..levelN-1", _levels)
+FPN = Taps("level0..levelN-1", _levels, head=_levels)
 ALL_LEVELS = Taps("level0..levelN-1", _levels, "all")
 HYBRID = Taps("level0..levelN-1", _hybrid_levels, "all")
+OUTPUTS = Taps("stage0..stageN-1 (the backbone's outputs)", _outputs, "all")
+DPT_BLOCKS = Taps("block0..blockN-1, last", _blocks, "head", _dpt_blocks)
 
 _interpolate = partial(reads.ask, interpolate_pos_encoding=True)
 _cls = partial(reads.read_tokens, summary=reads.cls_token)
@@ -217,16 +237,37 @@ FAMILIES: dict[str, Family] = {
     "rt_detr": _detector("RTDetrModel", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
     "rt_detr_v2": _detector("RTDetrV2Model", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
     "d_fine": _detector("DFineModel", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
-    # depth
+    "rf_detr": Family(
+        "detector", "RfDetrModel", FINAL, reads.read_masked_map, reads.ask_masked, part="backbone_config",
+        encoder="backbone", multiple="window",
+    ),
+    # depth: the tokens that the neck reads, with CLS
     "depth_anything": Family(
         "depth", "DepthAnythingForDepthEstimation", BACKBONE_MAPS, reads.read_feature_tokens,
         encoder="backbone",
     ),
-    "dpt": Family("depth", "DPTModel", PLAIN, _cls, stats=HALF, options={"add_pooling_layer": False}),
+    "dpt": Family(
+        "depth", "DPTModel", DPT_BLOCKS, reads.read_tokens_with_cls, stats=HALF, options={"add_pooling_layer": False},
+    ),
+    "dpt_backbone": Family(
+        "depth", "DPTForDepthEstimation", OUTPUTS, reads.read_feature_tokens, part="backbone_config",
+        encoder="backbone",
+    ),
 }  # fmt: skip
 
 # A model that brings its own code: asked plainly, and read as tokens with any prefix before the patches.
 REMOTE = Family("remote code", "AutoModel", FINAL, reads.read_remote, reads.ask_plainly)
+
+
+def row_of(tree: Mapping[str, Any]) -> str:
+    """The row of the table for a config.json: its model type, or that with ``_backbone`` where it has a row for them.
+
+    A DPT is either a ViT of its own, or has a backbone of another type.
+    """
+    model_type = str(tree.get("model_type"))
+    with_backbone = f"{model_type}_backbone"
+    is_one = with_backbone in FAMILIES and tree.get("backbone_config") and not tree.get("is_hybrid")
+    return with_backbone if is_one else model_type
 
 
 def families() -> list[dict[str, str]]:
@@ -236,7 +277,7 @@ def families() -> list[dict[str, str]]:
             "model type": model_type,
             "kind": family.kind,
             "taps": family.taps.text,
-            "default": {"last": "the last one", "all": "all"}[family.taps.default],
+            "default": {"last": "the last one", "all": "all", "head": "those of its head"}[family.taps.default],
             "size": family.size_rule,
         }
         for model_type, family in FAMILIES.items()

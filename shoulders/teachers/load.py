@@ -7,6 +7,7 @@ import transformers
 from torch import Tensor, nn
 
 from shoulders.errors import DataError, RecipeError
+from shoulders.fast import arranged, quicken
 from shoulders.features import Features
 from shoulders.hub import load_strict
 from shoulders.own import call_function, check_function
@@ -29,7 +30,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> dict[str, Features]:
         """``{tap: Features}`` for normalised pixels (B, 3, h, w)."""
-        output = self.family.call(self.model, pixels, self.deep)
+        output = self.family.call(self.model, arranged(pixels), self.deep)
         taps = self.family.read(output, self.config, (pixels.shape[2], pixels.shape[3]))
         return {tap: taps[tap] for tap in self.wanted}
 
@@ -92,6 +93,7 @@ def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
     )
     for path in family.unused:
         setattr(model, path, nn.Identity())
+    quicken(model)
     return model.get_submodule(family.encoder)
 
 

@@ -85,6 +85,11 @@ def ask_in_patches(model: Any, pixels: Tensor, deep: bool) -> Any:
     return model(patches, pixel_attention_mask=mask, spatial_shapes=shapes, output_hidden_states=deep)
 
 
+def ask_masked(model: nn.Module, pixels: Tensor, deep: bool) -> Any:
+    """An encoder that also takes where the batch is image: everywhere."""
+    return model(pixels, torch.ones(len(pixels), *pixels.shape[2:], dtype=torch.long, device=pixels.device))
+
+
 # Summaries
 
 
@@ -123,6 +128,14 @@ def read_tokens(output: Any, config: Any, size: tuple[int, int], summary: Summar
         for i, tokens in enumerate((output.get("hidden_states") or ())[1:])
     }
     taps["last"] = Features(summary(output), output.last_hidden_state[:, -places:], grid)
+    return taps
+
+
+def read_tokens_with_cls(output: Any, config: Any, size: tuple[int, int]) -> dict[str, Features]:
+    """Plain ViTs whose head reads inner blocks: CLS is the summary of each of them."""
+    taps = read_tokens(output, config, size, cls_token)
+    for i, tokens in enumerate((output.get("hidden_states") or ())[1:]):
+        taps[f"block{i}"] = Features(tokens[:, 0], taps[f"block{i}"].spatial, taps[f"block{i}"].grid)
     return taps
 
 
@@ -180,11 +193,18 @@ def read_feature_maps(output: Any, config: Any, size: tuple[int, int]) -> dict[s
 
 
 def read_feature_tokens(output: Any, config: Any, size: tuple[int, int]) -> dict[str, Features]:
-    """A ViT backbone that hands on (B, 1 + N, C): normed tokens with CLS first."""
+    """A ViT backbone that hands on (B, 1 + N, C): tokens with CLS first; hierarchical ones hand on maps."""
+    if output.feature_maps[0].ndim == 4:
+        return read_feature_maps(output, config, size)
     patch = patch_size(config)
     grid = (size[0] // patch, size[1] // patch)
     stages = enumerate(output.feature_maps)
     return {f"stage{i}": Features(tokens[:, 0], tokens[:, 1:], grid) for i, tokens in stages}
+
+
+def read_masked_map(output: Any, config: Any, size: tuple[int, int]) -> dict[str, Features]:
+    """RF-DETR: the projector's map (B, C, H, W), which comes with a mask."""
+    return {"last": Features.from_map(output[0])}
 
 
 def read_sam(output: Any, config: Any, size: tuple[int, int]) -> dict[str, Features]:

@@ -35,6 +35,14 @@ RT_DETR = {
     "decoder_layers": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_denoising": 2,
     "hidden_expansion": 0.5,
 }  # fmt: skip
+RF_DETR = {
+    "backbone_config": {
+        "model_type": "rf_detr_dinov2", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "num_windows": 2, "out_features": ["stage2", "stage3"],
+    },
+    "d_model": 16, "decoder_layers": 2, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2,
+    "decoder_ffn_dim": 16, "num_queries": 5, "group_detr": 2, "c2f_num_blocks": 1, "intermediate_size": 16,
+}  # fmt: skip
 SAM_HEADS = {
     "prompt_encoder_config": {
         "hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4,
@@ -74,6 +82,13 @@ def depth_backbone() -> Any:
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
         out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
     )  # fmt: skip
+
+
+def far(config: Any) -> Any:
+    """A DPT that sees depth: its last layer is a ReLU, which a random head may well leave at 0."""
+    model = hf.DPTForDepthEstimation(config)
+    model.head.head[-2].bias.data.fill_(1)
+    return model
 
 
 MASKS = {"mask_feature_size": 32, "num_queries": 5, "dim_feedforward": 16, "encoder_feedforward_dim": 16}
@@ -180,16 +195,18 @@ TINY: dict[str, Callable[[], Any]] = {
         hf.RTDetrV2Config(backbone_config=rt_resnet(), **RT_DETR)
     ),
     "d_fine": lambda: hf.DFineForObjectDetection(hf.DFineConfig(backbone_config=rt_resnet(), **RT_DETR)),
+    "rf_detr": lambda: hf.RfDetrForObjectDetection(hf.RfDetrConfig(**RF_DETR)),
     "depth_anything": lambda: hf.DepthAnythingForDepthEstimation(
         hf.DepthAnythingConfig(
             backbone_config=depth_backbone(), reassemble_hidden_size=16, head_hidden_size=4, **NECK
         )
     ),
-    "dpt": lambda: hf.DPTForDepthEstimation(
+    "dpt": lambda: far(
         hf.DPTConfig(
-            **{**VIT, "num_hidden_layers": 4, "patch_size": 16}, backbone_out_indices=[0, 1, 2, 3], **NECK
+            **{**VIT, "num_hidden_layers": 5, "patch_size": 16}, backbone_out_indices=[0, 1, 3, 4], **NECK
         )
     ),
+    "dpt_backbone": lambda: far(hf.DPTConfig(backbone_config=depth_backbone(), **NECK)),
 }  # fmt: skip
 
 

@@ -106,6 +106,11 @@ def depth(model: Any, x: Tensor) -> dict[str, Parts]:
     return {f"stage{i}": (said[:, 0], said[:, 1:]) for i, said in enumerate(maps)}
 
 
+def dpt(model: Any, x: Tensor) -> dict[str, Parts]:
+    hidden = model(x, output_hidden_states=True).hidden_states  # the first is before all blocks
+    return {f"block{i}": (hidden[1 + i][:, 0], hidden[1 + i][:, 1:]) for i in (0, 1, 3, 4)}
+
+
 def sam2(model: Any, x: Tensor) -> dict[str, Parts]:
     return {"level2": (None, tokens(model.vision_encoder(x).fpn_hidden_states[2]))}
 
@@ -160,8 +165,10 @@ ORIGINALS: dict[str, Original] = {
     "rt_detr": maps_of(encoder_maps, "level"),
     "rt_detr_v2": maps_of(encoder_maps, "level"),
     "d_fine": maps_of(encoder_maps, "level"),
+    "rf_detr": lambda model, x: {"last": (None, tokens(model(x).backbone_features))},
     "depth_anything": depth,
-    "dpt": vit("dpt", 1),
+    "dpt": dpt,
+    "dpt_backbone": depth,
 }
 
 
