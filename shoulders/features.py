@@ -7,7 +7,7 @@ D latent width, K classes, T teachers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -75,6 +75,9 @@ class Skipped:
     reason: str
 
 
+CENTRAL = -1  # the number of the one view that is not random: of held-out images, and wherever nothing trains
+
+
 @dataclass(frozen=True)
 class Batch:
     """B views of B images, rendered from the decoded originals at every size that someone asked for.
@@ -84,12 +87,15 @@ class Batch:
         rendered: {(h, w): (B, 3, h, w) uint8}.
         labels: (B,) int64 where the source has labels and the caller wants them, else None.
         skipped: images that failed to decode and were replaced in this batch.
+        views: (B,) int64, the number of each view: `CENTRAL`, or what the random view was drawn with; None where
+            nobody says.
     """
 
     ids: Tensor
     rendered: dict[tuple[int, int], Tensor]
     labels: Tensor | None = None
     skipped: tuple[Skipped, ...] = field(default=())
+    views: Tensor | None = None
 
     def pixels(self, size: tuple[int, int]) -> Tensor:
         """Pixels (B, 3, h, w) in [0, 1], float32, at ``size`` = (h, w).
@@ -106,7 +112,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch with its pixels on ``device``."""
         moved = {size: images.to(device, non_blocking=True) for size, images in self.rendered.items()}
-        return Batch(self.ids, moved, self.labels, self.skipped)
+        return replace(self, rendered=moved)
 
     def split(self, size: int) -> list[Batch]:
         """The batch in consecutive ones of ``size`` images; the last may be smaller."""
@@ -116,6 +122,7 @@ class Batch:
                 self.ids[piece],
                 {px: images[piece] for px, images in self.rendered.items()},
                 None if self.labels is None else self.labels[piece],
+                views=None if self.views is None else self.views[piece],
             )
             for piece in pieces
         ]

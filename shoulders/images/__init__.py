@@ -2,11 +2,11 @@
 
 from shoulders.images.decode import Undecodable, decode, decode_with_size
 from shoulders.images.image_set import Collection, ImageSet
-from shoulders.images.loader import batches, evaluation_batches
+from shoulders.images.loader import batches, evaluation_batches, listed_batches
 from shoulders.images.skips import SkipReport
 from shoulders.images.source import ImageSource, image_id
-from shoulders.images.sources import call_source, open_source
-from shoulders.images.views import View, central_view, random_view, render
+from shoulders.images.sources import call_source, open_images, open_source
+from shoulders.images.views import View, central_view, longest_side, random_view, render, smallest_decode
 
 __all__ = [
     "Collection",
@@ -22,7 +22,11 @@ __all__ = [
     "decode_with_size",
     "evaluation_batches",
     "image_id",
+    "listed_batches",
+    "longest_side",
+    "open_images",
     "open_source",
     "random_view",
     "render",
+    "smallest_decode",
 ]

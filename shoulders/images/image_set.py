@@ -59,6 +59,10 @@ class Collection:
         name = self.sources[key].name(inside)
         return name if len(self.sources) == 1 else f"{key}/{name}"
 
+    def name_of(self, identity: int) -> str:
+        """Name of the image with this id."""
+        return self.name(int(np.flatnonzero(self.ids == identity)[0]))
+
     def pixels(self, index: int, max_pixels: int, at_least: int | None) -> tuple[Tensor, tuple[int, int]]:
         """The decoded image (3, H, W) uint8 and its full size, as `decode_with_size`.
 

@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from shoulders import recipe
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import Batch, Skipped
+from shoulders.features import CENTRAL, Batch, Skipped
 from shoulders.images.decode import Undecodable
 from shoulders.images.image_set import Collection, ImageSet
-from shoulders.images.views import central_view, random_view, render, smallest_decode
+from shoulders.images.views import View, central_view, longest_side, random_view, render, smallest_decode
 
 Size = tuple[int, int]
 _GRACE_S = 20
-# plain containers, because DataLoader pins nothing else: the four fields of Batch
-Rendered = tuple[Tensor, dict[Size, Tensor], Tensor | None, tuple[Skipped, ...]]
+# plain containers, because DataLoader pins nothing else: the five fields of Batch
+Rendered = tuple[Tensor, dict[Size, Tensor], Tensor | None, tuple[Skipped, ...], Tensor]
 
 
 def batches(
@@ -39,6 +39,7 @@ def batches(
     first_step: int = 0,
     rank: int = 0,
     world: int = 1,
+    decoded_for: Sequence[Size] = (),
 ) -> Generator[Batch, None, None]:
     """This rank's part of the batches of steps [first_step, first_step + steps).
 
@@ -55,6 +56,7 @@ def batches(
         seed: of the views.
         first_step: where a resumed run goes on.
         steps: how many batches.
+        decoded_for: further sizes that are not drawn, but that decoding allows for as if they were.
 
     Raises:
         RecipeError: batch not divisible by world.
@@ -68,7 +70,7 @@ def batches(
         for step in range(first_step, first_step + steps):
             yield image_set.positions(step * batch + rank * share, share)
 
-    views = _TrainingViews(image_set, sizes, settings, seed)
+    views = _TrainingViews(image_set, sizes, settings, seed, [*sizes, *decoded_for])
     for rendered in _render_ahead(views, wanted(), settings.workers):
         yield _batch(rendered)
 
@@ -80,6 +82,7 @@ def evaluation_batches(
     indices: NDArray[np.int64] | None = None,
     workers: int = 0,
     max_pixels: int = 50_000_000,
+    decoded_for: Sequence[Size] = (),
 ) -> Iterator[Batch]:
     """Central views of images in order, with labels where ``images`` has them (-1 where one image has none).
 
@@ -90,6 +93,7 @@ def evaluation_batches(
         sizes: every (h, w) that someone will ask the batch for.
         batch: images per batch.
         indices: which images, (n,); all by default. For the held-out ones: ``image_set.heldout``.
+        decoded_for: as in `batches`.
 
     Raises:
         DataError: not one image could be decoded.
@@ -99,7 +103,8 @@ def evaluation_batches(
     ready: Batch | None = None
     skipped: tuple[Skipped, ...] = ()
     # one batch is kept back: skipped images of an empty batch must go with one that is handed out
-    for rendered in _render_ahead(_CentralViews(images, sizes, max_pixels), wanted, workers):
+    views = _CentralViews(images, sizes, max_pixels, [*sizes, *decoded_for])
+    for rendered in _render_ahead(views, wanted, workers):
         current = _batch(rendered)
         if len(current) == 0:
             skipped += current.skipped
@@ -113,21 +118,44 @@ def evaluation_batches(
     yield dataclasses.replace(ready, skipped=ready.skipped + skipped)
 
 
+def listed_batches(
+    image_set: ImageSet,
+    wanted: Iterable[NDArray[np.int64]],
+    sizes: list[Size],
+    settings: recipe.Images,
+    seed: int,
+) -> Iterator[Batch]:
+    """The views asked for by number, pixel for pixel those that `batches` and `evaluation_batches` draw.
+
+    Images that cannot be decoded are left out and reported in ``Batch.skipped``: batches may be smaller, or empty.
+
+    Args:
+        wanted: (B, 2) for each batch: index of the image, and number of the view or `CENTRAL`.
+        sizes: every (h, w) that someone will ask the batch for.
+        settings, seed: as in `batches`.
+    """
+    for rendered in _render_ahead(_ListedViews(image_set, sizes, settings, seed), wanted, settings.workers):
+        yield _batch(rendered)
+
+
 def _batch(rendered: Rendered) -> Batch:
-    """The four fields as a Batch; pinning memory turns tuples into lists."""
-    ids, drawn, labels, skipped = rendered
-    return Batch(ids, drawn, labels, tuple(skipped))
+    """The five fields as a Batch; pinning memory turns tuples into lists."""
+    ids, drawn, labels, skipped, views = rendered
+    return Batch(ids, drawn, labels, tuple(skipped), views)
 
 
 class _TrainingViews(Dataset[Rendered | DataError]):
     """(B, 2) of image index and visit -> random views of those images."""
 
-    def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
+    def __init__(
+        self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int, decoded_for: list[Size]
+    ) -> None:
         self.image_set, self.sizes, self.settings, self.seed = image_set, sizes, settings, seed
-        self.at_least = smallest_decode(sizes, settings.scale)
+        self.at_least = smallest_decode(decoded_for, settings.scale)
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
         ids = torch.empty(len(wanted), dtype=torch.int64)
+        numbers = torch.empty(len(wanted), dtype=torch.int64)
         canvas = {size: torch.empty(len(wanted), 3, *size, dtype=torch.uint8) for size in self.sizes}
         skipped: list[Skipped] = []
         for row, (index, visit) in enumerate(wanted.tolist()):
@@ -136,11 +164,11 @@ class _TrainingViews(Dataset[Rendered | DataError]):
             except DataError as error:
                 return error  # raised by the main process: a worker would wrap it into a traceback
             ids[row] = identity = int(self.image_set.images.ids[used])
-            number = visit if self.settings.views == "fresh" else visit % self.settings.views
+            numbers[row] = number = visit if self.settings.views == "fresh" else visit % self.settings.views
             view = random_view(self.seed, identity, number, self.settings.scale, self.settings.flip, full_size)
             for size in self.sizes:
                 canvas[size][row] = render(pixels, view, size)
-        return ids, canvas, None, tuple(skipped)
+        return ids, canvas, None, tuple(skipped), numbers
 
     def _decode(self, index: int, skipped: list[Skipped]) -> tuple[int, Tensor, Size]:
         images = self.image_set.images
@@ -158,9 +186,9 @@ class _TrainingViews(Dataset[Rendered | DataError]):
 class _CentralViews(Dataset[Rendered | DataError]):
     """(B,) image indices -> central views of those that can be decoded."""
 
-    def __init__(self, images: Collection, sizes: list[Size], max_pixels: int) -> None:
+    def __init__(self, images: Collection, sizes: list[Size], max_pixels: int, decoded_for: list[Size]) -> None:
         self.images, self.sizes, self.max_pixels = images, sizes, max_pixels
-        self.at_least = max(max(size) for size in sizes)
+        self.at_least = longest_side(decoded_for)
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
         used: list[int] = []
@@ -177,7 +205,39 @@ class _CentralViews(Dataset[Rendered | DataError]):
             used.append(index)
         rendered = {size: drawn[: len(used)].contiguous() for size, drawn in canvas.items()}
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[used])
-        return torch.from_numpy(self.images.ids[used]), rendered, labels, tuple(skipped)
+        views = torch.full((len(used),), CENTRAL)
+        return torch.from_numpy(self.images.ids[used]), rendered, labels, tuple(skipped), views
+
+
+class _ListedViews(Dataset[Rendered | DataError]):
+    """(B, 2) of image index and view number -> those views of the images that can be decoded."""
+
+    def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
+        self.images, self.sizes, self.settings, self.seed = image_set.images, sizes, settings, seed
+
+    def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
+        used: list[tuple[int, int]] = []
+        canvas = {size: torch.empty(len(wanted), 3, *size, dtype=torch.uint8) for size in self.sizes}
+        skipped: list[Skipped] = []
+        for index, number in wanted.tolist():
+            random = number != CENTRAL
+            at_least = smallest_decode(self.sizes, self.settings.scale) if random else longest_side(self.sizes)
+            try:
+                pixels, full_size = self.images.pixels(index, self.settings.max_pixels, at_least)
+            except Undecodable as error:
+                skipped.append(Skipped(self.images.name(index), str(error)))
+                continue
+            for size in self.sizes:
+                view = self._random(index, number, full_size) if random else central_view(full_size, size)
+                canvas[size][len(used)] = render(pixels, view, size)
+            used.append((int(self.images.ids[index]), number))
+        rendered = {size: drawn[: len(used)].contiguous() for size, drawn in canvas.items()}
+        ids, numbers = torch.tensor(used, dtype=torch.int64).view(-1, 2).unbind(1)
+        return ids, rendered, None, tuple(skipped), numbers
+
+    def _random(self, index: int, number: int, full_size: Size) -> View:
+        identity, how = int(self.images.ids[index]), self.settings
+        return random_view(self.seed, identity, number, how.scale, how.flip, full_size)
 
 
 def _render_ahead(

@@ -8,10 +8,12 @@ from typing import Any
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk
+from shoulders.images.image_set import ImageSet
 from shoulders.images.parquet import Parquet
 from shoulders.images.shards import Shards
 from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
 from shoulders.own import call_function
+from shoulders.recipe import Images
 
 
 def open_source(path: Path | str, column: str = "image") -> ImageSource:
@@ -60,6 +62,25 @@ def call_source(function: str, **settings: Any) -> ImageSource:
     if len(source) == 0:
         raise RecipeError(f"images.sources: {function} returned a source of no images; give it some")
     return source
+
+
+def open_images(settings: Images, seed: int) -> ImageSet:
+    """The images of a run, from all of its sources.
+
+    Args:
+        settings: ``images:`` of the recipe.
+        seed: of the order.
+
+    Raises:
+        RecipeError: as `open_source` and `call_source`.
+        DataError: as `ImageSet`.
+    """
+    sources = settings.all_sources()
+    opened = {
+        name: open_source(source.path, source.column) if source.path else call_source(str(source.module), **source.args)
+        for name, source in sources.items()
+    }
+    return ImageSet(opened, {name: source.share for name, source in sources.items()}, seed, settings.holdout)
 
 
 def _open_folder(path: Path, column: str) -> ImageSource:

@@ -69,10 +69,14 @@ def render(original: Tensor, view: View, size: tuple[int, int]) -> Tensor:
     return (drawn.flip(2) if view.flip else drawn).contiguous()
 
 
+def longest_side(sizes: list[tuple[int, int]]) -> int:
+    """The longest side in pixels of all sizes: what central views are decoded for."""
+    return max(max(size) for size in sizes)
+
+
 def smallest_decode(sizes: list[tuple[int, int]], scale: tuple[float, float]) -> int:
     """Shortest side in pixels at which no view of at least ``scale[0]`` of the area has to be enlarged."""
-    longest = max(max(size) for size in sizes)
-    return math.ceil(longest / math.sqrt(scale[0] * _RATIO[0]))
+    return math.ceil(longest_side(sizes) / math.sqrt(scale[0] * _RATIO[0]))
 
 
 def _whole_pixels(start: float, length: float, side: int) -> tuple[int, int]:
