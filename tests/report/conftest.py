@@ -1,0 +1,52 @@
+"""A small finished run with three teachers of random weights, their heads kept, and measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoulders.distill import distill
+from shoulders.recipe import Recipe
+from tests.test_heads import save_teacher
+from tests.tiny import save_base, save_images
+
+HEADS = {"segformer": "semantic", "rt_detr_v2": "detection", "resnet": "classification"}
+
+
+def rows_of(model: str, task: str, data: Path, head: str | None = None, **values: float) -> list[dict[str, Any]]:
+    """Rows as `shoulders.evaluate` writes them."""
+    common = {"model": model, "task": task, "n": 90, "seconds": 1.0, "settings": {}, "data": str(data), "seed": 0}
+    named = common if head is None else common | {"head": head}
+    return [{**named, "metric": metric, "value": value} for metric, value in values.items()]
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    save_base(root / "base")
+    save_images(root / "images", 40)
+    save_images(root / "cells" / "classification" / "test", 12, classes=3)
+    specs = {kind: save_teacher(kind, root / kind).model_dump() for kind in HEADS}
+    distill(Recipe.model_validate({
+        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
+        "teachers": specs,
+        "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
+        "transfer": {"calibration": 16},
+        "train": {"steps": 4, "batch": 4, "precision": "fp32", "log_every": 1, "evaluate_every": 2},
+        "keep_heads": list(HEADS), "out": str(root / "run"),
+    }))  # fmt: skip
+    labels, masks = root / "cells" / "classification", root / "gone" / "semantic"
+    rows = [
+        *rows_of("resnet", "classification", labels, "resnet", top1=0.8),
+        *rows_of("student", "classification", labels, "resnet", top1=0.6),
+        *rows_of("student", "classification", labels, knn_top1=0.5, linear_top1=0.7),
+        *rows_of("base", "classification", labels, knn_top1=0.4, linear_top1=0.45),
+        *rows_of("student", "semantic", masks, mIoU=0.3),
+        {"model": "student", "task": "semantic", "metric": "IoU/sky", "value": 0.9, "n": 90, "data": str(masks)},
+    ]
+    file = root / "run" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) + rows))
+    return root / "run"
