@@ -18,7 +18,7 @@ from shoulders.recipe import Recipe, Train
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.objective import BASE, Settings, kpu
-from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths
+from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths, teacher_of
 
 
 class Learner(nn.Module):
@@ -39,7 +39,9 @@ class Learner(nn.Module):
         self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T)."""
-        return self.compare(self.student.places(pixels), taught, coins)
+        base = {tap.removeprefix(f"{BASE}/"): said for tap, said in taught.items() if teacher_of(tap) == BASE}
+        goals = {tap: taught[tap] for tap in self.student.taps}
+        return self.compare(self.student.places(pixels, base), goals, coins)
 
     def compare(
         self, seen: Mapping[str, Features], taught: Mapping[str, Features], coins: Tensor
@@ -72,7 +74,7 @@ class Learner(nn.Module):
 
 
 class Optimization:
-    """AdamW with warm-up and cosine, clipping, and the averaged weights; everything a checkpoint must hold."""
+    """Muon or AdamW with warm-up and cosine, clipping, and the averaged weights; everything a checkpoint must hold."""
 
     def __init__(self, learner: Learner, train: Train):
         self.train = train
@@ -80,19 +82,32 @@ class Optimization:
         self.learns = learner.learns()
         matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
         others = [p for name, p in self.learns.items() if name not in matrices]
-        groups: list[dict[str, Any]] = [{"params": list(matrices.values())}, {"params": others, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW(
-            groups, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
-        )
+        # Muon takes matrices alone: a kernel (C', C, k, k) is moved as the matrix (C', C k k), in the same memory
+        self.rows = {name: nn.Parameter(p.detach().view(len(p), -1)) for name, p in matrices.items()}
+        adamw = partial(torch.optim.AdamW, betas=train.betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [adamw(others, train.lr, weight_decay=0.0)] if others else []
+        if train.optimizer == "muon":
+            # steps of AdamW's own magnitude (arXiv 2502.16982), so that one learning rate serves both
+            muon = torch.optim.Muon(
+                self.rows.values(), train.lr, train.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+            self.optimizers.append(muon)
+        else:
+            self.optimizers.append(adamw(self.rows.values(), train.lr, weight_decay=train.weight_decay))
         self.average = {name: p.detach().clone() for name, p in self.learns.items()} if train.ema else {}
 
     def step(self, number: int) -> Tensor:
         """Clip, move, average; returns the gradient norm before clipping."""
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lr(number)
         norm = nn.utils.clip_grad_norm_(self.learns.values(), self.train.clip)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for name, row in self.rows.items():
+            gradient = self.learns[name].grad
+            row.grad = None if gradient is None else gradient.flatten(1)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr(number)
+            optimizer.step()
+        for p in self.learns.values():
+            p.grad = None
         for name, mean in self.average.items():
             # at first a short memory, else what was there at birth would stay for 1 / (1 - ema) steps
             decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
@@ -126,8 +141,8 @@ class Optimization:
         found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.learns.items()}
         found |= {f"average.{name}": mean for name, mean in self.average.items()}
         found |= {f"statistics.{name}": b for name, b in self.learner.student.standardizers.named_buffers()}
-        for name, p in self.learns.items():
-            found |= {f"{key}.{name}": value for key, value in self.adamw.state[p].items()}
+        for name, (optimizer, p) in self._movers().items():
+            found |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
         return found
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,11 +151,11 @@ class Optimization:
         Raises:
             DataError: if a tensor is missing, left over, or of another shape.
         """
-        moments = ("step", "exp_avg", "exp_avg_sq")
-        for p in self.learns.values():
-            self.adamw.state[p] = {
-                key: torch.zeros_like(p) if key != "step" else torch.zeros((), device=p.device) for key in moments
-            }
+        for optimizer, p in self._movers().values():
+            muon = isinstance(optimizer, torch.optim.Muon)
+            moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
+            optimizer.state[p] = {moment: torch.zeros_like(p) for moment in moments}
+            optimizer.state[p] |= {} if muon else {"step": torch.zeros((), device=p.device)}
         ours = self.tensors()
         odd = sorted(set(ours) ^ set(tensors)) or [n for n, t in ours.items() if t.shape != tensors[n].shape]
         if odd:
@@ -148,6 +163,12 @@ class Optimization:
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(tensors[name])
+
+    def _movers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
+        """{name of what learns: (its optimizer, the parameter that stands for it there)}."""
+        whose = {id(p): one for one in self.optimizers for group in one.param_groups for p in group["params"]}
+        stands = {name: self.rows.get(name, p) for name, p in self.learns.items()}
+        return {name: (whose[id(p)], p) for name, p in stands.items()}
 
     def _fill(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():

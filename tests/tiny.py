@@ -23,7 +23,10 @@ BASE_CONFIGS: dict[str, Callable[[], Any]] = {
     "siglip_vision_model": lambda: transformers.SiglipVisionConfig(**_WIDE),
     "vit": lambda: transformers.ViTConfig(**_WIDE),
 }
-ADAPTERS: list[dict[str, Any]] = [{"kind": "bottleneck", "width": 8}, {"kind": "lora", "rank": 4, "alpha": 8.0}]
+ADAPTERS: list[dict[str, Any]] = [
+    {"kind": "bottleneck", "width": 8}, {"kind": "lora", "rank": 4, "alpha": 8.0},
+    {"kind": "side", "width": 16, "blocks": 2}, {"kind": "conv", "width": 32, "depth": 1, "blocks": []},
+]  # fmt: skip
 
 
 def _takes_32_px(folder: Path) -> Path:

@@ -1,30 +1,36 @@
-"""Adapters: small trainable parts inside a frozen base. All are zero at birth, so step 0 equals the base.
+"""Adapters: small trainable parts of a frozen base. All are zero at birth, so step 0 equals the base.
 
-An adapter is a module that hooks itself onto the blocks of the base and touches none of the base's weights or
-names: with ``enabled = False`` the hooks step aside and the base answers alone, bit for bit.
+An adapter touches none of the base's weights or names. Those inside the base hook themselves onto its blocks; a ladder
+stands beside it and reads. With ``enabled = False`` they step aside and the base answers alone, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoulders.features import Features
+
 
 class Adapter(nn.Module):
-    """What every kind shares: the switch, and a place to refine what the base's blocks gave.
+    """What every kind shares: the switch, and what those beside the base do.
 
-    ``refine`` is for adapters that do not sit inside the blocks but read them; the kinds here leave it as it is.
+    ``reads`` are the places of the base that an adapter beside it reads; one inside the base has none.
     """
 
     enabled: bool = True
+    reads: tuple[str, ...] = ()
 
-    def refine(self, tokens: Tensor, hidden: tuple[Tensor, ...]) -> Tensor:
-        """Final tokens (B, prefix + N, D) of the base -> those of the student; ``hidden`` are the block outputs."""
-        return tokens
+    def refine(self, said: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
+        """What the base says of normalised pixels (B, 3, h, w), by place, -> what the student says.
+
+        Adapters inside the base have had their say.
+        """
+        return dict(said)
 
     @contextmanager
     def off(self) -> Iterator[None]:
@@ -85,29 +91,3 @@ class PerBlock(Adapter):
     def __init__(self, parts: dict[str, Adapter]):
         super().__init__()
         self.parts = nn.ModuleDict({name.replace(".", "-"): part for name, part in parts.items()})
-
-
-def bottleneck(blocks: nn.ModuleList, d: int, width: int) -> Adapter:
-    """A :class:`Bottleneck` beside the MLP of every block."""
-    return PerBlock({f"{i}.mlp": Bottleneck(block.get_submodule("mlp"), d, width) for i, block in enumerate(blocks)})
-
-
-def lora(blocks: nn.ModuleList, d: int, rank: int, alpha: float) -> Adapter:
-    """A :class:`LowRank` at every linear layer of every block, found by class: the names differ between families."""
-    linears = {name: layer for name, layer in blocks.named_modules() if isinstance(layer, nn.Linear)}
-    return PerBlock({name: LowRank(layer, rank, alpha) for name, layer in linears.items()})
-
-
-# each: (blocks of the base, their width, its own settings) -> adapter
-ADAPTERS: dict[str, Callable[..., Adapter]] = {"bottleneck": bottleneck, "lora": lora}
-
-
-def build_adapter(kind: str, blocks: nn.ModuleList, d: int, **settings: Any) -> Adapter:
-    """Hook a fresh adapter of this kind onto the blocks (width ``d``) of a base.
-
-    Raises:
-        ValueError: for a kind that is not in ``ADAPTERS``.
-    """
-    if kind not in ADAPTERS:
-        raise ValueError(f"adapter kind {kind!r} is not one of {', '.join(ADAPTERS)}")
-    return ADAPTERS[kind](blocks, d, **settings)

@@ -20,8 +20,10 @@ from shoulders.hub import (
     read_config,
     read_preprocessing,
 )
-from shoulders.recipe import Student, as_size
+from shoulders.recipe import as_size
+from shoulders.recipe_student import Conv, Side, Student
 from shoulders.student.encoder import BASES
+from shoulders.student.kinds import places_read
 
 # full image-text checkpoints: the base is the image tower that this part of the config describes
 TOWERS = {"siglip": "vision_config"}
@@ -64,6 +66,7 @@ def check_base(spec: Student, size: tuple[int, int], reads: Sequence[str] = ()) 
         raise RecipeError(
             f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {legal}"
         )
+    _places_beside(spec, config.num_hidden_layers)
     places = ["latent", *(f"block{i}" for i in range(config.num_hidden_layers))]
     unknown = [place for place in reads if place not in places]
     if unknown:
@@ -83,6 +86,39 @@ def load_base(spec: Student) -> Base:
     family = BASES[config.model_type]
     model = load_strict(pretrained, getattr(transformers, family.model), config, **family.build)
     return Base(model.eval(), _preprocessing(pretrained, config), licence_of(pretrained), pretrained.revision)
+
+
+def read_base(spec: Student) -> tuple[Pretrained, Preprocessing]:
+    """What is known of a base before its weights: where its files are, and its own pixel normalisation.
+
+    Raises:
+        RecipeError: as `check_base`.
+    """
+    pretrained, config = _open(spec)
+    return pretrained, _preprocessing(pretrained, config)
+
+
+def asked_of_base(spec: Student, reads: Sequence[str], preserve: bool) -> tuple[str, ...]:
+    """The places at which a run asks the base itself, before its weights are loaded: as ``ShouldersModel.asks``.
+
+    Args:
+        reads: places that the projectors read.
+        preserve: whether the base is a teacher.
+
+    Raises:
+        RecipeError: as `check_base`.
+    """
+    beside = _places_beside(spec, _open(spec)[1].num_hidden_layers)
+    kept = ("latent",) if preserve else ()
+    return tuple(dict.fromkeys((*kept, *beside, *(("latent", *reads) if beside else ()))))
+
+
+def _places_beside(spec: Student, depth: int) -> tuple[str, ...]:
+    """What an adapter beside a base of ``depth`` blocks reads of it; one inside it reads nothing."""
+    try:
+        return places_read(depth, spec.adapter.blocks or []) if isinstance(spec.adapter, Side | Conv) else ()
+    except ValueError as error:
+        raise RecipeError(f"student.adapter.blocks: {error}; {spec.base!r} has {depth}") from error
 
 
 def _open(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:

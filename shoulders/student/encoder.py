@@ -1,8 +1,8 @@
-"""The student's encoder: a frozen general-purpose ViT with an adapter inside."""
+"""The student's encoder: a frozen general-purpose ViT with an adapter inside or beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from shoulders.fast import quicken
 from shoulders.features import Features
-from shoulders.student.adapters import build_adapter
+from shoulders.student.kinds import build_adapter
 
 
 def _class_token(tokens: Tensor, base: nn.Module) -> Tensor:
@@ -75,11 +76,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.family = BASES[base.config.model_type]
         self.base = base.eval().requires_grad_(False)
+        quicken(self.base)
         self.width: int = base.config.hidden_size
         self.patch_size: int = base.config.patch_size
         self.prefix = self.family.prefix(base.config)
         self.depth = len(base.get_submodule(self.family.blocks))
-        self.adapter = build_adapter(blocks=base.get_submodule(self.family.blocks), d=self.width, **adapter)
+        self.adapter = build_adapter(layers=base.get_submodule(self.family.blocks), d=self.width, **adapter)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
@@ -95,14 +97,37 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if h or w is not a multiple of the patch size, or a place does not exist.
         """
+        wanted = dict.fromkeys((*places, *self.adapter.reads))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapter.reads):
+            said = self._ask(pixels, tuple(wanted))
+        return self.refine(said, pixels, places)
+
+    def refine(
+        self, said: Mapping[str, Features], pixels: Tensor, places: Sequence[str] = ("latent",)
+    ) -> dict[str, Features]:
+        """What :meth:`forward` gives, from what the base has said already at the places that a side adapter reads.
+
+        Args:
+            said: of :meth:`own`, now or when a cache was made.
+        """
+        seen = self.adapter.refine(said, (pixels - self.mean) / self.std)
+        return {place: seen[place] for place in places}
+
+    @torch.no_grad()
+    def own(self, pixels: Tensor, places: Sequence[str] = ("latent",)) -> dict[str, Features]:
+        """What the base says by itself of pixels (B, 3, h, w), as :meth:`forward` with the adapter off."""
+        with self.off():
+            return self._ask(pixels, places)
+
+    def _ask(self, pixels: Tensor, places: Sequence[str]) -> dict[str, Features]:
+        """What the base says, with the adapters inside it."""
         grid = self.grid((pixels.shape[-2], pixels.shape[-1]))
         blocks = [self._block(place) for place in places if place != "latent"]
         out = self.base((pixels - self.mean) / self.std, output_hidden_states=bool(blocks), **self.family.forward)
-        hidden = out.hidden_states or ()  # embeddings, then one per block
-        tokens = self.adapter.refine(out.last_hidden_state, hidden)  # (B, prefix + N, D)
+        tokens = out.last_hidden_state  # (B, prefix + N, D)
         found = {"latent": Features(self.family.summary(tokens, self.base), tokens[:, self.prefix :], grid)}
         for block in blocks:
-            inside = hidden[block + 1]  # (B, prefix + N, D), before the final norm
+            inside = out.hidden_states[block + 1]  # (B, prefix + N, D), before the final norm; embeddings come first
             summary = inside[:, 0] if self.prefix else inside.mean(1)  # SigLIP has no CLS token
             found[f"block{block}"] = Features(summary, inside[:, self.prefix :], grid)
         return {place: found[place] for place in places}

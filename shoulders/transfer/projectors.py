@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoulders.features import Features
@@ -26,29 +26,39 @@ def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
 
-class Finer(nn.Module):
-    """Two linear layers with a GELU between, each place speaking for ``factor`` x ``factor`` places of a finer grid.
+class Rungs(nn.Module):
+    """Two linear layers with a GELU between, on the vectors of several places side by side: (B, .., d) each.
 
-    The first layer gives every finer place its own hidden vector (sub-pixel convolution, arXiv 1609.05158): what a
-    token knows of where in its patch something is need not pass through a resized map.
+    With ``fine`` > 1 each vector speaks for ``fine`` x ``fine`` places of a finer grid. The first layer gives every
+    finer place its own hidden vector (sub-pixel convolution, arXiv 1609.05158): what a token knows of where in its
+    patch something is need not pass through a resized map.
     """
 
-    def __init__(self, width_in: int, hidden: int, width_out: int, factor: int):
+    def __init__(self, d: int, reads: Sequence[str], hidden: int, width: int, fine: int = 1):
         super().__init__()
-        self.factor = factor
-        self.hidden = max(hidden // factor, 1)  # the finer places are many: the cost grows by factor, not its square
-        self.first = nn.Linear(width_in, self.hidden * factor**2)
-        self.last = nn.Linear(self.hidden, width_out)
+        self.fine = fine
+        self.hidden = max(hidden // fine, 1)  # the finer places are many: the cost grows by fine, not its square
+        # one bias is enough for their sum
+        self.first = nn.ModuleDict(
+            {place: nn.Linear(d, self.hidden * fine**2, bias=place == reads[0]) for place in reads}
+        )
+        self.last = nn.Linear(self.hidden, width)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, H * W, width_in) on grid (H, W) -> (B, H * f * W * f, width_out)."""
-        (h, w), f = grid, self.factor
-        y = self.first(x).view(len(x), h, w, f, f, self.hidden).transpose(2, 3)  # (B, H, f, W, f, hidden)
-        return self.last(nn.functional.gelu(y.reshape(len(x), h * f * w * f, self.hidden)))
+    def forward(self, parts: Mapping[str, Tensor], grid: tuple[int, int]) -> Tensor:
+        """{place: (B, H * W, d)} on grid (H, W) -> (B, H * f * W * f, width); summaries (B, d) -> (B, width)."""
+        summed = torch.stack([layer(parts[place]) for place, layer in self.first.items()]).sum(0)
+        if self.fine > 1:
+            (h, w), f = grid, self.fine
+            summed = summed.view(-1, h, w, f, f, self.hidden).transpose(2, 3)  # (B, H, f, W, f, hidden)
+            summed = summed.reshape(-1, h * f * w * f, self.hidden)
+        return self.last(F.gelu(summed))
 
 
 class Projector(nn.Module):
-    """s2t of one tap: independent MLPs for summary and spatial, one per place read, summed over places.
+    """s2t of one tap: independent :class:`Rungs` for summary and spatial.
+
+    A coarse tap is told on a coarse grid: the student's places are averaged before, not its answers after, which costs
+    a fraction.
 
     Args:
         d: latent width D.
@@ -56,27 +66,26 @@ class Projector(nn.Module):
         reads: places of the student; the latent, or several blocks (a ladder, as in UNIC).
         hidden: width between the two layers.
         fine: how many times finer than the student's grid the spatial answer is.
+        coarse: how many times coarser it is.
     """
 
-    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int, fine: int = 1):
+    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int, fine: int = 1, coarse: int = 1):
         super().__init__()
-        self.reads, self.fine = tuple(reads), fine
-        for part, width in widths._asdict().items():
-            finer = part == "spatial" and fine > 1
-            rung: Callable[[int, int, int], nn.Module] = partial(Finer, factor=fine) if finer else mlp
-            self.add_module(part, nn.ModuleDict({place: rung(d, hidden, width) for place in self.reads if width}))
+        self.fine, self.coarse = fine, coarse
+        factors = {"summary": 1, "spatial": fine}
+        self.parts = nn.ModuleDict(
+            {part: Rungs(d, reads, hidden, width, factors[part]) for part, width in widths._asdict().items() if width}
+        )
 
     def forward(self, seen: Mapping[str, Features]) -> Features:
-        """{place: Features} -> the tap's features in standardized space, on the student's grid or a finer one."""
-        (h, w) = grid = next(iter(seen.values())).grid
-        parts: dict[str, Tensor | None] = {"summary": None, "spatial": None}
-        for part in parts:
-            for place, rung in self.get_submodule(part).items():  # type: ignore[operator]
-                x = seen[place].parts()[part]
-                told = rung(x, grid) if isinstance(rung, Finer) else rung(x)
-                before = parts[part]
-                parts[part] = told if before is None else before + told
-        return Features(parts["summary"], parts["spatial"], (h * self.fine, w * self.fine))
+        """{place: Features} -> the tap's features in standardized space, on the student's grid, a finer or coarser."""
+        near = {place: shrink(features, self.coarse) for place, features in seen.items()}
+        h, w = next(iter(near.values())).grid
+        told = {
+            part: rungs({place: features.parts()[part] for place, features in near.items()}, (h, w))
+            for part, rungs in self.parts.items()
+        }
+        return Features(told.get("summary"), told.get("spatial"), (h * self.fine, w * self.fine))
 
 
 class TeacherToStudent(nn.Module):
@@ -132,9 +141,22 @@ class JointToStudent(nn.Module):
         return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
 
 
+def shrink(features: Features, factor: int) -> Features:
+    """The same with ``factor`` x ``factor`` places averaged to one; fewer at the right and lower edges."""
+    if factor == 1 or features.spatial is None:
+        return features
+    return Features.from_map(F.avg_pool2d(features.to_map(), factor, ceil_mode=True), features.summary)
+
+
 def finer(own: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:
     """{tap: how many times finer than the student's ``own`` grid its is, rounded up}, of those where it is finer."""
     factors = {tap: max(math.ceil(h / own[0]), math.ceil(w / own[1])) for tap, (h, w) in grids.items()}
+    return {tap: factor for tap, factor in factors.items() if factor > 1}
+
+
+def coarser(own: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+    """{tap: how many times coarser than the student's ``own`` grid its is, rounded down}, of those where it is."""
+    factors = {tap: min(own[0] // h, own[1] // w) for tap, (h, w) in grids.items()}
     return {tap: factor for tap, factor in factors.items() if factor > 1}
 
 
