@@ -7,15 +7,13 @@ READY := .venv/.ready
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      images, teachers and a student from nothing, in runs/demo"
+	@echo "make demo      the whole idea in five minutes: a student, four tasks, a page"
 	@echo "make test      the tests that a change has to pass"
 	@echo "make test-all  the slow ones too"
 	@echo "make check     lint, format and types"
 
 demo: $(READY)
-	$(BIN)/python examples/make_images.py runs/demo-images --count 600
-	$(BIN)/shoulders distill recipes/demo.yaml --resume
-	@echo 'In Python: import shoulders; student = shoulders.load("runs/demo")'
+	$(BIN)/shoulders demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

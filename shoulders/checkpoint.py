@@ -109,7 +109,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
             os.sync()
         else:
             for path in [*paths, aside]:
-                _sync(path)
+                sync(path)
         if final.exists():
             replaced = final.with_name(final.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)
@@ -118,10 +118,10 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(replaced)
         else:
             aside.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise _as_space_error(error, final) from error
+        raise space_error(error, final) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -130,15 +130,20 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SpaceError: if the disk is full.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Like `write_text`."""
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(text)
-        _sync(aside)
+        aside.write_bytes(data)
+        sync(aside)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise _as_space_error(error, path) from error
+        raise space_error(error, path) from error
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -151,12 +156,13 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _as_space_error(error: Exception, path: Path) -> Exception:
+def space_error(error: Exception, path: Path, fix: str = "make room and start again with --resume") -> Exception:
+    """The error as a SpaceError that says what is free, where a full disk is what it means; else as it is."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if not full:
         return error
     free = shutil.disk_usage(path.parent).free // 2**20
-    return SpaceError(f"{path}: no space left on the disk ({free} MiB free); make room and start again with --resume")
+    return SpaceError(f"{path}: no space left on the disk ({free} MiB free); {fix}")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -164,7 +170,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or what a folder lists, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
@@ -21,26 +22,53 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     Raises:
         RecipeError: one line with the fix.
     """
-    if not recipe.teachers and not own:
-        raise RecipeError("teachers: none; name at least one model to learn from")
-    if not recipe.images.all_sources():
-        raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
-    for name, source in recipe.images.all_sources().items():
-        check_source(name, source)
+    check_teaching(recipe, own)
+    check_cached(recipe)
     share = rank.world * recipe.train.accumulate
     if recipe.train.batch % share:
         raise RecipeError(
             f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
             f"parts (train.accumulate); make it a multiple of {share}"
         )
-    check_names(recipe, own)
     check_reads(recipe)
-    check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
-    for name, spec in recipe.teachers.items():
-        check_teacher(name, spec)
     for name in recipe.keep_heads:
         check_graft(name, recipe.teachers[name])
     check_out(recipe, resume)
+
+
+def check_teaching(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
+    """There are images to see, teachers that can be asked about them, and a base.
+
+    Raises:
+        RecipeError: naming what is missing.
+    """
+    if not recipe.teachers and not own:
+        raise RecipeError("teachers: none; name at least one model to learn from")
+    if not recipe.images.all_sources():
+        raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
+    for name, source in recipe.images.all_sources().items():
+        check_source(name, source)
+    check_names(recipe, own)
+    check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
+    for name, spec in recipe.teachers.items():
+        check_teacher(name, spec)
+
+
+def check_cached(recipe: Recipe) -> None:
+    """A recipe that insists on its cache has one that can exist.
+
+    Raises:
+        RecipeError: with the fix.
+    """
+    if recipe.cache.mode != "require":
+        return
+    if recipe.cache.path is None:
+        raise RecipeError("cache.mode: require, but cache.path is not given; name the folder of a cache")
+    if recipe.images.views == "fresh":
+        raise RecipeError(
+            "cache.mode: require, but images.views is fresh: such views never end, and cannot be cached; give a number "
+            "of them, such as images.views=4, or take cache.mode=auto"
+        )
 
 
 def check_source(name: str, source: Source) -> None:
@@ -88,11 +116,20 @@ def check_out(recipe: Recipe, resume: bool) -> None:
         RecipeError: saying which it is.
     """
     out = recipe.out
-    above = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise RecipeError(f"out: cannot write to {above}; choose another out")
+    check_writable("out", out)
     there = [*checkpoints(out / "checkpoints"), *out.glob("student")]
     if there and not resume:
         raise RecipeError(f"out: {out} holds a run already ({there[-1].name}); add --resume, or choose another out")
     if there:
         check_resumed(recipe, out / "recipe.yaml")
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """A folder can be made and written to.
+
+    Raises:
+        RecipeError: naming the recipe's key.
+    """
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise RecipeError(f"{key}: cannot write to {above}; choose another {key}")

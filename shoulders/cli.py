@@ -6,11 +6,12 @@ import errno
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from shoulders.errors import RecipeError, ShouldersError, SpaceError
+from shoulders.printing import brief, cell, print_table
 
 app = typer.Typer(
     help="Build a vision foundation model from models instead of labels.",
@@ -39,9 +40,36 @@ def distill(
         print(f"fraction of variance unexplained, on {summary['heldout']} held-out images (0: all inherited)")
         told = {key.removeprefix("fvu/"): value for key, value in summary.items() if key.startswith("fvu/")}
         heads = {name: summary.get(f"fvu_head/{name}") for name in told}
-        _print_table(["teacher / tap / part", "fvu", "fvu of the projector"],
-                     [[name, f"{value:.3f}", _cell(heads[name])] for name, value in told.items()])  # fmt: skip
+        print_table(["teacher / tap / part", "fvu", "fvu of the projector"],
+                     [[name, f"{value:.3f}", cell(heads[name])] for name, value in told.items()])  # fmt: skip
         print(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s; the student is in {summary['out']}/student")
+
+
+@app.command()
+def cache(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) with cache.path and a number of images.views.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as cache.path=FOLDER.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what disk, time and memory it takes.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Only read every byte of it, to be sure.")] = False,
+    info: Annotated[bool, typer.Option("--info", help="Only say what it holds.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Store what the teachers of a recipe say, so that runs read it instead of asking them."""
+    if plan + verify + info > 1:
+        raise RecipeError("give one of --plan, --verify and --info, or none of them to make the cache")
+    from shoulders.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides or ())
+    from shoulders.cache import build_cache, info_cache, plan_cache, show_contents, show_plan, verify_cache
+
+    ask = plan_cache if plan else verify_cache if verify else info_cache if info else build_cache
+    told = ask(checked)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    titles, rows, below = (show_plan if plan else show_contents)(told)
+    print_table(titles, rows)
+    print("", *below, *(["every byte is as it was written"] if verify else []), sep="\n")
 
 
 @app.command()
@@ -50,38 +78,53 @@ def evaluate(
     task: Annotated[str, typer.Option(help="classification, detection, semantic or instance.")],
     data: Annotated[Path, typer.Option(help="Labelled images: class folders, index masks or COCO files.")],
     models: Annotated[
-        str, typer.Option(help="student, base, teachers, or teachers by name.")
-    ] = "student,base,teachers",
+        str | None, typer.Option(help="student, base, teachers, teachers by name, scratch; default: the first three.")
+    ] = None,
     column: Annotated[str, typer.Option(help="The image column of parquet files.")] = "image",
     batch: Annotated[int, typer.Option(help="Images at a time.", min=1)] = 64,
     workers: Annotated[int, typer.Option(help="Processes or threads that decode.", min=0)] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     heads: Annotated[bool, typer.Option("--heads", help="Score the kept heads instead of fitting a probe.")] = False,
+    size: Annotated[
+        str | None, typer.Option(help="What student and base see, in px: N or H,W; default: as trained.")
+    ] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="adapter: train it together with the probe; of student and base.")
+    ] = None,
+    scratch_steps: Annotated[
+        int | None, typer.Option(help="Of scratch; default: at equal training FLOPs.", min=1)
+    ] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="upernet, rt_detr_v2 or mask2former; default: linear, or a small dense one.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure the student, its base and its teachers on a task."""
-    from shoulders.evaluate import evaluate, evaluate_heads
+    if heads and probe:
+        raise RecipeError("--probe: with --heads nothing is fitted; leave one of the two out")
+    seen_at, asked = _sides(size), models.split(",") if models else None
+    from shoulders.evaluate import WHO, evaluate, evaluate_heads
 
     def say(name: str) -> None:
         print(f"measuring {name} ...", file=sys.stderr)
 
     if heads:
         rows = evaluate_heads(
-            run, task, data, models.split(","), column=column, batch=batch, workers=workers, on_model=say
+            run, task, data, asked or WHO, column=column, batch=batch, workers=workers, size=seen_at, on_model=say
         )
     else:
-        rows = evaluate(run, task, data, models.split(","), column=column, batch=batch, workers=workers, seed=seed,
-                        on_model=say)  # fmt: skip
+        rows = evaluate(run, task, data, asked, column=column, batch=batch, workers=workers, seed=seed,
+                        size=seen_at, tune=tune, scratch_steps=scratch_steps, probe=probe, on_model=say)  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=1))
         return
     # those of single classes are told with --json alone
     metrics = list(dict.fromkeys(row["metric"] for row in rows if "/" not in row["metric"]))
-    named = [(row["model"] + (f", head of {row['head']}" if heads else ""), row) for row in rows]
+    named = [(row["model"] + (f", head of {row['head']}" if "head" in row else ""), row) for row in rows]
     names = list(dict.fromkeys(name for name, _ in named))
     values = {(name, row["metric"]): f"{100 * row['value']:.1f}" for name, row in named}
-    print(f"{task}, % of {rows[0]['n']} images")
-    _print_table(
+    print(f"{task}, % of {rows[0]['n']} images" + (f", {tune} tuned" if tune else ""))
+    print_table(
         ["model", *metrics], [[name, *(values.get((name, metric), "-") for metric in metrics)] for name in names]
     )
 
@@ -91,20 +134,39 @@ def predict(
     run: Annotated[Path, typer.Argument(help="A run folder, or a student's folder.")],
     images: Annotated[Path, typer.Argument(help="An image, or a folder, parquet or tar file of images.")],
     head: Annotated[list[str] | None, typer.Option(help="A kept head, may be repeated; default: all.")] = None,
+    probe: Annotated[
+        list[str] | None, typer.Option(help="A probe that evaluate fitted, such as student/semantic; may be repeated.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where predictions.json and pictures go.")] = Path("predictions"),
     threshold: Annotated[float, typer.Option(help="Leave out objects of a lower score.", min=0, max=1)] = 0.5,
     as_json: AsJson = False,
 ) -> None:
-    """Run the heads that a student kept on images."""
+    """Run the heads that a student kept, or probes, on images."""
     from shoulders.predict import predict
 
-    told = predict(run, images, head or (), out, threshold=threshold)
+    told = predict(run, images, head or (), out, probes=probe or (), threshold=threshold)
     if as_json:
         print(json.dumps(told, indent=1))
         return
-    rows = [[image, name, _brief(answer)] for image, heads in told.items() for name, answer in heads.items()]
-    _print_table(["image", "head", "answer"], rows)
+    rows = [[image, name, brief(answer)] for image, heads in told.items() for name, answer in heads.items()]
+    print_table(["image", "head", "answer"], rows)
     print(f"\npredictions.json and a picture for each image and head are in {out}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the page of a run: scores, pictures and curves in one file."""
+    from shoulders.report import write_report
+
+    page = write_report(run, out=out)
+    if as_json:
+        print(json.dumps({"report": str(page)}, indent=1))
+    else:
+        print(f"{page}, {page.stat().st_size / 1e6:.1f} MB; open it in a browser")
 
 
 @app.command()
@@ -131,7 +193,31 @@ def teachers(
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        _print_table(list(rows[0]), [[_cell(value) for value in row.values()] for row in rows])
+        print_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes; what is there already is not run again.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A minute's worth; the scores mean nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the whole idea in minutes: four tiny teachers, one student, four tasks, one page."""
+    from shoulders.demo import KINDS, demo
+
+    rows = demo(out, quick)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    values = {(row["task"], row["kind"]): row for row in rows}
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    print("in %, on scenes that nobody has seen; no label was shown to the student")
+    print_table(["task", *KINDS.values()],
+                 [[f"{task} ({values[task, 'teacher']['metric']})",
+                   *(f"{100 * values[task, kind]['value']:.1f}" for kind in KINDS)] for task in tasks])  # fmt: skip
+    print(f"\nthe page: {out / 'report.html'}")
 
 
 @app.command()
@@ -158,7 +244,7 @@ def world(
         print(json.dumps(told, indent=1))
         return
     rows = [[name, str(folder / name), "written" if folder / name in written else "was there"] for name in styles]
-    _print_table(["style", "folder", ""], rows)
+    print_table(["style", "folder", ""], rows)
     print("\nin each: classification/ (class folders), instances/ (COCO JSON), semantic/ (index masks)")
 
 
@@ -197,23 +283,11 @@ LOST = {
 }
 
 
-def _print_table(titles: list[str], rows: list[list[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    for row in [titles, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _brief(answer: Any) -> str:
-    """An answer in a few words: the first classes or objects with their scores."""
-    if isinstance(answer, dict):
-        return "depth map"
-    scores = [f"{one['label']}" + ("" if one["score"] is None else f" {one['score']:.2f}") for one in answer]
-    return ", ".join(scores[:4]) + (f" and {len(scores) - 4} more" if len(scores) > 4 else "") or "nothing found"
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict | list | tuple):
-        return ", ".join(map(str, value))
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _sides(size: str | None) -> tuple[int, int] | None:
+    """(h, w) of ``96`` or ``96,128``."""
+    if size is None:
+        return None
+    sides = size.split(",")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise RecipeError(f"--size: {size!r} is neither N nor H,W in px, such as 224 or 96,128")
+    return int(sides[0]), int(sides[-1])

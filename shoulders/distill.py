@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shoulders.cache import AnyTeachers, open_cache
 from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_checkpoint, write_folder, write_text
 from shoulders.checks import check
 from shoulders.errors import DataError, NumericError, Stopped
 from shoulders.features import Batch, Features, Skipped
 from shoulders.grafts import load_graft
 from shoulders.heldout import HeldOut
-from shoulders.images import ImageSet, SkipReport, batches, call_source, evaluation_batches, open_source
+from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
 from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
@@ -33,7 +34,7 @@ from shoulders.recipe import Recipe, as_size, dump_recipe
 from shoulders.student.base import load_base
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Widths, finer, teacher_of
+from shoulders.transfer.projectors import Widths, coarser, finer, teacher_of
 from shoulders.transfer.standardize import Moments
 
 
@@ -77,12 +78,13 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
 
 
 def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
-    """Open the images, load the teachers, and bring a student into the world."""
-    images = _open_images(recipe)
-    teachers = Teachers(
-        {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own),
-        bf16=use_bf16(recipe.train.precision, rank.device),
-    ).to(rank.device)
+    """Open the images, load the teachers or their cache, and bring a student into the world."""
+    images = open_images(recipe.images, recipe.train.seed)
+    bf16 = use_bf16(recipe.train.precision, rank.device)
+    teachers = open_cache(recipe, own, images, bf16, rank) or Teachers(
+        {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own), bf16=bf16
+    )
+    teachers.to(rank.device)
     torch.manual_seed(recipe.train.seed)
     learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
     rank.say(f"{len(images)} images to learn from, {len(images.heldout)} held out; base {recipe.student.base}")
@@ -97,11 +99,12 @@ ASKED_AT_ONCE = 16  # images that teachers see together outside of training step
 class Run:
     """One run in progress: images, teachers and the student's state, and the loop over them."""
 
-    def __init__(self, recipe: Recipe, learner: Learner, teachers: Teachers, images: ImageSet, rank: Rank):
+    def __init__(self, recipe: Recipe, learner: Learner, teachers: AnyTeachers, images: ImageSet, rank: Rank):
         self.recipe, self.learner, self.teachers, self.images, self.rank = recipe, learner, teachers, images, rank
         self.student = learner.student
         self.size = as_size(recipe.images.size)
-        self.sizes = sorted({self.size, *teachers.sizes})
+        self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
+        self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
         self.optimization = Optimization(learner, recipe.train)
         self.frozen = fingerprint(self.student.encoder.base, teachers)
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
@@ -173,34 +176,39 @@ class Run:
         return torch.stack(losses).mean(), terms, norm
 
     def teach(self, batch: Batch) -> dict[str, Features]:
-        """What the teachers say of the batch; the base is one of them where it is to be preserved."""
+        """What the teachers say of the batch; the base is one of them where it is to be preserved, or only read."""
         taught = self.teachers(batch)
-        if self.recipe.transfer.preserve:
-            with torch.no_grad(), self.autocast(), self.student.encoder.off():
-                said = self.student.encoder(batch.pixels(self.size))["latent"]
-            taught[f"{BASE}/latent"] = said.map(torch.Tensor.float)
-        return taught
+        missing = [place for place in self.student.asks if f"{BASE}/{place}" not in taught]
+        if missing:
+            with self.autocast():
+                said = self.student.encoder.own(batch.pixels(self.size), missing)
+            taught |= {f"{BASE}/{place}": features.map(torch.Tensor.float) for place, features in said.items()}
+        # one layout in memory, cached or live: another one rounds differently
+        return {tap: features.map(torch.Tensor.contiguous) for tap, features in taught.items()}
 
     def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
-        return ((batch, self.teach(batch)) for batch in (batch.to(self.rank.device) for batch in stream))
+        for batch in (batch.to(self.rank.device) for batch in stream):
+            taught = self.teach(batch)
+            yield batch, {tap: taught[tap] for tap in self.student.taps}
 
     def _batches(self, first: int, steps: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
         train = self.recipe.train
-        return batches(self.images, self.sizes, self.recipe.images, batch=train.batch, seed=train.seed,
-                       first_step=first, steps=steps - first, rank=rank, world=world)  # fmt: skip
+        return batches(self.images, self.drawn, self.recipe.images, batch=train.batch, seed=train.seed,
+                       first_step=first, steps=steps - first, rank=rank, world=world,
+                       decoded_for=self.sizes)  # fmt: skip
 
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
         return evaluation_batches(
-            self.images.images, self.sizes, ASKED_AT_ONCE, self.images.heldout,
-            how.workers, how.max_pixels,
+            self.images.images, self.drawn, ASKED_AT_ONCE, self.images.heldout,
+            how.workers, how.max_pixels, self.sizes,
         )  # fmt: skip
 
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
         generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
-        coins = torch.rand(self.recipe.train.batch, len(self.teachers.teachers), generator=generator)
+        coins = torch.rand(self.recipe.train.batch, len(self.learner.shares), generator=generator)
         return coins.chunk(self.rank.world)[self.rank.index].to(self.rank.device)
 
     def calibrate(self) -> None:
@@ -255,30 +263,22 @@ class Run:
         return nullcontext() if self.parallel is None or last else self.parallel.no_sync()
 
 
-def _open_images(recipe: Recipe) -> ImageSet:
-    sources = recipe.images.all_sources()
-    opened = {
-        name: open_source(source.path, source.column) if source.path else call_source(str(source.module), **source.args)
-        for name, source in sources.items()
-    }
-    shares = {name: source.share for name, source in sources.items()}
-    return ImageSet(opened, shares, recipe.train.seed, recipe.images.holdout)
-
-
-def _student_at_birth(recipe: Recipe, teachers: Teachers) -> ShouldersModel:
+def _student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
     base = load_base(recipe.student)
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
-    kept = recipe.keep_heads if recipe.transfer.own_grids else []
-    grids = {tap: facts.grid for tap, facts in teachers.taps.items() if facts.spatial and teacher_of(tap) in kept}
     h, w = (side // base.model.config.patch_size for side in as_size(recipe.images.size))
-    fine = finer((h, w), grids)
+    grids = {tap: facts.grid for tap, facts in teachers.taps.items() if facts.spatial}
+    kept = recipe.keep_heads if recipe.transfer.own_grids else []
+    fine = finer((h, w), {tap: grid for tap, grid in grids.items() if teacher_of(tap) in kept})
+    coarse = coarser((h, w), grids)
     whose = teachers.whose()
     if recipe.transfer.preserve:
         taps[f"{BASE}/latent"] = Widths(base.model.config.hidden_size, base.model.config.hidden_size)
     whose[BASE] = {"source": recipe.student.base, "revision": base.revision, "licence": base.licence}
     pixels = base.preprocessing
-    return build_student(base.model, student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps, fine))
+    config = student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps, fine, coarse)
+    return build_student(base.model, config)
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -32,8 +32,10 @@ class SpaceError(ShouldersError):
 
 
 class Stopped(ShouldersError):
-    """A signal asked the run to stop; its checkpoint is saved."""
+    """A signal asked the run to stop; its checkpoint, or what is made of a cache, is saved."""
 
-    def __init__(self, number: int, step: int):
+    def __init__(self, number: int, step: int | None = None):
         self.exit_code = 128 + number
-        super().__init__(f"stopped by signal {number} at step {step}; the checkpoint is saved: go on with --resume")
+        saved = f" at step {step}; the checkpoint is saved: go on with --resume"
+        made = "; what is made is kept: go on with the same command"
+        super().__init__(f"stopped by signal {number}" + (made if step is None else saved))

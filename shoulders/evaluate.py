@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
-from shoulders.grafts import load_graft, taps_of
-from shoulders.heads import Fed, task_of
+from shoulders.grafts import ZeroShot, load_graft, taps_of
+from shoulders.heads import Fed, check_processor, knows, task_of
 from shoulders.journal import keep_rows
-from shoulders.model import load
+from shoulders.model import ShouldersModel, load
+from shoulders.probes import Probe, save_probe
 from shoulders.ranks import this_device
 from shoulders.recipe import TeacherSpec, as_size, read_recipe
-from shoulders.tasks import TASKS
+from shoulders.scratch import check_countable, scratch
+from shoulders.tasks import TASKS, Row, Splits
 from shoulders.tasks.inherited import HEADS
+from shoulders.tasks.transformer_probes import DEFAULT, PROBES, check_probe
+from shoulders.tasks.tuned import run as train_and_score
 from shoulders.teachers import Teacher, load_teacher
+from shoulders.trainees import tuned, tuning_plan
 
 WHO = ("student", "base", "teachers")
+OWN = ("student", "base")  # who has an adapter that can be tuned
 FINEST_STRIDE = 8  # px of a teacher's input between the places that a dense probe sees
 FeaturesOf = Callable[[Batch], Features]
 
 
 def evaluate(
-    run: Path | str, task: str, data: Path | str, models: Sequence[str] = WHO, *, column: str = "image",
-    batch: int = 64, workers: int = 1, seed: int = 0, on_model: Callable[[str], None] = lambda name: None,
+    run: Path | str, task: str, data: Path | str, models: Sequence[str] | None = None, *, column: str = "image",
+    batch: int = 64, workers: int = 1, seed: int = 0, size: tuple[int, int] | None = None, tune: str | None = None,
+    scratch_steps: int | None = None, probe: str | None = None, effort: float = 1.0,
+    on_model: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows of model, task, metric, value (a fraction from 0 to 1), n, seconds and settings.
 
@@ -37,11 +48,20 @@ def evaluate(
         run: a run folder, or a student's folder (then there are no teachers to ask).
         task: a name in ``shoulders.tasks.TASKS``.
         data: labelled images; see ``find_splits``, ``find_masks`` and ``find_objects`` in ``shoulders.tasks``.
-        models: any of ``student``, ``base``, ``teachers``, or a teacher's name.
+        models: any of ``student``, ``base``, ``teachers``, a teacher's name, or ``scratch``: the student's architecture
+            trained from nothing with these labels (`shoulders.scratch`). Default: all but that one; where the adapter
+            is tuned, the two that have one.
+        size: (h, w) in px of what the student and its base see; default: that of the student's training.
+        tune: ``adapter``: go on from the fitted probe and train it and the adapter together, the base frozen
+            (arXiv 2202.10054).
+        scratch_steps: of ``scratch``; default: as many as cost what the run's distillation did.
+        probe: a transformers head to fit in place of the small default one, ``upernet`` for semantic,
+            ``rt_detr_v2`` for detection, ``mask2former`` for instance; it is not kept.
+        effort: share of the steps that the small default heads are fitted for.
         on_model: called with each model's name before it is measured.
 
-    Each model's rows also replace those of the same task, data, model and metric in ``results.json`` of the run
-    folder as soon as it is measured.
+    Each model's rows also replace those of the same task, data, model, metric and tuning in ``results.json`` of the run
+    folder as soon as it is measured, and its probe is kept in ``probes/``; not so at another size.
 
     Raises:
         RecipeError: for a task, model or path that does not exist, or a teacher without what the task needs.
@@ -50,30 +70,64 @@ def evaluate(
     run = Path(run)
     if task not in TASKS:
         raise RecipeError(f"--task: {task!r} is not one of {', '.join(TASKS)}")
+    check_probe(task, probe or DEFAULT[task], tune)
+    measure, is_default = PROBES.get(task, {}).get(probe or "", TASKS[task].run), probe in (None, DEFAULT[task])
     is_run = (run / "recipe.yaml").is_file()
     specs = read_recipe(run / "recipe.yaml").teachers if is_run else {}
-    unknown = [name for name in models if name not in (*WHO, *specs)]
-    if unknown:
-        raise RecipeError(f"--models: {', '.join(unknown)} not here; choose from {', '.join((*WHO, *specs))}")
+    models = models or (OWN if tune else WHO)
+    _check_models(models, specs, tune)
+    if "scratch" in models and scratch_steps is None:
+        check_countable(run)
     asked = {name: spec for name, spec in specs.items() if "teachers" in models or name in models}
     splits = TASKS[task].find(data, column)
     if TASKS[task].spatial:
         for name, spec in asked.items():
             _check_spatial(name, spec, task)
-    rows = []
-    for name, size, features_of in _chosen(run, models, asked, TASKS[task].spatial):
-        on_model(name)
-        measured = TASKS[task].run(features_of, splits, [size], batch, workers, seed)
+    rows: list[dict[str, Any]] = []
+
+    def keep(name: str, measured: list[Row], fitted: Probe | None) -> None:
         new = [{"model": name, **row, "data": str(Path(data).resolve()), "seed": seed} for row in measured]
-        if is_run:
+        if is_run and size is None:
             keep_rows(run / "results.json", new)
-        rows += new
+            if fitted is not None and is_default:
+                save_probe(run, fitted)
+        rows.extend(new)
+
+    for name, seen_at, features_of in _chosen(run, models, asked, TASKS[task].spatial, size):
+        on_model(name)
+        heads: list[nn.Module] = []
+        measured = measure(features_of, splits, [seen_at], batch, workers, seed, on_head=heads.append, effort=effort)
+        fitted = Probe(task, name, splits.classes, seen_at, heads[0])
+        if tune:
+            measured, fitted = _tuned(run, fitted, measured, splits, batch, workers, seed)
+        keep(name, measured, fitted)
+    if "scratch" in models:
+        on_model("scratch")
+        keep("scratch", scratch(run, task, splits, scratch_steps, size=size, workers=workers, seed=seed), None)
+    if task == "classification" and tune is None:
+        rows += _zero_shot(run, data, splits, models, asked, batch, workers, size)
+    return rows
+
+
+def _zero_shot(run: Path, data: Path | str, splits: Splits, models: Sequence[str], asked: Mapping[str, TeacherSpec],
+               batch: int, workers: int, size: tuple[int, int] | None) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of kept heads that classify by class names, where these are the names of the data."""
+    names = splits.test.images.classes
+    rows: list[dict[str, Any]] = []
+    for who, head, fed in _heads(run, {name: spec for name, spec in asked.items() if spec.classes}, models, size):
+        if isinstance(fed.graft, ZeroShot) and knows(fed, names):
+            measured = HEADS["classification"](replace(fed, names=names), splits, batch, workers)
+            rows += [{"model": who, "head": head, **row, "metric": f"zero_shot_{row['metric']}",
+                      "data": str(Path(data).resolve()), "seed": 0} for row in measured]  # fmt: skip
+    if rows and size is None and (run / "recipe.yaml").is_file():
+        keep_rows(run / "results.json", rows)
     return rows
 
 
 def evaluate_heads(
     run: Path | str, task: str, data: Path | str, models: Sequence[str] = WHO, *, column: str = "image",
-    batch: int = 64, workers: int = 1, on_model: Callable[[str], None] = lambda name: None,
+    batch: int = 64, workers: int = 1, size: tuple[int, int] | None = None,
+    on_model: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Rows as of `evaluate`, with ``head``: heads that answer a task, on their teachers' and the student's features.
 
@@ -89,31 +143,68 @@ def evaluate_heads(
     is_run = (run / "recipe.yaml").is_file()
     splits = TASKS[task].find(data, column)
     rows: list[dict[str, Any]] = []
-    for name, head, fed in _heads(run, read_recipe(run / "recipe.yaml").teachers if is_run else {}, models):
+    specs = read_recipe(run / "recipe.yaml").teachers if is_run else {}
+    for name, head, fed in _heads(run, specs, models, size):
+        if isinstance(fed.graft, ZeroShot) and task == "classification":
+            if not knows(fed, splits.test.images.classes):
+                continue
+            fed = replace(fed, names=splits.test.images.classes)
         if task_of(fed.graft) == task:
+            check_processor(fed.graft)
             on_model(f"{name}, head of {head}")
             new = [{"model": name, "head": head, **row} for row in HEADS[task](fed, splits, batch, workers)]
             rows += [{**row, "data": str(Path(data).resolve()), "seed": 0} for row in new]
     if not rows:
-        raise RecipeError(f"--heads: none of these heads answers {task}; name teachers in keep_heads: of the recipe")
-    if is_run:
+        raise RecipeError(
+            f"--heads: none of these heads answers {task} with the classes of the data; name teachers in keep_heads: "
+            "of the recipe"
+        )
+    if is_run and size is None:
         keep_rows(run / "results.json", rows)
     return rows
 
 
-def _heads(run: Path, specs: Mapping[str, TeacherSpec], models: Sequence[str]) -> Iterator[tuple[str, str, Fed]]:
+def _heads(
+    run: Path, specs: Mapping[str, TeacherSpec], models: Sequence[str], size: tuple[int, int] | None = None
+) -> Iterator[tuple[str, str, Fed]]:
     """(who gives the features, whose head it is, both together)."""
     device = this_device()
     student = load(run).to(device)
+    seen_at = _input_size(student, size)
     for name in student.heads if "student" in models else ():
         graft = student.head(name)
-        size = as_size(tuple(student.config.image_size))
-        yield "student", name, Fed(graft, size, lambda x, name=name: taps_of(name, student.inherit(x.to(device))))  # type: ignore[misc]
+        yield "student", name, Fed(graft, seen_at, lambda x, name=name: taps_of(name, student.inherit(x.to(device))))  # type: ignore[misc]
     for name, spec in specs.items():
         if name in student.heads and ("teachers" in models or name in models):
             teacher = load_teacher(name, spec).to(device)
             graft = load_graft(name, spec, teacher).to(device)
             yield name, name, Fed(graft, teacher.size, lambda x, teacher=teacher: teacher(x.to(device)))  # type: ignore[misc]
+
+
+def _check_models(models: Sequence[str], specs: Mapping[str, TeacherSpec], tune: str | None) -> None:
+    """Refuse who is not there, or cannot be tuned."""
+    known = (*WHO, "scratch", *specs)
+    unknown = [name for name in models if name not in known]
+    if unknown:
+        raise RecipeError(f"--models: {', '.join(unknown)} not here; choose from {', '.join(known)}")
+    if tune not in (None, "adapter"):
+        raise RecipeError(f"--tune: {tune!r} is not there; adapter is all that can be tuned")
+    fixed = [name for name in models if name not in OWN]
+    if tune and fixed:
+        raise RecipeError(f"--tune: {', '.join(fixed)} without an adapter to tune; choose --models from student, base")
+
+
+def _tuned(
+    run: Path, probe: Probe, frozen: list[Row], splits: Any, batch: int, workers: int, seed: int
+) -> tuple[list[Row], Probe]:
+    """Rows of a probe and an adapter that learn on together from where the frozen probe ended, and both of them."""
+    student, goal = load(run).to(this_device()), TASKS[probe.task].tune(splits)
+    before = {row["metric"].removeprefix("linear_"): row["value"] for row in frozen}
+    told: dict[str, float | int | str] = {"tune": "adapter", "frozen": before.get(goal.metric, 0.0)}
+    make, plan = partial(tuned, student, probe.model, probe.head), tuning_plan(len(splits.train.indices))
+    rows, trainee = train_and_score(make, goal, probe.size, plan, batch, workers, seed, told)
+    adapter = trainee.encoder.get_submodule("adapter").state_dict()
+    return rows, replace(probe, head=trainee.head, adapter=adapter)
 
 
 def _check_spatial(name: str, spec: TeacherSpec, task: str) -> None:
@@ -123,26 +214,46 @@ def _check_spatial(name: str, spec: TeacherSpec, task: str) -> None:
 
 
 def _chosen(
-    run: Path, models: Sequence[str], teachers: Mapping[str, TeacherSpec], spatial: bool
+    run: Path, models: Sequence[str], teachers: Mapping[str, TeacherSpec], spatial: bool, size: tuple[int, int] | None
 ) -> Iterator[tuple[str, tuple[int, int], FeaturesOf]]:
     """(name, input size, features of a batch) for each model asked for; one is in memory at a time."""
     device = this_device()
     for name in models:
         if name in ("student", "base"):
             student = load(run).to(device)
-            size = as_size(tuple(student.config.image_size))
-
-            def of_student(batch: Batch, size: tuple[int, int] = size, base: bool = name == "base") -> Features:
-                pixels = batch.to(device).pixels(size)
-                if not base:
-                    return student.encoder(pixels)["latent"]  # noqa: B023  (used before the next model is loaded)
-                with student.encoder.off():  # noqa: B023
-                    return student.encoder(pixels)["latent"]  # noqa: B023
-
-            yield name, size, of_student
+            seen_at = _input_size(student, size)
+            yield name, seen_at, features_of_student(student, seen_at, base=name == "base")
     for name, spec in teachers.items():
         teacher = load_teacher(name, spec).to(device)
-        yield name, teacher.size, _places_of(teacher, device) if spatial else _of_teacher(teacher, device)
+        yield name, teacher.size, features_of_teacher(teacher, spatial)
+
+
+def features_of_teacher(teacher: Teacher, spatial: bool) -> FeaturesOf:
+    """What a teacher says of a batch that a probe can read, of places where ``spatial``."""
+    device = teacher.mean.device
+    return _places_of(teacher, device) if spatial else _of_teacher(teacher, device)
+
+
+def features_of_student(student: ShouldersModel, size: tuple[int, int], base: bool = False) -> FeaturesOf:
+    """What a student, or its base alone, says of a batch that it sees at ``size`` = (h, w) px: its latent."""
+
+    def features_of(batch: Batch) -> Features:
+        pixels = batch.to(student.device).pixels(size)
+        with student.encoder.off() if base else nullcontext():
+            return student.encoder(pixels)["latent"]
+
+    return features_of
+
+
+def _input_size(student: ShouldersModel, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The size asked for, or that of the student's training."""
+    if size is None:
+        return as_size(tuple(student.config.image_size))
+    try:
+        student.encoder.grid(size)
+    except ValueError as error:
+        raise RecipeError(f"--size: {error}") from None
+    return size
 
 
 def _of_teacher(teacher: Teacher, device: torch.device) -> FeaturesOf:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import resource
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from shoulders.checkpoint import write_text
+from shoulders.ranks import this_device
 from shoulders.recipe import Train
 
 
@@ -19,15 +25,36 @@ def keep_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Put rows into a ``results.json``: they replace those of the same measurement and leave all others."""
 
     def same(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("model", "head", "task", "data", "metric", "seed"))
+        settings = row.get("settings", {})
+        how = (settings.get("tune"), settings.get("head"))  # the probe
+        return *how, *(row.get(key) for key in ("model", "head", "task", "data", "metric", "seed"))
 
     before = json.loads(path.read_text()) if path.exists() else []
     new = {same(row) for row in rows}
     write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
 
 
+def surroundings() -> dict[str, Any]:
+    """What a process runs on: versions of what it is made of, device, CPUs and processes."""
+    device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
+    named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {name: _version(name) for name in ("shoulders", "torch", "transformers")} | {
+        "python": platform.python_version(), "system": platform.system(), "device": f"{device.type} ({named})",
+        "cpus": cpus, "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }  # fmt: skip
+
+
+def peak_memory() -> float:
+    """The most memory that this process has held, in GiB: of its GPU where it has one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # what the system counts in, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 class Journal:
-    """Writes rows ``{"step": .., "kind": "train" | "evaluation", ..}``; silent except on the main rank.
+    """Writes rows ``{"step": .., "kind": "run" | "train" | "evaluation", ..}``; silent except on the main rank.
 
     Args:
         out: the run folder.
@@ -48,6 +75,7 @@ class Journal:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+        self._write({"step": first_step, "kind": "run", **surroundings()})
 
     def advance(self, images: int) -> None:
         """One step is done, on this many images."""
@@ -59,7 +87,7 @@ class Journal:
         now = time.perf_counter()
         speed = self.images / (now - self.since)
         self.images, self.since = 0, now
-        row = {"images_per_s": speed, "lr": lr, "gradient_norm": gradient_norm} | dict(terms)
+        row = {"images_per_s": speed, "peak_gib": peak_memory(), "lr": lr, "gradient_norm": gradient_norm} | dict(terms)
         self._write({"step": step, "kind": "train"} | row)
         self._show(**{"img/s": f"{speed:.0f}", "loss": f"{terms['loss']:.3f}"})
 
@@ -104,6 +132,13 @@ class Journal:
         kept = [line for line in lines if _step_of(line) <= step] if step else []
         if len(kept) != len(lines):
             write_text(self.path, "".join(line + "\n" for line in kept))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 def _step_of(line: str) -> float:

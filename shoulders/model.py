@@ -8,71 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
 import shoulders.student.encoder as encoder
+from shoulders.card import write_card
+from shoulders.config import ShouldersConfig
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.grafts import Graft, taps_of
+from shoulders.grafts import Head, taps_of
 from shoulders.heads import answers, open_head, save_head
 from shoulders.hub import quiet
 from shoulders.recipe import Recipe, as_size
+from shoulders.transfer.objective import BASE
 from shoulders.transfer.projectors import Projector, Widths, key
 from shoulders.transfer.standardize import TapStandardizer
-
-
-class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Everything that rebuilds a student's modules, as plain data beside its weights.
-
-    Args:
-        base: the base's own transformers config.
-        adapter: ``{"kind": "bottleneck", "width": 64}`` or ``{"kind": "lora", "rank": 16, "alpha": 16.0}``.
-        mean, std: pixel normalisation of the base, per channel; the model takes pixels in [0, 1].
-        image_size: (h, w) that the student was trained at; other multiples of the patch size work too.
-        taps: {tap: {"summary": width or None, "spatial": width or None}} of the teachers.
-        fine: {tap: how many times finer than the student's grid its projector answers}; 1 where it is not named.
-        reads: places that the projectors read.
-        projector_width: width between the two layers of a projector.
-        standardize: kind of the standardizers.
-        teachers: {name: {"source", "revision", "licence"}}: whose knowledge this is, and what binds it.
-    """
-
-    model_type = "shoulders_student"
-
-    base: dict[str, Any] | None = None
-    adapter: dict[str, Any] | None = None
-    mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
-    image_size: list[int] | tuple[int, ...] = (224, 224)
-    taps: dict[str, Any] | None = None
-    fine: dict[str, int] | None = None
-    reads: list[str] | tuple[str, ...] = ("latent",)
-    projector_width: int = 0
-    standardize: str = "none"
-    teachers: dict[str, Any] | None = None
-    _out_features: list[str] | None = None
-    _out_indices: list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        depth = self.base_config().num_hidden_layers if self.base else 0
-        self.stage_names = ["stem", *(f"block{i}" for i in range(depth)), "latent"]
-        self.set_output_features_output_indices(
-            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
-        )
-        super().__post_init__(**kwargs)
-
-    def base_config(self) -> PreTrainedConfig:
-        """The base's config as its own transformers class."""
-        return AutoConfig.for_model(**(self.base or {}))
 
 
 @dataclass
@@ -127,19 +86,17 @@ class ShouldersModel(ShouldersPreTrainedModel):
         base = AutoModel.from_config(config.base_config(), **encoder.BASES[config.base_config().model_type].build)
         self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
         widths = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
-        d = self.encoder.width
+        project = partial(Projector, self.encoder.width, reads=config.reads, hidden=config.projector_width)
+        fine, coarse = config.fine or {}, config.coarse or {}
         self.projectors = nn.ModuleDict(
-            {
-                key(tap): Projector(d, w, config.reads, config.projector_width, (config.fine or {}).get(tap, 1))
-                for tap, w in widths.items()
-            }
+            {key(tap): project(w, fine=fine.get(tap, 1), coarse=coarse.get(tap, 1)) for tap, w in widths.items()}
         )
         self.standardizers = nn.ModuleDict(
             {key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()}
         )
         self.taps = list(widths)
         self.heads: dict[str, Path] = {}  # the kept heads that lie beside the weights it was loaded from
-        self.grafts: dict[str, list[Graft]] = {}  # those in use; in lists, for they are no part of the weights
+        self.grafts: dict[str, list[Head]] = {}  # those in use; in lists, for they are no part of the weights
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> StudentOutput:
@@ -151,9 +108,28 @@ class ShouldersModel(ShouldersPreTrainedModel):
         latent = self.encoder(pixel_values)["latent"]
         return StudentOutput(latent=latent, last_hidden_state=latent.spatial, pooler_output=latent.summary)
 
-    def places(self, pixels: Tensor) -> dict[str, Features]:
-        """{place: Features} of the latent and of every place that the projectors read."""
-        return self.encoder(pixels, tuple(dict.fromkeys(("latent", *self.config.reads))))
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The latent and every place that the projectors read."""
+        return tuple(dict.fromkeys(("latent", *self.config.reads)))
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """Places of the base itself that are needed to train: the latent to preserve, all that a side adapter reads."""
+        beside = self.encoder.adapter.reads
+        kept = ["latent"] if f"{BASE}/latent" in self.taps else []
+        return tuple(dict.fromkeys((*kept, *beside, *(self.reads if beside else ()))))
+
+    def places(self, pixels: Tensor, said: Mapping[str, Features] | None = None) -> dict[str, Features]:
+        """{place: Features} of the latent and of every place that the projectors read.
+
+        Args:
+            said: what the base itself says of the pixels at :attr:`asks`, where it has been asked already: with an
+                adapter beside the base it is not asked again.
+        """
+        if said and self.encoder.adapter.reads:
+            return self.encoder.refine(said, pixels, self.reads)
+        return self.encoder(pixels, self.reads)
 
     def tell(self, seen: Mapping[str, Features]) -> dict[str, Features]:
         """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized."""
@@ -168,7 +144,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
         told = self.tell(self.places(pixels))
         return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
 
-    def head(self, name: str) -> Graft:
+    def head(self, name: str) -> Head:
         """A kept head, loaded when it is first asked for.
 
         Raises:
@@ -192,7 +168,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
             name: of the teacher whose head it is.
             sizes: (h, w) of the original images, for boxes and masks in their pixels; default: that of the pixels.
             threshold: objects of a lower score are left out.
-            prompts: what the head takes beside the image, such as points and boxes.
+            prompts: what the head takes beside the image: points and boxes, or ``classes`` of an image-text teacher.
 
         Returns:
             For each image what the transformers pipeline of the head's task gives.
@@ -225,7 +201,7 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
 
 def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float], std: Sequence[float],
                    teachers: Mapping[str, dict[str, Any]], taps: Mapping[str, Widths],
-                   fine: Mapping[str, int]) -> ShouldersConfig:  # fmt: skip
+                   fine: Mapping[str, int], coarse: Mapping[str, int]) -> ShouldersConfig:  # fmt: skip
     """The config of a run's student.
 
     Args:
@@ -233,6 +209,7 @@ def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float],
         teachers: {name: {"source", "revision", "licence"}}.
         taps: {tap: widths} of all teachers, the preserved base among them.
         fine: {tap: how many times finer than the student's its grid is}, for those inherited on their own grid.
+        coarse: {tap: how many times coarser it is}.
     """
     return ShouldersConfig(
         base=base.config.to_dict(),
@@ -242,6 +219,7 @@ def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float],
         image_size=list(as_size(recipe.images.size)),
         taps={tap: widths._asdict() for tap, widths in taps.items()},
         fine=dict(fine),
+        coarse=dict(coarse),
         reads=list(recipe.transfer.reads),
         projector_width=recipe.transfer.projector_width or 2 * base.config.hidden_size,
         standardize=recipe.transfer.standardize,
@@ -256,7 +234,7 @@ def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersMo
     return student
 
 
-def save_student(student: ShouldersModel, folder: Path, heads: Mapping[str, Graft]) -> None:
+def save_student(student: ShouldersModel, folder: Path, heads: Mapping[str, Head]) -> None:
     """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it.
 
     The heads that it keeps go into ``folder/heads/NAME``.
@@ -265,17 +243,7 @@ def save_student(student: ShouldersModel, folder: Path, heads: Mapping[str, Graf
         student.save_pretrained(folder)
         for name, graft in heads.items():
             save_head(graft, folder / "heads" / name)
-    rows = [f"| {name} | {facts['source']} | {facts['licence']} |" for name, facts in student.config.teachers.items()]
-    h, w = student.config.image_size
-    card = [
-        "---", "library_name: transformers", "tags: [shoulders]", "---", "# A student made with shoulders", "",
-        f"Trained at {h} x {w} px; takes pixels in [0, 1] of any multiple of {student.encoder.patch_size} px.", "",
-        "```python", "import shoulders", 'student = shoulders.load("this/folder")',
-        "latent = student(pixels).latent  # Features(summary, spatial, grid)", "```", "",
-        "It holds what these models know; the licences of all of them bind it.", "",
-        "| teacher | source | licence |", "|---|---|---|", *rows,
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(card) + "\n")
+    write_card(folder, as_size(tuple(student.config.image_size)), student.encoder.patch_size, student.config.teachers)
 
 
 def load(path: Path | str) -> ShouldersModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,22 @@ from shoulders.features import Features
 
 LEAST = 480  # px of the longer side: small images are enlarged, so that labels can be read
 COLOURS = (
-    (230, 75, 53), (77, 187, 213), (0, 160, 135), (60, 84, 136), (243, 155, 127), (132, 145, 180),
+    (230, 75, 53), (77, 187, 213), (0, 160, 135), (84, 118, 214), (243, 155, 127), (132, 145, 180),
     (145, 209, 194), (220, 0, 0), (126, 97, 72), (176, 156, 133), (255, 198, 30), (160, 90, 200),
 )  # fmt: skip
 
 
-def picture(image: Image.Image, answer: Any) -> Image.Image:
+Colours = Mapping[str, tuple[int, int, int]]
+
+
+def picture(image: Image.Image, answer: Any, colours: Colours | None = None) -> Image.Image:
     """An image with what a head says of it: boxes, masks with a legend, classes or depth.
 
     Args:
         image: the original.
         answer: of this image, as `shoulders.heads.answers` gives it.
+        colours: of the labels that occur; where they are given nothing is written into the picture, for whoever
+            chose them says elsewhere what they mean.
     """
     scale = max(1.0, LEAST / max(image.size))
     large = image.convert("RGB").resize(
@@ -32,18 +37,22 @@ def picture(image: Image.Image, answer: Any) -> Image.Image:
     if isinstance(answer, dict):
         return depth_picture(answer["predicted_depth"], large.size)
     if not answer:
-        return with_legend(large, [("nothing found", (128, 128, 128))])
+        return large if colours is not None else with_legend(large, [("nothing found", (128, 128, 128))])
     names = list(dict.fromkeys(str(one["label"]) for one in answer))
-    colours = palette(names)
+    written = colours is None
+    colours = palette(names) if colours is None else colours
     if "mask" in answer[0]:
         for one in answer:
             if one["label"] == "background":
                 continue  # it stays as it is, so that what is not background stands out
             large = overlay(large, one["mask"], colours[str(one["label"])], edge=one["score"] is not None)
-        return with_legend(large, [(name, colours[name]) for name in names if name != "background"])
+        shown = [(name, colours[name]) for name in names if name != "background"]
+        return with_legend(large, shown) if written else large
     if "box" in answer[0]:
         for one in reversed(answer):
-            draw_box(large, one, colours[str(one["label"])], large.width / image.width)
+            draw_box(large, one, colours[str(one["label"])], large.width / image.width, written)
+        return large
+    if not written:
         return large
     return with_legend(large, [(f"{one['label']}  {one['score']:.2f}", colours[str(one["label"])]) for one in answer])
 
@@ -76,11 +85,15 @@ def overlay(image: Image.Image, mask: Tensor, colour: tuple[int, int, int], edge
     return painted
 
 
-def draw_box(image: Image.Image, one: dict[str, Any], colour: tuple[int, int, int], scale: float) -> None:
-    """A box with its label and score, in place."""
+def draw_box(
+    image: Image.Image, one: dict[str, Any], colour: tuple[int, int, int], scale: float, written: bool
+) -> None:
+    """A box, in place; with its label and score where they are to be written."""
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
     left, top, right, bottom = (value * scale for value in one["box"].values())
-    pen.rectangle((left, top, right, bottom), outline=colour, width=2)
+    pen.rectangle((left, top, right, bottom), outline=colour, width=2 if written else 4)
+    if not written:
+        return
     text = f"{one['label']} {one['score']:.2f}"
     width, height = pen.textbbox((0, 0), text, font=font)[2:]
     x, y = min(max(left, 0), max(image.width - width - 6, 0)), max(top - height - 4, 0)
@@ -118,20 +131,24 @@ def depth_picture(depth: Tensor, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
-def pca_pictures(features: Features, size: tuple[int, int]) -> list[Image.Image]:
+def pca_pictures(features: Features, size: tuple[int, int], like: Features | None = None) -> list[Image.Image]:
     """The first three principal components of spatial features as red, green and blue, one picture per image.
 
     Args:
         features: of B images; the components are those of all of them together.
         size: (width, height) of the pictures in px.
+        like: features of the same width whose components and range of colours are used instead, for pictures that
+            can be held against those of `like`.
     """
     spatial = features.parts()["spatial"].float()  # (B, N, C)
-    flat = spatial.flatten(0, 1)
-    flat = flat - flat.mean(0)
-    axes = torch.linalg.svd(flat.T @ flat)[0][:, :3]
+    reference = (features if like is None else like).parts()["spatial"].float().flatten(0, 1)
+    mean = reference.mean(0)
+    reference = reference - mean
+    axes = torch.linalg.svd(reference.T @ reference)[0][:, :3]
     axes = axes * axes.sum(0).sign()  # a sign of its own, so that the same features give the same colours
-    shown = flat @ axes  # (B * N, 3)
-    low, high = shown.quantile(0.02, dim=0), shown.quantile(0.98, dim=0)
+    seen = reference @ axes  # (B * N, 3)
+    low, high = seen.quantile(0.02, dim=0), seen.quantile(0.98, dim=0)
+    shown = (spatial.flatten(0, 1) - mean) @ axes
     colours = ((shown - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).view(*spatial.shape[:2], 3)
     maps = (colours * 255).byte().unflatten(1, features.grid).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(image).resize(size, Image.Resampling.NEAREST) for image in maps]

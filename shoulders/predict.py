@@ -1,4 +1,4 @@
-"""Run a student's kept heads on images: JSON in the form of the transformers pipelines, and pictures."""
+"""Run a student's kept heads, or probes, on images: JSON in the form of the transformers pipelines, and pictures."""
 
 from __future__ import annotations
 
@@ -13,13 +13,22 @@ from torch import Tensor
 
 from shoulders.checkpoint import write_text
 from shoulders.errors import DataError, RecipeError
-from shoulders.images import Collection, Undecodable, View, open_source, render
+from shoulders.evaluate import OWN, FeaturesOf, features_of_student, features_of_teacher
+from shoulders.features import Batch, Features
+from shoulders.grafts import taps_of
+from shoulders.heads import answers
+from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
 from shoulders.images.folder import Folder
 from shoulders.model import ShouldersModel, load
 from shoulders.pictures import enlarged, pca_pictures, picture
+from shoulders.probes import Probe, open_probe, probe_answers
 from shoulders.ranks import this_device
-from shoulders.recipe import as_size
+from shoulders.recipe import as_size, read_recipe
+from shoulders.tasks import TASKS
 from shoulders.tasks.coco import list_runs
+from shoulders.teachers import load_teacher
+from shoulders.trainees import adapted
+from shoulders.transfer.projectors import key, teacher_of
 
 BATCH = 8
 WHOLE = View(0, 0, 1, 1)
@@ -27,25 +36,28 @@ WHOLE = View(0, 0, 1, 1)
 
 def predict(
     run: Path | str, images: Path | str, heads: Sequence[str] = (), out: Path | str | None = None, *,
-    threshold: float = 0.5, max_pixels: int = 50_000_000, on_image: Callable[[], object] = lambda: None,
+    probes: Sequence[str] = (), threshold: float = 0.5, max_pixels: int = 50_000_000,
+    on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """What each head says of each image: ``{image: {head: answer}}``, masks as COCO run lengths.
+    """What each head and probe says of each image: ``{image: {head: answer}}``, masks as COCO run lengths.
 
     Args:
         run: a run folder, or a student's folder.
         images: an image, or a folder, parquet or tar file of images.
-        heads: names of kept heads; default: all of them.
+        heads: names of kept heads; default: all of them where no probe is asked for.
+        probes: names of probes that `shoulders.evaluate` left in the run folder, such as ``student/semantic``.
         out: a folder for ``predictions.json`` and a picture for each image and head, and of the latent.
         threshold: objects of a lower score are left out.
         on_image: called after each image.
 
     Raises:
-        RecipeError: a head that the student does not keep, or no images there.
-        DataError: an image cannot be decoded, or the student or a head is damaged.
+        RecipeError: a head that the student does not keep, a probe that is not there, or no images there.
+        DataError: an image cannot be decoded, or the student, a head or a probe is damaged.
     """
     student = load(run).to(this_device())
-    names = list(heads) or list(student.heads)
-    if not names:
+    names = list(heads) or ([] if probes else list(student.heads))
+    asked = [_asked(Path(run), name) for name in probes]
+    if not names and not asked:
         raise RecipeError(f"{run}: this student keeps no heads; name some in keep_heads: of the recipe")
     for name in names:
         student.head(name)
@@ -55,15 +67,57 @@ def predict(
     for few in _decoded(collection, max_pixels):
         pixels = torch.stack([render(image, WHOLE, size) for _, image in few]).to(student.device) / 255
         sizes = [(image.shape[1], image.shape[2]) for _, image in few]
-        said = {name: student.predict(name, pixels, sizes, threshold) for name in names}
+        latent, outputs = ask_heads(student, names, pixels)
+        said = {name: answers(student.head(name), output, sizes, threshold) for name, output in outputs.items()}
+        said |= {probe.name: _answers(probe, features_of, few, threshold) for probe, features_of in asked}
         for at, (image, _) in enumerate(few):
-            told[image] = {name: _plain(said[name][at]) for name in names}
+            told[image] = {name: _plain(answer[at]) for name, answer in said.items()}
             on_image()
         if out is not None:
-            _draw(Path(out), student, pixels, few, said)
+            _draw(Path(out), latent, few, said)
     if out is not None:
         write_text(Path(out) / "predictions.json", json.dumps(told, indent=1) + "\n")
     return told
+
+
+@torch.no_grad()
+def ask_heads(student: ShouldersModel, heads: Sequence[str], pixels: Tensor) -> tuple[Features, dict[str, Any]]:
+    """The latent of pixels (B, 3, h, w) in [0, 1] and each head's own output: the encoder runs once for all of them."""
+    seen = student.places(pixels)
+    told = {
+        tap: student.standardizer(tap).inverse(student.projectors[key(tap)](seen))
+        for tap in student.taps
+        if teacher_of(tap) in heads
+    }
+    return seen["latent"], {name: student.head(name)(taps_of(name, told)) for name in heads}
+
+
+def _asked(run: Path, name: str) -> tuple[Probe, FeaturesOf]:
+    """A probe and the features that it was fitted on, its own adapter among them."""
+    probe = open_probe(run, name)
+    if probe.model not in OWN:
+        specs = read_recipe(run / "recipe.yaml").teachers
+        if probe.model not in specs:
+            raise RecipeError(f"--probe: {name!r} is of {probe.model}, which is not among the teachers of {run}")
+        teacher = load_teacher(probe.model, specs[probe.model])
+        return probe, features_of_teacher(teacher.to(this_device()), TASKS[probe.task].spatial)
+    student = load(run)
+    if probe.adapter is not None:
+        student.encoder = adapted(student, probe.model, probe.adapter)
+    base = probe.model == "base" and probe.adapter is None
+    return probe, features_of_student(student.to(this_device()), probe.size, base)
+
+
+@torch.no_grad()
+def _answers(
+    probe: Probe, features_of: FeaturesOf, few: list[tuple[str, Tensor]], threshold: float
+) -> list[Any]:  # fmt: skip
+    """What a probe says of a few images, each seen as those that it was fitted on."""
+    sizes = [(image.shape[1], image.shape[2]) for _, image in few]
+    views = [WHOLE if TASKS[probe.task].spatial else central_view(size, probe.size) for size in sizes]
+    drawn = [render(image, view, probe.size) for (_, image), view in zip(few, views, strict=True)]
+    features = features_of(Batch(torch.arange(len(few)), {probe.size: torch.stack(drawn)}))
+    return probe_answers(probe, features, sizes, threshold)
 
 
 def _open(path: Path) -> Collection:
@@ -85,19 +139,16 @@ def _decoded(images: Collection, max_pixels: int) -> Iterator[list[tuple[str, Te
             ) from error
 
 
-def _draw(
-    out: Path, student: ShouldersModel, pixels: Tensor, few: list[tuple[str, Tensor]], said: dict[str, list[Any]]
-) -> None:
+def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict[str, list[Any]]) -> None:
     """A picture for each image and head, and one of the latent's principal components."""
     out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        shades = pca_pictures(student.encoder(pixels)["latent"], (480, 480))
+    shades = pca_pictures(latent, (480, 480))
     for at, (name, decoded) in enumerate(few):
         stem = Path(name).with_suffix("").as_posix().replace("/", "-")
         original = Image.fromarray(decoded.permute(1, 2, 0).numpy())
         shades[at].resize(enlarged(original.size)).save(out / f"{stem}-latent.png")
-        for head, answers in said.items():
-            picture(original, answers[at]).save(out / f"{stem}-{head}.png")
+        for head, answer in said.items():
+            picture(original, answer[at]).save(out / f"{stem}-{head.replace('/', '-')}.png")
 
 
 def _plain(answer: Any) -> Any:

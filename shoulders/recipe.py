@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from shoulders.errors import RecipeError
+from shoulders.recipe_faults import explain
+from shoulders.recipe_student import Conv, Part, Student
 
-TAKEN = ("base", "student", "teachers")  # names that mean something else
+PROMPT = re.compile(r"[^{}]*\{\}[^{}]*")
+TAKEN = ("base", "scratch", "student", "teachers")  # names that mean something else
 
 
 def check_name(teacher: str) -> None:
@@ -24,40 +27,6 @@ def check_name(teacher: str) -> None:
         raise RecipeError(f"teacher name {teacher!r}: use letters, digits and _, and none of {', '.join(TAKEN)}")
 
 
-class Part(BaseModel):
-    """A section of the recipe: unknown keys are errors, values are checked on assignment too."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-
-class Bottleneck(Part):
-    """Parallel down-GELU-up beside each block's MLP (AdaptFormer, arXiv 2205.13535)."""
-
-    kind: Literal["bottleneck"]
-    width: int = Field(64, ge=1, description="hidden width")
-
-
-class Lora(Part):
-    """Low-rank update of the linear layers of each block (arXiv 2106.09685)."""
-
-    kind: Literal["lora"]
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
-
-
-ADAPTERS = ("bottleneck", "lora")
-BRANCHES = (*ADAPTERS, "int", "fresh")
-Adapter = Annotated[Bottleneck | Lora, Field(discriminator="kind")]
-
-
-class Student(Part):
-    """The frozen base and what learns inside it."""
-
-    base: str = Field(description="hub id or local folder of a ViT with patch tokens")
-    revision: str | None = Field(None, description="commit of the hub repository")
-    adapter: Adapter = Bottleneck(kind="bottleneck")
-
-
 class TeacherSpec(Part):
     """One teacher: a transformers model (``model``), or a function that builds your own (``module``)."""
 
@@ -68,11 +37,18 @@ class TeacherSpec(Part):
     size: int | tuple[int, int] | None = Field(None, description="input size in px; default: the model's own")
     taps: list[str] | None = Field(None, description="which features; default: the family's own choice")
     weight: float = Field(1.0, ge=0)
+    classes: list[str] | None = Field(None, min_length=1, description="names that a kept image-text head tells apart")
+    prompts: list[str] | None = Field(None, min_length=1, description="texts for them; default: a photo of a {}.")
 
     @model_validator(mode="after")
     def _one_source(self) -> TeacherSpec:
         if (self.model is None) == (self.module is None):
             raise ValueError("give either model (hub id or folder) or module (package.module:function)")
+        if self.classes and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: each name once")
+        wrong = [prompt for prompt in self.prompts or () if not PROMPT.fullmatch(prompt)]
+        if wrong:
+            raise ValueError(f"prompts: {wrong[0]!r} needs one {{}} where the name of the class goes")
         return self
 
 
@@ -147,6 +123,7 @@ class Train(Part):
     steps: int = Field(20_000, ge=1)
     batch: int = Field(256, ge=1, description="images per step over all ranks")
     accumulate: int = Field(1, ge=1, description="parts that a rank's share of the batch is run in")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="of matrices; all else is AdamW's")
     lr: float = Field(3.0e-4, gt=0)
     weight_decay: float = Field(0.03, ge=0)
     betas: tuple[Beta, Beta] = (0.9, 0.99)
@@ -163,6 +140,21 @@ class Train(Part):
     tensorboard: bool = False
 
 
+class Cache(Part):
+    """Teachers' features on disk: asked once, for all runs that see the same views of the same images."""
+
+    path: Path | None = Field(None, description="folder of the cache; default: none, the teachers are asked live")
+    mode: Literal["auto", "require", "off"] = Field("auto", description="auto: where it is whole and fits, else live")
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field("float16", description="int8: a scale per token")
+    pool: int = Field(1, ge=1, description="grids are averaged over squares of so many places a side")
+    pca: int | None = Field(None, ge=1, description="taps wider than this are kept as so many principal components")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off(cls, mode: Any) -> Any:
+        return "off" if mode is False else mode  # YAML reads off as False
+
+
 class Recipe(Part):
     """One run, complete: what ``recipe.yaml`` in a run folder holds."""
 
@@ -172,6 +164,7 @@ class Recipe(Part):
     images: Images
     transfer: Transfer = Transfer()
     train: Train = Train()
+    cache: Cache = Cache()
     keep_heads: list[str] = Field([], description="teachers whose heads the student keeps and runs")
     out: Path
 
@@ -181,9 +174,23 @@ class Recipe(Part):
             check_name(name)
             if spec.weight != 1 and self.transfer.balance != "fixed":
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
+            if (spec.classes or spec.prompts) and name not in self.keep_heads:
+                raise ValueError(f"teachers.{name}.classes and prompts only count with keep_heads: [{name}]")
         unknown = [name for name in self.keep_heads if name not in self.teachers]
         if unknown:
             raise ValueError(f"keep_heads: {', '.join(unknown)} not among teachers: {', '.join(self.teachers)}")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks(self) -> Recipe:
+        adapter = self.student.adapter
+        if isinstance(adapter, Conv):
+            numbers = [place.removeprefix("block") for place in self.transfer.reads]
+            read = sorted(int(number) for number in numbers if number.isdecimal())
+            adapter.blocks = read if adapter.blocks is None else sorted(adapter.blocks)
+            unread = ", ".join(f"block{block}" for block in adapter.blocks if block not in read)
+            if unread:
+                raise ValueError(f"transfer.reads: the adapter speaks at {unread}, which nothing reads; add it")
         return self
 
 
@@ -216,7 +223,9 @@ def check_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        explained = {line.split(":")[0]: line for line in reversed([_explain(fault) for fault in error.errors()])}
+        explained = {
+            line.split(":")[0]: line for line in reversed([explain(fault, Recipe) for fault in error.errors()])
+        }
         raise RecipeError("\n".join(f"{where}: {line}" for line in reversed(explained.values()))) from error
 
 
@@ -232,7 +241,7 @@ def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 # what may change when a run goes on: it does not touch a single weight
 FREE_ON_RESUME = ("out", "images.workers", "images.max_bad", "train.log_every", "train.save_every",
-                  "train.evaluate_every", "train.keep", "train.tensorboard")  # fmt: skip
+                  "train.evaluate_every", "train.keep", "train.tensorboard", "cache.path", "cache.mode")  # fmt: skip
 
 
 def check_resumed(recipe: Recipe, written: Path) -> None:
@@ -272,38 +281,3 @@ def _override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             raise RecipeError(f"{override!r}: {parent!r} holds a value, not a section")
     here[last] = parsed
-
-
-def _explain(fault: Any) -> str:
-    """One line for one pydantic fault: dotted key, what is wrong, and for unknown keys the nearest known one."""
-    # unions add their branches to the location ("student.adapter.lora.rank", "images.size.int"): not part of the key
-    location = [str(piece) for piece in fault["loc"]]
-    key = ".".join(piece for piece in location if piece.isidentifier() and piece not in BRANCHES) or "recipe"
-    if fault["type"] == "extra_forbidden":
-        known = _known_keys(location)
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if fault["type"] == "missing":
-        return f"{key}: missing; give it in the recipe or as {key}=... on the command line"
-    if fault["type"] == "union_tag_not_found":
-        return f"{key}: give its kind, one of {', '.join(ADAPTERS)}"
-    message = fault["msg"].removeprefix("Value error, ")
-    given = fault["input"]
-    return f"{key}: {message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "")
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys allowed where the last piece of ``location`` was found."""
-    tables: dict[str, type[Part]] = {
-        "student": Student, "images": Images, "transfer": Transfer, "train": Train,
-        "bottleneck": Bottleneck, "lora": Lora,
-    }  # fmt: skip
-    parents = location[:-1]
-    if not parents:
-        return list(Recipe.model_fields)
-    if parents[0] == "teachers":
-        return list(TeacherSpec.model_fields)
-    if len(parents) == 3 and parents[1] == "sources":
-        return list(Source.model_fields)
-    return list(tables[parents[-1]].model_fields)

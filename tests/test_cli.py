@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every command with its arguments and options. A new option is a promise to keep: add it here on purpose.
 FROZEN = {
     "distill": ["{recipe}", "[overrides]...", "--resume", "--json", "--help"],
+    "cache": ["{recipe}", "[overrides]...", "--plan", "--verify", "--info", "--json", "--help"],
     "evaluate": [
         "{run}",
         "--task",
@@ -30,11 +31,17 @@ FROZEN = {
         "--workers",
         "--seed",
         "--heads",
+        "--size",
+        "--tune",
+        "--scratch-steps",
+        "--probe",
         "--json",
         "--help",
     ],
-    "predict": ["{run}", "{images}", "--head", "--out", "--threshold", "--json", "--help"],
+    "predict": ["{run}", "{images}", "--head", "--probe", "--out", "--threshold", "--json", "--help"],
+    "report": ["{run}", "--out", "--json", "--help"],
     "teachers": ["[recipe]", "[overrides]...", "--families", "--json", "--help"],
+    "demo": ["--out", "--quick", "--json", "--help"],
     "world": ["{folder}", "--style", "--train", "--val", "--test", "--size", "--seed", "--json", "--help"],
 }
 
@@ -99,6 +106,9 @@ def test_from_recipe_to_scores(world: Path) -> None:
     assert all(row["value"] == values["student", row["metric"]] for row in json.loads(again.stdout))
     # rows of the same measurement are replaced, not doubled
     assert len(json.loads((world / "runs/x/results.json").read_text())) == len(rows)
+    told = json.loads(shoulders("report", "runs/x", "--json", cwd=world).stdout)
+    page = (world / told["report"]).read_text()
+    assert told == {"report": "runs/x/report.html"} and f"{values['student', 'linear_top1']:.3f}" in page
 
 
 def test_it_says_what_teachers_are(world: Path) -> None:

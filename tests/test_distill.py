@@ -52,7 +52,7 @@ def tree(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
         "transfer": {"calibration": 16},
         "train": {
-            "steps": STEPS, "batch": 8, "lr": 1e-3, "precision": "fp32", "log_every": 1, "save_every": 4,
+            "steps": STEPS, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1, "save_every": 4,
             "evaluate_every": 6, "ema": 0.9,
         },
         "out": str(out),
@@ -252,9 +252,11 @@ def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
         run(world, out, resume=True)
 
 
-@pytest.mark.parametrize("balance", ["uniform", "dropping"])
-def test_two_ranks_learn_what_one_learns(balance: str, world: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"transfer__balance": balance, "train__steps": 6, "train__accumulate": 2}
+# Muon rounds to bfloat16 inside, so that sums in another order lead a little elsewhere
+@pytest.mark.parametrize(("balance", "optimizer", "off"), [("dropping", "adamw", 1e-5), ("uniform", "muon", 1e-2)])
+def test_two_ranks_learn_what_one_learns(balance: str, optimizer: str, off: float, world: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"transfer__balance": balance, "train__steps": 6, "train__accumulate": 2,
+                               "train__optimizer": optimizer}  # fmt: skip
     run(world, tmp_path / "one", **changes)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree(world, tmp_path / "two", **changes)))
@@ -266,14 +268,14 @@ def test_two_ranks_learn_what_one_learns(balance: str, world: Path, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-5)
+    assert two == pytest.approx(one, rel=off)
     ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5) for name in ours)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=100 * off, atol=off) for name in ours)
 
 
 def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Path) -> None:
     for parts in (1, 4):
-        run(world, tmp_path / str(parts), train__accumulate=parts, train__steps=4)
+        run(world, tmp_path / str(parts), train__accumulate=parts, train__steps=4, train__optimizer="adamw")
     one, four = (metrics(tmp_path / name) for name in ("1", "4"))
     for name in ("loss", "s2t/classifier/stage1/summary", "t2s/joint/spatial"):
         assert [row[name] for row in four] == pytest.approx([row[name] for row in one], rel=1e-4)
@@ -356,7 +358,7 @@ def test_what_cannot_work_is_refused_before_anything_loads(
 def test_an_old_run_is_neither_overwritten_nor_resumed_with_another_recipe(world: Path, quiet_run: Path) -> None:
     with pytest.raises(RecipeError, match="add --resume, or choose another out"):
         run(world, quiet_run)
-    with pytest.raises(RecipeError, match=r"train.lr: the run started with 0.001, not 0.01"):
+    with pytest.raises(RecipeError, match=r"train.lr: the run started with 0.005, not 0.01"):
         run(world, quiet_run, resume=True, train__lr=0.01)
 
 

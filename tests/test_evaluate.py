@@ -13,12 +13,16 @@ import pytest
 import torch
 import yaml
 
+from shoulders import trainees
+from shoulders.checkpoint import fingerprint
 from shoulders.distill import distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.evaluate import _places_of, evaluate
 from shoulders.features import Batch, Features
+from shoulders.model import load
+from shoulders.probes import open_probe
 from shoulders.recipe import check_recipe
-from shoulders.tasks import TASKS, object_head, objects, semantic
+from shoulders.tasks import TASKS, object_head, objects, semantic, transformer_heads, transformer_probes
 from shoulders.teachers import Teacher
 from tests.tasks.scenes import save_masks, save_objects
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
@@ -53,6 +57,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_convnext(root / "classifier")
     save_segformer(root / "segmenter")
     save_images(root / "photos", 40)
+    save_images(root / "labelled", 24, classes=2)
     save_masks(root / "masks", COUNTS)
     save_objects(root / "objects", COUNTS)
     recipe: dict[str, Any] = {
@@ -116,10 +121,56 @@ def test_a_teacher_of_several_grids_is_asked_for_all_of_them() -> None:
     torch.testing.assert_close(told.spatial, expected.expand(2, 16, 9))
 
 
+def test_tuned_rows_stand_beside_frozen_ones(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainees, "FEWEST_STEPS", 4)
+    frozen = evaluate(world / "run", "classification", world / "labelled", ["student"], workers=0)
+    before = fingerprint(load(world / "run"))
+    rows = evaluate(world / "run", "classification", world / "labelled", workers=0, tune="adapter")
+    assert [(row["model"], row["metric"]) for row in rows] == [("student", "top1"), ("base", "top1")]
+    told = rows[0]["settings"]
+    values = {row["metric"]: row["value"] for row in frozen}
+    assert (told["tune"], told["frozen"], told["steps"]) == ("adapter", values["linear_top1"], 6)
+    assert told["lr"] in {one.rate for one in trainees.TRIES}
+    kept = [row for row in json.loads((world / "run/results.json").read_text()) if row["task"] == "classification"]
+    assert [row for row in kept if "tune" not in row["settings"] and row["model"] == "student"] == frozen
+    assert [row for row in kept if "tune" in row["settings"]] == rows
+    assert fingerprint(load(world / "run")) == before
+    again = evaluate(world / "run", "classification", world / "labelled", ["base"], workers=0, tune="adapter")
+    assert [row["value"] for row in again] == [row["value"] for row in rows if row["model"] == "base"]
+
+
+def test_rows_of_another_probe_stand_beside_those_of_the_default_one(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformer_heads, "WIDTH", 16)
+    monkeypatch.setattr(transformer_probes, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(transformer_probes, "EPOCHS", 0)
+    default = evaluate(world / "run", "semantic", world / "masks", ["student"], workers=0)
+    rows = evaluate(world / "run", "semantic", world / "masks", ["student"], workers=0, probe="upernet")
+    assert {row["settings"]["head"] for row in rows} == {"upernet"}
+    kept = [row for row in json.loads((world / "run/results.json").read_text()) if row["task"] == "semantic"]
+    kept = [row for row in kept if row["model"] == "student"]
+    assert [row for row in kept if row["settings"].get("head") == "linear"] == default
+    assert [row for row in kept if row["settings"].get("head") == "upernet"] == rows
+    assert [row["metric"] for row in rows][:2] == ["mIoU", "pixel_accuracy"]
+    open_probe(world / "run", "student/semantic")  # the default one is the one that is kept
+    with pytest.raises(RecipeError, match="--probe: 'upernet' is none of dense, rt_detr_v2, the probes of detection"):
+        evaluate(world / "run", "detection", world / "objects", ["student"], probe="upernet")
+
+
+def test_only_those_with_an_adapter_are_tuned(world: Path) -> None:
+    with pytest.raises(RecipeError, match="--tune: classifier without an adapter to tune; choose --models from"):
+        evaluate(world / "run", "semantic", world / "masks", ["student", "classifier"], tune="adapter")
+    with pytest.raises(RecipeError, match="--tune: scratch, teachers without an adapter"):
+        evaluate(world / "run", "semantic", world / "masks", ["scratch", "teachers"], tune="adapter")
+    with pytest.raises(RecipeError, match="--tune: 'base' is not there; adapter is all that can be tuned"):
+        evaluate(world / "run", "semantic", world / "masks", ["student"], tune="base")
+
+
 def test_unknown_tasks_and_models_are_refused(world: Path) -> None:
     with pytest.raises(RecipeError, match="'flying' is not one of classification, detection, semantic, instance"):
         evaluate(world / "run", "flying", world / "masks")
-    with pytest.raises(RecipeError, match="--models: nobody not here; choose from student, base, teachers, classifier"):
+    with pytest.raises(RecipeError, match="--models: nobody not here; choose from student, base, teachers, scratch, "):
         evaluate(world / "run", "semantic", world / "masks", ("nobody",))
     assert list(TASKS) == ["classification", "detection", "semantic", "instance"]
 
@@ -149,3 +200,15 @@ def test_the_table_leaves_out_single_classes(world: Path, tmp_path: Path) -> Non
     assert lines[0] == "semantic, % of 2 images", done.stderr
     assert lines[1].split() == ["model", "mIoU", "pixel_accuracy"]
     assert [line.split()[0] for line in lines[3:]] == ["student", "base"]
+
+
+def test_probes_tuning_and_scratch_from_the_command_line(world: Path, tmp_path: Path) -> None:
+    labelled, run = world / "labelled", world / "run"
+    done = shoulders("evaluate", run, "--task", "classification", "--data", labelled, "--models", "student,scratch",
+                     "--scratch-steps", 2, "--workers", 0)  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert lines[1].split()[:2] == ["model", "knn_top1"] and lines[1].split()[-1] == "top1", done.stderr
+    assert [line.split()[0] for line in lines[3:]] == ["student", "scratch"]
+    image = labelled / "class0" / "0000.jpg"
+    done = shoulders("predict", run, image, "--probe", "student/classification", "--out", tmp_path, "--json")
+    assert list(json.loads(done.stdout)["0000.jpg"]) == ["student/classification"], done.stderr

@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 # From top to bottom: a part imports from its own layer and from those below it.
 LAYERS = (
     ("__init__", "__main__", "cli"),
-    ("distill", "evaluate", "predict", "world"),
-    ("checks",),
-    ("model", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
+    ("demo",),
+    ("distill", "evaluate", "predict", "report", "scratch", "world"),
+    ("checks", "cache", "trainees", "probes"),
+    ("model", "config", "card", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
-    ("features", "recipe", "errors", "hub", "own", "ranks"),
+    ("features", "recipe", "recipe_faults", "recipe_student", "printing", "errors", "hub", "own", "ranks", "fast"),
 )
 # These stand side by side and never import each other.
 APART = {"images", "teachers", "student", "transfer"}

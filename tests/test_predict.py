@@ -12,8 +12,10 @@ from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
+from shoulders.grafts import taps_of
+from shoulders.model import load
 from shoulders.pictures import pca_pictures, picture
-from shoulders.predict import predict
+from shoulders.predict import ask_heads, predict
 from shoulders.world import draw
 from tests.test_heads import run  # noqa: F401
 
@@ -35,6 +37,20 @@ def test_every_image_and_head_gets_an_answer_and_a_picture(run: Path, tmp_path: 
         assert shown.size == (480, 300)
     alone = predict(run, folder / "1.png", ["segformer"])
     assert alone == {"1.png": {"segformer": told["1.png"]["segformer"]}}
+
+
+def test_the_encoder_runs_once_for_all_heads(run: Path) -> None:  # noqa: F811
+    student = load(run)
+    calls: list[int] = []
+    student.encoder.register_forward_hook(lambda *_: calls.append(1))
+    pixels = torch.rand(2, 3, 32, 32)
+    latent, outputs = ask_heads(student, ["segformer", "rt_detr_v2"], pixels)
+    assert len(calls) == 1
+    torch.testing.assert_close(latent.spatial, student(pixels).latent.spatial)
+    told = student.inherit(pixels)
+    for name, output in outputs.items():
+        alone = student.head(name)(taps_of(name, told))
+        assert torch.equal(output.logits, alone.logits)
 
 
 def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -8,6 +8,7 @@ from typing import Any
 
 from shoulders.tasks import classification, objects, semantic
 from shoulders.tasks.dense import DenseSplit, DenseSplits, find_masks, find_objects
+from shoulders.tasks.goals import Classify, Find, Goal, Segment
 from shoulders.tasks.labelled import Split, Splits, find_splits
 from shoulders.tasks.rows import Row
 
@@ -20,18 +21,22 @@ class Task:
         find: (path, image column of parquet files) -> the splits there.
         run: (features_of, those splits, sizes, batch, workers, seed) -> rows.
         spatial: whether the features need a spatial part.
+        tune: those splits -> what training from pixels to labels needs to know.
     """
 
     find: Callable[[Path | str, str], Any]
     run: Callable[..., list[Row]]
     spatial: bool
+    tune: Callable[[Any], Goal]
 
 
 TASKS = {
-    "classification": Task(find_splits, classification.run, spatial=False),
-    "detection": Task(find_objects, objects.run, spatial=True),
-    "semantic": Task(find_masks, semantic.run, spatial=True),
-    "instance": Task(partial(find_objects, masks=True), partial(objects.run, masks=True), spatial=True),
+    "classification": Task(find_splits, classification.run, spatial=False, tune=Classify),
+    "detection": Task(find_objects, objects.run, spatial=True, tune=Find),
+    "semantic": Task(find_masks, semantic.run, spatial=True, tune=Segment),
+    "instance": Task(
+        partial(find_objects, masks=True), partial(objects.run, masks=True), True, partial(Find, masks=True)
+    ),
 }
 
 __all__ = [

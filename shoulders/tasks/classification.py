@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped
@@ -52,6 +52,8 @@ def run(
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+    effort: float = 1.0,
 ) -> list[Row]:
     """Every metric of one function from images to Features on labelled images, from end to end.
 
@@ -62,6 +64,8 @@ def run(
         batch: images at a time.
         workers: processes that decode.
         seed: of what is held out of train, and of the few-shot draws.
+        on_head: called with the fitted `Linear`.
+        effort: of tasks whose heads take steps to fit, the share of them; here nothing.
     """
     begun = time.perf_counter()
 
@@ -76,7 +80,7 @@ def run(
         "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": time.perf_counter() - begun,
     }
-    rows = evaluate(train, val, test, splits.n_classes, seed)
+    rows = evaluate(train, val, test, splits.n_classes, seed, on_head)
     return [Row(**{**row, "settings": row["settings"] | told}) for row in rows]
 
 
@@ -118,13 +122,16 @@ def image_vectors(features: Features) -> Tensor:
     return features.spatial.mean(1)
 
 
-def evaluate(train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int) -> list[Row]:
+def evaluate(
+    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+) -> list[Row]:  # fmt: skip
     """Fit on train, choose on val (or a tenth of train), score on test.
 
     A few-shot row is left out where a class has fewer training images than it asks for.
     """
     rows: list[Row] = []
-    for metric, measure in METRICS.items():
+    for metric, measure in (METRICS | {"linear_top1": partial(linear_top1, on_head=on_head)}).items():
         begun = time.perf_counter()
         scored = measure(train, val, test, n_classes, seed)
         if scored is None:
@@ -158,15 +165,46 @@ def knn_top1(
     return top1(torch.cat(predicted), test.labels), {"k": k, "temperature": temperature}
 
 
+class Linear(nn.Module):
+    """Standardized vectors (B, C) to logits (B, K); at birth it says nothing and leaves vectors as they are."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, n_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.weights = nn.Parameter(torch.zeros(width + 1, n_classes))  # the last row is the bias
+
+    def standardized(self, x: Tensor) -> Tensor:
+        """(B, C) with the mean and the deviation of the images it was fitted on taken out."""
+        return (x - self.mean) / self.std
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits(self.weights, self.standardized(x))
+
+
 def linear_top1(
-    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int
-) -> tuple[float, Settings]:
+    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+) -> tuple[float, Settings]:  # fmt: skip
+    """Top-1 of `fit_linear`."""
+    head, settings = fit_linear(train, val, n_classes, seed)
+    on_head(head)
+    with torch.no_grad():
+        return top1(head(test.x).argmax(1), test.labels), settings
+
+
+def fit_linear(train: Extracted, val: Extracted | None, n_classes: int, seed: int) -> tuple[Linear, Settings]:
     """Multinomial logistic regression on features standardized with the statistics of train."""
-    mean, std = train.x.mean(0), train.x.std(0, correction=0)
+    head = Linear(train.x.shape[1], n_classes)
+    head.mean, std = train.x.mean(0), train.x.std(0, correction=0)
     std[std < 1e-6 * std.max()] = 1  # a constant channel says nothing: it stays 0
-    x, test_x = (train.x - mean) / std, (test.x - mean) / std
+    head.std = std
+    x = head.standardized(train.x)
     if val is not None:
-        fit_x, fit_labels, val_x, val_labels = x, train.labels, (val.x - mean) / std, val.labels
+        fit_x, fit_labels, val_x, val_labels = x, train.labels, head.standardized(val.x), val.labels
     else:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         held, kept = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
@@ -178,9 +216,8 @@ def linear_top1(
         start = fit_logistic(fit_x, fit_labels, n_classes, l2, start, iterations=50)  # enough to compare
         fits.append((top1(logits(start, val_x).argmax(1), val_labels), l2, start))
     _, l2, weights = max(fits, key=lambda fit: fit[:2])  # of equals, the strongest regularization
-    weights = fit_logistic(x, train.labels, n_classes, l2, start=weights)
-    settings: Settings = {"l2": l2, "chosen_on": "a tenth of train" if val is None else "val"}
-    return top1(logits(weights, test_x).argmax(1), test.labels), settings
+    head.weights = nn.Parameter(fit_logistic(x, train.labels, n_classes, l2, start=weights))
+    return head.eval(), {"l2": l2, "chosen_on": "a tenth of train" if val is None else "val"}
 
 
 def few_shot_top1(

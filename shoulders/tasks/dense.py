@@ -56,6 +56,10 @@ class DenseSplit(Generic[T]):
     indices: NDArray[np.int64]
     truths: Sequence[T]
 
+    def take(self, rows: NDArray[np.int64]) -> DenseSplit[T]:
+        """Some of the n images, (m,)."""
+        return DenseSplit(self.images, self.indices[rows], [self.truths[row] for row in rows.tolist()])
+
 
 @dataclass(frozen=True)
 class DenseSplits(Generic[T]):

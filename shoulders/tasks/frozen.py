@@ -22,7 +22,7 @@ from shoulders.tasks.dense import DenseSplit, T
 KEEP_BYTES = 8 * 2**30  # of float16 features of one split; more are computed anew
 HELD_SHARE = 0.2
 MAX_PIXELS = 50_000_000
-_WHOLE = View(0.0, 0.0, 1.0, 1.0)
+WHOLE = View(0.0, 0.0, 1.0, 1.0)
 _LARGEST = torch.finfo(torch.float16).max
 
 
@@ -106,7 +106,7 @@ class Frozen(Generic[T]):
         if not maps.isfinite().all():
             first = self.split.images.name(int(self.split.indices[positions[0]]))
             raise NumericError(f"features of {first}, or of those read with it, are not finite: check the weights")
-        return maps.clamp(-_LARGEST, _LARGEST).half().cpu()
+        return as_kept(maps).cpu()
 
     def _rendered(self, positions: NDArray[np.int64], skipped: list[Skipped]) -> Iterator[tuple[list[int], Tensor]]:
         """Positions of images and their pixels (B, 3, h, w) uint8, a batch at a time; `skipped` gets the others."""
@@ -121,31 +121,52 @@ class Frozen(Generic[T]):
                     yield [at for at, _ in pairs], torch.stack([image for _, image in pairs])
 
     def _draw(self, position: int) -> Tensor | Skipped:
-        index, size = int(self.split.indices[position]), self.split.truths[position].size
-        name = self.split.images.name(index)
-        try:
-            pixels, full_size = self.split.images.pixels(index, MAX_PIXELS, max(self.size))
-        except Undecodable as error:
-            return Skipped(name, str(error))
-        if full_size != size:
-            raise DataError(
-                f"{name}: the image is {full_size[1]} x {full_size[0]} px, its labels are for "
-                f"{size[1]} x {size[0]} px; make them agree, or leave it out"
-            )
-        return render(pixels, _WHOLE, self.size)
+        drawn = read(self.split, position, max(self.size))
+        return drawn if isinstance(drawn, Skipped) else render(drawn, WHOLE, self.size)
+
+
+def as_kept(maps: Tensor) -> Tensor:
+    """Features as probes are fitted on them: float16, what is too large for it cut off."""
+    return maps.clamp(-_LARGEST, _LARGEST).half()
+
+
+def read(split: DenseSplit[T], position: int, at_least: int) -> Tensor | Skipped:
+    """The decoded image (3, H, W) uint8 of a place in a split, no smaller than `at_least` px needs.
+
+    Raises:
+        DataError: an image of another size than its labels.
+    """
+    index, size = int(split.indices[position]), split.truths[position].size
+    name = split.images.name(index)
+    try:
+        pixels, full_size = split.images.pixels(index, MAX_PIXELS, at_least)
+    except Undecodable as error:
+        return Skipped(name, str(error))
+    if full_size != size:
+        raise DataError(
+            f"{name}: the image is {full_size[1]} x {full_size[0]} px, its labels are for "
+            f"{size[1]} x {size[0]} px; make them agree, or leave it out"
+        )
+    return pixels
 
 
 def hold_out(train: Frozen[T]) -> tuple[Frozen[T], Frozen[T]]:
-    """Images to fit on, and the fifth with the lowest ids to choose on.
+    """Images to fit on, and the fifth with the lowest ids to choose on; see `held_out`."""
+    kept, held = held_out(train.ids())
+    return train.take(kept), train.take(held)
+
+
+def held_out(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows to fit on, and those of the fifth with the lowest ids (n,) to choose on, both in order.
 
     Raises:
         DataError: only one image.
     """
-    if len(train) < 2:
+    if len(ids) < 2:
         raise DataError("train: one image alone; add some, one has to be held out to choose on")
-    order = np.argsort(train.ids(), kind="stable")
+    order = np.argsort(ids, kind="stable")
     held = max(1, round(HELD_SHARE * len(order)))
-    return train.take(np.sort(order[held:])), train.take(np.sort(order[:held]))
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 def minibatches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:

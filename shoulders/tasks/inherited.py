@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,41 +83,45 @@ def semantic_segmentation(head: Head, splits: DenseSplits[MaskFile], batch: int,
 
 def detection(head: Head, splits: DenseSplits[Picture], batch: int, workers: int) -> list[Row]:
     """Average precision of boxes on the test images."""
+    return _objects("detection", head, splits, batch, workers, boxes_found, {"": "boxes"})
 
-    def found(output: Any, sizes: list[tuple[int, int]], theirs: NDArray[np.int64]) -> Iterator[Found]:
-        for one in head.processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes):
-            scores, kinds, boxes = (one[part].cpu().numpy() for part in ("scores", "labels", "boxes"))
-            yield Found(theirs[kinds], scores.astype(np.float64), boxes.astype(np.float64))
 
-    return _objects("detection", head, splits, batch, workers, found, {"": "boxes"})
+def boxes_found(processor: Any, output: Any, sizes: list[tuple[int, int]]) -> Iterator[Found]:
+    """What a detector's output means in each image, of the detector's own classes."""
+    for one in processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes):
+        scores, kinds, boxes = (one[part].detach().cpu().numpy() for part in ("scores", "labels", "boxes"))
+        yield Found(kinds, scores.astype(np.float64), boxes.astype(np.float64))
 
 
 def instance(head: Head, splits: DenseSplits[Picture], batch: int, workers: int) -> list[Row]:
     """Average precision of masks on the test images, and of the boxes around them (``box_AP`` and so on)."""
+    return _objects("instance", head, splits, batch, workers, masks_found, {"": "masks", "box_": "boxes"})
 
-    def found(output: Any, sizes: list[tuple[int, int]], theirs: NDArray[np.int64]) -> Iterator[Found]:
-        said = head.processor.post_process_instance_segmentation(
-            output, threshold=0.0, target_sizes=sizes, return_binary_maps=True
-        )
-        for one, size in zip(said, sizes, strict=True):
-            told = one["segments_info"]
-            masks = one["segmentation"].cpu().numpy() > 0.5 if told else np.zeros((0, *size), dtype=bool)
-            kinds = theirs[np.array([segment["label_id"] for segment in told], dtype=np.int64)]
-            scores = np.array([segment["score"] for segment in told], dtype=np.float64)
-            yield Found(kinds, scores, _tight(masks), encode(masks) if told else ())
 
-    return _objects("instance", head, splits, batch, workers, found, {"": "masks", "box_": "boxes"})
+def masks_found(processor: Any, output: Any, sizes: list[tuple[int, int]]) -> Iterator[Found]:
+    """What an instance segmenter's output means in each image, of its own classes, with boxes around the masks."""
+    for at, size in enumerate(sizes):
+        # one at a time: it enlarges every mask that was asked for, all at once
+        single = SimpleNamespace(**{name: part[at : at + 1] for name, part in output.items() if torch.is_tensor(part)})
+        one = processor.post_process_instance_segmentation(
+            single, threshold=0.0, target_sizes=[size], return_binary_maps=True
+        )[0]
+        told = one["segments_info"]
+        masks = one["segmentation"].detach().cpu().numpy() > 0.5 if told else np.zeros((0, *size), dtype=bool)
+        kinds = np.array([segment["label_id"] for segment in told], dtype=np.int64)
+        scores = np.array([segment["score"] for segment in told], dtype=np.float64)
+        yield Found(kinds, scores, _tight(masks), encode(masks) if told else ())
 
 
 def _objects(
     task: str, head: Head, splits: DenseSplits[Picture], batch: int, workers: int,
-    found: Callable[[Any, list[tuple[int, int]], NDArray[np.int64]], Iterator[Found]], kinds: dict[str, Any],
+    found: Callable[[Any, Any, list[tuple[int, int]]], Iterator[Found]], kinds: dict[str, Any],
 ) -> list[Row]:  # fmt: skip
     begun = time.perf_counter()
     theirs = np.array(_indices(head.classes, splits.classes), dtype=np.int64)
     answers: list[Found] = []
     for _, sizes, output in _show(head, splits.test.images, splits.test.indices, batch, workers):
-        answers += found(output, sizes, theirs)
+        answers += [replace(one, classes=theirs[one.classes]) for one in found(head.processor, output, sizes)]
     truth = Annotations(splits.classes, tuple(splits.test.truths))
     told: dict[str, float] = {}
     for prefix, kind in kinds.items():

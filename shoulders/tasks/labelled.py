@@ -37,6 +37,10 @@ class Split:
         assert self.images.labels is not None  # noqa: S101  (find_splits refuses collections without labels)
         return self.images.labels[self.indices]
 
+    def take(self, rows: NDArray[np.int64]) -> Split:
+        """Some of the n images, (m,)."""
+        return Split(self.images, self.indices[rows])
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -55,6 +59,11 @@ class Splits:
     test: Split
     n_classes: int
     how: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """K names; numbers where the images have none."""
+        return tuple(self.train.images.classes or map(str, range(self.n_classes)))
 
 
 def find_splits(path: Path | str, column: str = "image") -> Splits:

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoulders.features import Batch, Features
+from shoulders.images import View
 from shoulders.tasks.average_precision import Found, average_precision, match
 from shoulders.tasks.coco import Annotations, Picture, decode, encode
 from shoulders.tasks.dense import DenseSplit, DenseSplits
-from shoulders.tasks.frozen import Frozen, hold_out, minibatches
+from shoulders.tasks.frozen import WHOLE, Frozen, hold_out, minibatches
 from shoulders.tasks.object_head import ObjectHead, Objects, Target, losses, pick
 from shoulders.tasks.rows import Row
 
@@ -28,6 +30,7 @@ FEWEST_STEPS, MOST_STEPS = 600, 20_000
 WARM_UP = 50  # steps
 AVERAGE = 0.99  # what the averaged weights keep of themselves at each step
 LOOKS = 4  # at val, evenly over the steps
+SHOWN = 0.25  # of a box that a view has to show, so that the object counts
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def run(
     workers: int = 0,
     seed: int = 0,
     masks: bool = False,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+    effort: float = 1.0,
 ) -> list[Row]:
     """AP of boxes and, as ``mask_AP``, of masks where they are asked for; see `classification.run`."""
     begun = time.perf_counter()
@@ -59,10 +64,11 @@ def run(
     fit_on, choose_on = hold_out(train) if val is None else (train, val)
     computed = time.perf_counter()
     metric = "mask_AP" if masks else "AP"
-    fitted = fit(fit_on, splits.classes, masks, seed, steps_for(len(fit_on)),
+    fitted = fit(fit_on, splits.classes, masks, seed, steps_for(len(fit_on), effort),
                  lambda head: measure(head, choose_on, splits.classes, masks).get(metric, 0.0))  # fmt: skip
     if val is None:  # with what was held out
         fitted = fit(train, splits.classes, masks, seed, fitted.steps)
+    on_head(fitted.head)
     values = measure(fitted.head, test, splits.classes, masks)
     settings: dict[str, float | int | str] = {
         "head": "dense", "lr": LR, "steps": fitted.steps, "batch": BATCH, "weight_decay": WEIGHT_DECAY,
@@ -77,9 +83,9 @@ def run(
     ]
 
 
-def steps_for(images: int) -> int:
+def steps_for(images: int, effort: float = 1.0) -> int:
     """How many minibatches a fit takes at most."""
-    return min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)
+    return max(1, round(effort * min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)))
 
 
 def fit(
@@ -126,17 +132,38 @@ def follow(averaged: ObjectHead, head: ObjectHead, keep: float) -> None:
         count.copy_(theirs_count)
 
 
-def target_of(picture: Picture, grid: tuple[int, int], masks: bool) -> Target:
-    """The objects of an image in places of twice the grid, masks at four times the grid."""
-    per_px = torch.tensor([2 * grid[1] / picture.size[1], 2 * grid[0] / picture.size[0]]).repeat(2)  # (4,)
+def target_of(picture: Picture, grid: tuple[int, int], masks: bool, view: View = WHOLE) -> Target:
+    """The objects of a view in places of twice the grid, masks at four times the grid.
+
+    What a view shows less than a quarter of is left out; the sides of the view are whole px.
+    """
+    top, left = round(view.top * picture.size[0]), round(view.left * picture.size[1])
+    h, w = round(view.height * picture.size[0]), round(view.width * picture.size[1])
+    per_px = torch.tensor([2 * grid[1] / w, 2 * grid[0] / h]).repeat(2)  # (4,)
+    boxes, kept = torch.from_numpy(picture.boxes).float(), np.arange(len(picture.boxes))
+    if view != WHOLE:
+        boxes, shown = cut(boxes - torch.tensor([left, top]).repeat(2), (h, w), view.flip)
+        kept = (shown >= SHOWN).nonzero()[:, 0].numpy()
     small = None
     if masks:
-        drawn = torch.from_numpy(decode(picture.masks or (), picture.size)).float()  # (n, h, w)
+        of_kept = tuple(picture.masks[row] for row in kept) if picture.masks else ()
+        drawn = torch.from_numpy(decode(of_kept, picture.size))[:, top : top + h, left : left + w].float()  # (n, h, w)
+        drawn = drawn.flip(2) if view.flip else drawn
         size = (4 * grid[0], 4 * grid[1])
         # an empty batch cannot be resized
         small = F.adaptive_avg_pool2d(drawn, size) >= 0.5 if len(drawn) else torch.zeros(0, *size, dtype=torch.bool)
-    boxes = torch.from_numpy(picture.boxes).float() * per_px
-    return Target(torch.from_numpy(picture.classes), boxes, torch.from_numpy(picture.crowd), small)
+    classes, crowd = torch.from_numpy(picture.classes[kept]), torch.from_numpy(picture.crowd[kept])
+    return Target(classes, boxes[torch.from_numpy(kept)] * per_px, crowd, small)
+
+
+def cut(boxes: Tensor, size: tuple[int, int], flip: bool) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) cut off at the sides of a view of ``size`` = (h, w) and mirrored, and how much of each is shown."""
+    most = torch.tensor([size[1], size[0]]).repeat(2)
+    inside = torch.minimum(boxes.clamp(min=0), most)
+    areas, before = ((part[:, 2:] - part[:, :2]).prod(1) for part in (inside, boxes))
+    if flip:
+        inside = torch.stack([size[1] - inside[:, 2], inside[:, 1], size[1] - inside[:, 0], inside[:, 3]], 1)
+    return inside, areas / before
 
 
 def on(target: Target, device: torch.device) -> Target:
@@ -169,18 +196,23 @@ def find(head: ObjectHead, frozen: Frozen[Picture]) -> list[Found]:
 
 def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Found:
     """Objects in places as `Found` in an image of ``size`` = (h, w) px."""
-    h, w = size
-    px = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
-    boxes = objects.boxes.cpu() * px
-    boxes = torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h),
-                         boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)  # fmt: skip
-    drawn = None if objects.masks is None else draw(objects.masks, boxes, size)
+    boxes, drawn = in_pixels(objects, size, grid)
     return Found(
         objects.classes.cpu().numpy(),
         objects.scores.cpu().double().numpy(),
         boxes.double().numpy(),
         None if drawn is None else encode(drawn.numpy()),
     )
+
+
+def in_pixels(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Boxes (q, 4) and masks (q, h, w) of objects in places, in an image of ``size`` = (h, w) px."""
+    h, w = size
+    px = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
+    boxes = objects.boxes.cpu() * px
+    boxes = torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h),
+                         boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)  # fmt: skip
+    return boxes, None if objects.masks is None else draw(objects.masks, boxes, size)
 
 
 def draw(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -29,6 +29,8 @@ def run(
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+    effort: float = 1.0,
 ) -> list[Row]:
     """mIoU, pixel accuracy and the IoU of each class, from end to end; see `classification.run`."""
     begun = time.perf_counter()
@@ -44,15 +46,17 @@ def run(
     tried: list[tuple[float, float, nn.Module]] = []  # (mIoU, learning rate, head)
     labels = small_masks(fit_on, n_classes)
     for lr in LR_GRID:
-        head = fit(fit_on, labels, n_classes, lr, seed)
+        head = fit(fit_on, labels, n_classes, lr, seed, effort)
         tried.append((mean_iou(confusion(head, choose_on, n_classes)), lr, head))
     _, lr, head = max(tried, key=lambda fitted: fitted[0])
     if val is None:  # with what was held out
-        head = fit(train, small_masks(train, n_classes), n_classes, lr, seed)
+        head = fit(train, small_masks(train, n_classes), n_classes, lr, seed, effort)
+    on_head(head)
     counted = confusion(head, test, n_classes)
     settings: dict[str, float | int | str] = {
-        "head": "linear", "lr": lr, "steps": steps_for(len(train)), "batch": BATCH, "weight_decay": WEIGHT_DECAY,
-        "seed": seed, "chosen_on": "val" if val is not None else "a fifth of train", "split": splits.how,
+        "head": "linear", "lr": lr, "steps": steps_for(len(train), effort), "batch": BATCH,
+        "weight_decay": WEIGHT_DECAY, "seed": seed, "split": splits.how,
+        "chosen_on": "val" if val is not None else "a fifth of train",
         "train": len(train), "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": computed - begun,
     }  # fmt: skip
@@ -63,9 +67,9 @@ def run(
     ]
 
 
-def steps_for(images: int) -> int:
+def steps_for(images: int, effort: float = 1.0) -> int:
     """How many minibatches a fit takes."""
-    return min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)
+    return max(1, round(effort * min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)))
 
 
 def linear_head(width: int, n_classes: int) -> nn.Module:
@@ -76,7 +80,9 @@ def linear_head(width: int, n_classes: int) -> nn.Module:
     return nn.Sequential(nn.BatchNorm2d(width), logits)
 
 
-def fit(frozen: Frozen[MaskFile], labels: Tensor, n_classes: int, lr: float, seed: int) -> nn.Module:
+def fit(
+    frozen: Frozen[MaskFile], labels: Tensor, n_classes: int, lr: float, seed: int, effort: float = 1.0
+) -> nn.Module:
     """A head fitted with cross entropy on the enlarged logits; AdamW, the rate falling by half a cosine.
 
     Args:
@@ -85,7 +91,7 @@ def fit(frozen: Frozen[MaskFile], labels: Tensor, n_classes: int, lr: float, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = linear_head(frozen.width, n_classes).to(frozen.device)
-    steps = steps_for(len(frozen))
+    steps = steps_for(len(frozen), effort)
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for rows in minibatches(len(frozen), BATCH, steps, torch.Generator().manual_seed(seed)):

@@ -10,7 +10,15 @@ from shoulders.world.styles import STYLES
 
 TEACHERS = Path(__file__).parent / "teachers"  # one transformers folder each, the base included
 
+# teacher -> the task that it is good at, the style where it is, and the folder of a style that holds labels of the task
+TASKS_OF = {
+    "classifier": ("classification", "studio", "classification"),
+    "detector": ("detection", "neon", "instances"),
+    "segmenter": ("semantic", "paper", "semantic"),
+    "instances": ("instance", "ink", "instances"),
+}
+
 __all__ = [
-    "CLASSES", "COUNTS", "SIZE", "SPLITS", "STYLES", "TEACHERS", "Drawn", "Scene", "draw", "seed_of", "unlabelled",
-    "write_world",
+    "CLASSES", "COUNTS", "SIZE", "SPLITS", "STYLES", "TASKS_OF", "TEACHERS", "Drawn", "Scene", "draw", "seed_of",
+    "unlabelled", "write_world",
 ]  # fmt: skip

@@ -1,0 +1,90 @@
+"""Rows as Markdown: values with their intervals and deviations, and what the student keeps of its teacher."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs import ROOT, SETTINGS, Job
+
+from shoulders.checkpoint import write_text
+
+Row = dict[str, Any]
+
+METRIC_NAMES = {"top1": "top-1", "knn_top1": "k-NN top-1", "box_AP": "box AP", "mIoU": "mIoU", "mask_AP": "mask AP"}
+DOC = ROOT / "docs" / "four_tasks.md"
+LEAST_AP = 0.25  # a teacher below this knows too little for what a student keeps of it to mean something
+JOBS = tuple(job for setting in SETTINGS.values() for job in setting.jobs)
+TITLES = ("data set", "task (metric)", "teacher", "its head on the student", "retention", "probe on the student",
+          "probe on the base", "from scratch")  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each data set and metric, of those that were measured."""
+    lines = [line_of(TITLES), "|---" * len(TITLES) + "|"]
+    for job in JOBS:
+        for metric in job.metrics:
+            of_metric = [row for row in rows if (row["dataset"], row["metric"]) == (job.dataset, metric)]
+            if of_metric:
+                lines.append(line_of(_cells(job, metric, of_metric)))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(job: Job, metric: str, rows: Sequence[Row]) -> list[str]:
+    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in
+               ("teacher", "inherited", "student_probe", "base_probe", "scratch")}  # fmt: skip
+    kept = retention(of_kind["teacher"], of_kind["inherited"])
+    weak = metric.endswith("AP") and bool(of_kind["teacher"]) and mean(of_kind["teacher"]) < LEAST_AP
+    return [
+        job.dataset, f"{job.task} ({METRIC_NAMES[metric]})", number(of_kind["teacher"]),
+        number(of_kind["inherited"]),
+        "teacher AP < .25: not claimed" if weak else "-" if kept is None else f"{kept:.2f}",
+        *(number(of_kind[kind]) for kind in ("student_probe", "base_probe", "scratch")),
+    ]  # fmt: skip
+
+
+def retention(teacher: Sequence[Row], inherited: Sequence[Row]) -> float | None:
+    """What the teacher's head keeps on the student, as a share of the teacher's own value; None where one is absent."""
+    return mean(inherited) / mean(teacher) if teacher and inherited and mean(teacher) else None
+
+
+def mean(rows: Sequence[Row]) -> float:
+    """Mean value over seeds."""
+    return statistics.mean(row["value"] for row in rows)
+
+
+def number(rows: Sequence[Row]) -> str:
+    """``.623 (.601 to .652)`` where there is an interval, ``.623 ± .004`` over several seeds, else ``.623``."""
+    if not rows:
+        return "-"
+    told = short(mean(rows))
+    if len(rows) > 1:
+        return f"{told} ± {short(statistics.stdev(row['value'] for row in rows))}"
+    interval = [short(rows[0][side]) for side in ("low", "high") if side in rows[0]]
+    return f"{told} ({' to '.join(interval)})" if interval else told
+
+
+def short(value: float) -> str:
+    """``.623``: a fraction without the zero before the point."""
+    return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.3f}"
+
+
+def line_of(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def insert(name: str, text: str, doc: Path = DOC) -> None:
+    """Put a table into a page, between its two markers.
+
+    Raises:
+        SystemExit: the page lacks them.
+    """
+    begin, end = f"<!-- {name}: written by its script -->\n", f"<!-- end of {name} -->"
+    page = doc.read_text()
+    if begin not in page or end not in page:
+        raise SystemExit(f"{doc}: lacks the markers {begin.strip()} and {end}")
+    before, rest = page.split(begin, 1)
+    write_text(doc, before + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1])

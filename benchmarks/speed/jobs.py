@@ -1,0 +1,129 @@
+"""The variants: what one step of each is, on random weights and random images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from plain import Plain
+
+from shoulders import fast
+from shoulders.cache import CachedTeachers, build_cache
+from shoulders.distill import Run, prepare
+from shoulders.ranks import Rank, this_device
+from shoulders.recipe import Recipe, check_recipe
+from shoulders.transfer.objective import BASE
+
+SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M of parameters learn in all
+VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": SIZE}
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
+MODELS: dict[str, Callable[[], Any]] = {
+    "student": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT_S), add_pooling_layer=False),
+    "base": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT_B), add_pooling_layer=False),
+    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT_B), add_pooling_layer=False),
+    "clip": lambda: transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)),
+    "dino": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**VIT_B, patch_size=14)),
+}  # fmt: skip
+TEACHERS = ("vit", "clip", "dino")
+
+LADDER = {"reads": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
+LEAN = {"projector_width": HIDDEN}
+NARROW = {"projector_width": 512}  # the ladder is an MLP already
+INSIDE = {"kind": "bottleneck", "width": 64}
+SIDE = {"kind": "side", "width": 192, "blocks": 4}
+
+# name: does all of the student learn, its adapter, its projectors, what comes from the cache (else asked live)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "plain_bf16": {},
+    "online": {"whole": True, "transfer": LADDER},
+    "online_lean": {"whole": True, "transfer": LEAN},
+    "cached": {"whole": True, "transfer": LADDER, "cached": "teachers"},
+    "cached_lean": {"whole": True, "transfer": LEAN, "cached": "teachers"},
+    "bottleneck_online": {"adapter": INSIDE, "transfer": LEAN},
+    "bottleneck_cached": {"adapter": INSIDE, "transfer": LEAN, "cached": "teachers"},
+    "side_online": {"adapter": SIDE, "transfer": NARROW},
+    "side_targets_cached": {"adapter": SIDE, "transfer": NARROW, "cached": "teachers"},
+    "side_cached": {"adapter": SIDE, "transfer": NARROW, "cached": "all"},
+}
+
+
+def write_world(folder: Path) -> None:
+    """Random models and images, once for all variants."""
+    if (folder / "images" / "done").exists():
+        return
+    torch.manual_seed(0)
+    for name, make in MODELS.items():
+        make().save_pretrained(folder / name)
+    (folder / "images").mkdir(exist_ok=True)
+    dice = np.random.default_rng(0)
+    for i in range(IMAGES + 8):
+        Image.fromarray(dice.integers(0, 255, (256, 256, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    (folder / "images" / "done").touch()
+
+
+def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
+    """The recipe of one of the library's variants."""
+    how = VARIANTS[variant]
+    base = "student" if how.get("whole") else "base"
+    cached = {"path": str(folder / "cache"), "dtype": "int8", "mode": "require" if "cached" in how else "off"}
+    return check_recipe({
+        "student": {"base": str(folder / base), "adapter": how.get("adapter", {"kind": "bottleneck", "width": 1})},
+        "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in TEACHERS},
+        "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
+        "transfer": {"standardize": "channel", "cosine_share": 0.5, "t2s": "none", "preserve": 0, **how["transfer"]},
+        "train": {"batch": batch, "steps": 1000, "optimizer": "adamw"},
+        "cache": cached, "out": str(folder / "run"),
+    })  # fmt: skip
+
+
+def write_cache(variant: str, folder: Path) -> None:
+    """What a cached variant reads."""
+    if "cached" in VARIANTS[variant]:
+        build_cache(recipe_of(variant, folder, 8))
+
+
+def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
+    """One step of a variant, to be called again and again."""
+    device = this_device()
+    if variant.startswith("plain"):
+        models = {name: type(make()).from_pretrained(folder / name) for name, make in MODELS.items() if name != "base"}
+        plain = Plain(models.pop("student"), models, HIDDEN, bf16=variant == "plain_bf16").to(device)
+        return partial(plain.step, torch.randn(batch, 3, SIZE, SIZE, device=device))
+    run = prepare(recipe_of(variant, folder, batch), {}, Rank(0, 1, device))
+    how = VARIANTS[variant]
+    if how.get("whole"):
+        learn_all(run)
+    if how.get("cached") == "teachers" and isinstance(run.teachers, CachedTeachers):
+        run.teachers.shelves.pop(BASE, None)  # asked live
+    return partial(run.step, 1, next(run._batches(0, 1, 0, 1)))
+
+
+def learn_all(run: Run) -> None:
+    """All of the student learns, and no adapter: the job of a student that is built from nothing."""
+    encoder = run.student.encoder
+    encoder.adapter.requires_grad_(False).enabled = False
+    encoder.base.requires_grad_(True)
+    run.optimization = type(run.optimization)(run.learner, run.recipe.train)
+
+
+def count_arithmetic(step: Callable[[], object]) -> int:
+    """FLOP of one step, in matrix products and convolutions that torch can count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    kept = fast._two_products, fast._in_bf16_on_cpu
+    fast._two_products = lambda *_: True  # type: ignore[assignment]
+    fast._in_bf16_on_cpu = lambda x: False  # type: ignore[assignment]
+    try:
+        with FlopCounterMode(display=False) as counter:
+            step()
+    finally:
+        fast._two_products, fast._in_bf16_on_cpu = kept
+    return int(counter.get_total_flops())

@@ -1,0 +1,256 @@
+"""The table of the four tasks: its rows, what stands in it, and that whoever was killed goes on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shoulders.features import Batch, Features
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "four_tasks"
+OWN = [path.stem for path in FOLDER.glob("*.py")]
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The scripts import what stands beside them; their names are common ones, so nothing of it stays."""
+    before = {name: sys.modules.pop(name) for name in OWN if name in sys.modules}
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in OWN:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+def script(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def row(dataset: str, kind: str, metric: str, value: float, **more: Any) -> dict[str, Any]:
+    return {"dataset": dataset, "kind": kind, "metric": metric, "value": value, "seed": 0, **more}
+
+
+def test_every_setting_has_one_job_for_each_task_and_metrics_for_every_kind() -> None:
+    jobs = script("jobs")
+    for setting in jobs.SETTINGS.values():
+        assert sorted(job.task for job in setting.jobs) == ["classification", "detection", "instance", "semantic"]
+        assert setting.recipe.is_file()
+        for job in setting.jobs:
+            for kind in jobs.KINDS:
+                assert any(jobs.TOLD[kind] in names for names in job.metrics.values()), (job.task, kind)
+
+
+def test_both_recipes_are_sound_and_keep_the_heads_that_the_jobs_ask_for() -> None:
+    from shoulders.recipe import read_recipe
+
+    for setting in script("jobs").SETTINGS.values():
+        recipe = read_recipe(setting.recipe, setting.overrides(Path("data")))
+        assert {job.teacher for job in setting.jobs} == set(recipe.keep_heads) == set(recipe.teachers)
+        assert set(setting.sources) in (set(), set(recipe.images.all_sources()))
+
+
+def test_rows_have_our_metrics_and_intervals() -> None:
+    job = next(job for job in script("jobs").SETTINGS["real"].jobs if job.task == "instance")
+    told = [{"metric": name, "value": value, "n": 50, "seconds": 1.5, "settings": {}} for name, value in (
+        ("AP", 0.5), ("AP50", 0.9), ("AP_low", 0.4), ("AP_high", 0.6), ("box_AP", 0.7), ("mask_AP", 0.3),
+    )]  # fmt: skip
+    rows_of = script("measure").rows_of
+    masks, boxes = rows_of(job, "teacher", told, None)
+    assert masks == {
+        "dataset": "pennfudan", "task": "instance", "kind": "teacher", "metric": "mask_AP", "value": 0.5, "low": 0.4,
+        "high": 0.6, "seed": None, "probe_seed": None, "n": 50, "seconds": 1.5,
+    }  # fmt: skip
+    assert (boxes["metric"], boxes["value"]) == ("box_AP", 0.7) and "low" not in boxes
+    of_probe = {row["metric"]: row["value"] for row in rows_of(job, "student_probe", told, 0, 2)}
+    assert of_probe == {"mask_AP": 0.3, "box_AP": 0.5}  # there AP is that of boxes
+
+
+def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_of_weak_teachers() -> None:
+    rows = [
+        row("bccd", "teacher", "box_AP", 0.6, low=0.55, high=0.65),
+        row("bccd", "inherited", "box_AP", 0.3),
+        *(row("bccd", "student_probe", "box_AP", value, probe_seed=seed) for seed, value in enumerate((0.4, 0.5, 0.6))),
+        row("pennfudan", "teacher", "mask_AP", 0.2),
+        row("pennfudan", "inherited", "mask_AP", 0.19),
+        row("cifar10", "teacher", "top1", 1.0),
+        row("cifar10", "student_probe", "knn_top1", 0.7),
+    ]
+    lines = script("tables").table(rows).splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2:] == [
+        "| cifar10 | classification (top-1) | 1.000 | - | - | - | - | - |",
+        "| cifar10 | classification (k-NN top-1) | - | - | - | .700 | - | - |",
+        "| bccd | detection (box AP) | .600 (.550 to .650) | .300 | 0.50 | .500 ± .100 | - | - |",
+        "| pennfudan | instance (mask AP) | .200 | .190 | teacher AP < .25: not claimed | - | - | - |",
+    ]
+
+
+def test_a_table_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
+    insert, page = script("tables").insert, tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- some: written by its script -->\nold\n<!-- end of some -->\n\nrest\n")
+    insert("some", "| new |\n", page)
+    told = page.read_text()
+    assert "| new |" in told and "old" not in told
+    assert told.startswith("# Title\n") and told.endswith("\n\nrest\n")
+    insert("some", "| new |\n", page)
+    assert page.read_text() == told
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        insert("other", "", page)
+
+
+def test_published_rows_replace_those_of_their_data_sets_alone(tmp_path: Path) -> None:
+    kept = script("kept")
+    path = tmp_path / "results.json"
+    kept.publish([row("a", "teacher", "top1", 0.1), row("b", "teacher", "top1", 0.2)], path)
+    rows = kept.publish([row("b", "teacher", "top1", 0.3)], path)
+    assert rows == json.loads(path.read_text())
+    assert [(one["dataset"], one["value"]) for one in rows] == [("a", 0.1), ("b", 0.3)]
+
+
+class Counted:
+    """Stands for everything that is slow; breaks once at a given call."""
+
+    def __init__(self, breaks_at: int | None) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+        self.breaks_at = breaks_at
+
+    def rows(self, job: Any, kind: str, *seeds: Any) -> list[dict[str, Any]]:
+        self.asked.append((job.dataset, kind, *seeds))
+        if len(self.asked) == self.breaks_at:
+            raise KeyboardInterrupt
+        return [row(job.dataset, kind, metric, 0.5) | {"seed": seeds[0], "probe_seed": (*seeds, None)[1]}
+                for metric in job.metrics]  # fmt: skip
+
+
+def run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_at: int | None) -> list[tuple[Any, ...]]:
+    run, measure, kept, jobs = (script(name) for name in ("run", "measure", "kept", "jobs"))
+    counted = Counted(breaks_at)
+    monkeypatch.setattr(measure, "by_teacher", lambda job, *rest: counted.rows(job, "teacher", None))
+    monkeypatch.setattr(measure, "inherited", lambda job, run, labels, seed: counted.rows(job, "inherited", seed))
+    monkeypatch.setattr(measure, "from_scratch", lambda job, *rest: counted.rows(job, "scratch", 0))
+    monkeypatch.setattr(measure, "distilled", lambda setting, work, *rest: work)
+    monkeypatch.setattr(run, "draw_sheets", lambda *rest: None)
+
+    def by_probe(job: Any, folder: Path, labels: Path, kind: str, seed: int, seeds: list[int]) -> Iterator[Any]:
+        for one in seeds:
+            yield counted.rows(job, kind, seed, one)
+
+    monkeypatch.setattr(measure, "by_probe", by_probe)
+    given = Namespace(work=tmp_path, data=tmp_path, seeds=[0, 1], probe_seeds=[0, 1, 2], kinds=list(jobs.KINDS),
+                      scratch_steps=None, overrides=[], doc=tmp_path / "page.md")  # fmt: skip
+    try:
+        run.run(jobs.SETTINGS["real"], kept.Kept(tmp_path / "results.json"), given)
+    except KeyboardInterrupt:
+        pass
+    return counted.asked
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 4 teachers, 4 heads on 2 students, 4 probes on student and base with 3 seeds, 4 from scratch
+    whole = run_once(tmp_path / "whole", monkeypatch, None)
+    assert len(whole) == len(set(whole)) == 4 + 8 + 24 + 4
+    first = run_once(tmp_path / "killed", monkeypatch, 18)
+    rest = run_once(tmp_path / "killed", monkeypatch, None)
+    assert first[:-1] + rest == whole
+    assert run_once(tmp_path / "killed", monkeypatch, None) == []
+    stored = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")]
+    assert stored[0] == stored[1]
+
+
+def test_features_of_an_image_are_computed_once_whatever_the_number_of_fits() -> None:
+    asked: list[int] = []
+
+    def features_of(batch: Batch) -> Features:
+        asked.append(len(batch))
+        return Features.from_map(batch.pixels((4, 4)), batch.pixels((4, 4)).mean((2, 3)))
+
+    pixels = torch.arange(96, dtype=torch.uint8).view(2, 3, 4, 4)
+    batch, other = Batch(torch.tensor([5, 7]), {(4, 4): pixels}), Batch(torch.tensor([8, 7]), {(4, 4): pixels})
+    remembered = script("measure").remembering(features_of, summaries=True)
+    torch.testing.assert_close(remembered(batch).summary, features_of(batch).summary)
+    remembered(batch)
+    assert asked == [2, 2] and remembered(batch).spatial is None  # places would not fit into memory
+    remembered(other)
+    assert asked == [2, 2, 2]
+
+
+def test_other_sizes_are_multiples_of_the_patch() -> None:
+    student = Namespace(encoder=Namespace(patch_size=14), config=Namespace(image_size=[98, 140]))
+    assert script("sizes").sizes_of(student) == {
+        0.5: (56, 70), 0.75: (70, 112), 1.0: (98, 140), 1.5: (140, 210), 2.0: (196, 280),
+    }  # fmt: skip
+    rows = [row("bccd", "inherited", "box_AP", value, factor=factor) for factor, value in ((0.5, 0.1), (2.0, 0.3))]
+    line = "| bccd (box AP) | the teacher's head | .100 | - | - | - | .300 |"
+    assert script("sizes").table(rows).splitlines()[2:] == [line]
+
+
+def test_serving_tells_median_spread_and_gain() -> None:
+    serving = script("serving")
+    rows: list[dict[str, Any]] = [
+        {"dataset": "world", "side": side, "batch": batch, "round": at, "images_per_s": speed, "cpu_ms": 1000 / speed}
+        for side in serving.SIDES
+        for batch in serving.BATCHES
+        for at, speed in enumerate((10.0, 12.0, 11.0) if side == serving.TEACHERS else (30.0, 36.0, 33.0))
+    ]
+    rows += [{"dataset": "world", "side": side, "batch": batch, "peak_mib": 500.0, "before_mib": 300.0}
+             for side in serving.SIDES for batch in serving.BATCHES]  # fmt: skip
+    lines = serving.table(rows).splitlines()
+    assert len(lines) == 2 + len(serving.SIDES) * len(serving.BATCHES)
+    assert "| 11.0 (10.0 to 12.0) |" in lines[2] and "| 1.00x | 500 | 200 |" in lines[2]
+    assert "| 33.0 (30.0 to 36.0) |" in lines[3] and "| 3.00x |" in lines[3]
+
+
+def test_own_grids_are_held_against_the_students_grid() -> None:
+    rows = [
+        row("camvid", "teacher", "mIoU", 0.5),
+        row("camvid", "inherited", "mIoU", 0.4, variant="own grids"),
+        row("camvid", "inherited", "mIoU", 0.3, variant="the student's grid"),
+    ]
+    assert script("own_grids").table(rows).splitlines()[2:] == ["| camvid (mIoU) | .500 | .400 | .300 | 0.80 | 0.60 |"]
+
+
+def box(left: float, label: str = "a", score: float | None = 0.9) -> dict[str, Any]:
+    corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), (left, 4.0, left + 20, 30.0), strict=True))
+    return {"label": label, "score": score, "box": corners}
+
+
+def masked(label: str, score: float | None) -> dict[str, Any]:
+    return {"label": label, "score": score, "mask": torch.ones(40, 60, dtype=torch.bool).tril()}
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "truth"),
+    [
+        ("classification", [{"label": "a", "score": 0.8}], [{"label": "b", "score": None}]),
+        ("detection", [box(2), box(30, "b")], [box(2, score=None)]),
+        ("semantic", [masked("a", None)], [masked("b", None)]),
+        ("instance", [masked("a", 0.7)], [masked("a", 1.0)]),
+        ("instance", [], []),
+    ],
+)
+def test_sheets_show_what_was_said(task: str, answer: list[Any], truth: list[Any]) -> None:
+    sheets, jobs = script("side_by_side"), script("jobs")
+    job = next(job for job in jobs.SETTINGS["real"].jobs if job.task == task)
+    image = torch.full((3, 40, 60), 200, dtype=torch.uint8)
+    drawn = sheets.sheet(job, "title", ["a", "b"], [(image, answer, [answer[0]] if answer else [], truth)] * 3)
+    columns = 3 if task == "classification" else 4
+    assert drawn.width == 2 * (columns * (sheets.SMALL_CELL + sheets.GAP) - sheets.GAP) + 3 * sheets.MARGIN
+    cells = [np.asarray(drawn)[sheets.TITLE + sheets.HEADING + 40, at * (sheets.SMALL_CELL + sheets.GAP) + 60]
+             for at in range(2)]  # fmt: skip
+    assert (cells[0] == 200).all()
+    assert bool(answer) == (np.asarray(drawn.crop((214, 68, 406, 196))) != 200).any()
+
+
+def test_objects_of_one_class_are_told_apart() -> None:
+    sheets = script("side_by_side")
+    named, colours = sheets.apart([masked("pedestrian", 0.5), masked("pedestrian", 0.6)])
+    assert [one["label"] for one in named] == ["0", "1"] and colours["0"] != colours["1"]
