@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
+from shoulders.fidelity import check_int8
 from shoulders.grafts import check_graft
 from shoulders.own import check_function
 from shoulders.ranks import Rank
@@ -34,6 +35,7 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     for name in recipe.keep_heads:
         check_graft(name, recipe.teachers[name])
     check_out(recipe, resume)
+    check_int8(recipe, rank.say)
 
 
 def check_teaching(recipe: Recipe, own: Mapping[str, Teacher]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from shoulders.checkpoint import write_text
@@ -29,9 +30,10 @@ def keep_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         how = (settings.get("tune"), settings.get("head"))  # the probe
         return *how, *(row.get(key) for key in ("model", "head", "task", "data", "metric", "seed"))
 
-    before = json.loads(path.read_text()) if path.exists() else []
     new = {same(row) for row in rows}
-    write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may measure at once
+        before = json.loads(path.read_text()) if path.exists() else []
+        write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
 
 
 def surroundings() -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Equal:
 
 def scratch(
     folder: Path | str, task: str, splits: Any, steps: int | None = None, *, size: tuple[int, int] | None = None,
-    batch: int = BATCH, workers: int = 0, seed: int = 0,
+    batch: int = BATCH, workers: int = 0, seed: int = 0, tries: tuple[Try, ...] = TRIES,
 ) -> list[Row]:  # fmt: skip
     """Rows of a fresh student trained with the labels of train, on what its head says of test.
 
@@ -64,6 +64,7 @@ def scratch(
         size: (h, w) of the input in px; default: the student's.
         batch: images a step.
         workers: threads that decode.
+        tries: optimizers and learning rates to try.
 
     Raises:
         RecipeError: no recipe to count the steps of, or one that lacks a teacher.
@@ -78,7 +79,7 @@ def scratch(
         equal = equal_flops(folder, goal, size)
         steps = equal.steps(batch)
         told = {"distillation_flops": equal.distillation, "flops_per_image": equal.supervised}
-    return run(make, goal, size, Plan(steps, batch, TRIES), workers=workers, seed=seed, told=told)[0]
+    return run(make, goal, size, Plan(steps, batch, tries), workers=workers, seed=seed, told=told)[0]
 
 
 def equal_flops(folder: Path | str, goal: Goal, size: tuple[int, int]) -> Equal:

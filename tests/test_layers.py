@@ -16,7 +16,7 @@ LAYERS = (
     ("__init__", "__main__", "cli"),
     ("demo",),
     ("distill", "evaluate", "predict", "report", "scratch", "world"),
-    ("checks", "cache", "trainees", "probes"),
+    ("checks", "fidelity", "cache", "trainees", "probes"),
     ("model", "config", "card", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
     ("features", "recipe", "recipe_faults", "recipe_student", "printing", "errors", "hub", "own", "ranks", "fast"),

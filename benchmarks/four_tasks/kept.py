@@ -20,15 +20,15 @@ class Kept:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+        self.rows = _read(path)
 
     def has(self, **match: Any) -> bool:
         """Whether there is a row with these values."""
         return any(all(row.get(key) == value for key, value in match.items()) for row in self.rows)
 
     def keep(self, rows: list[Row]) -> None:
-        """Add rows, in the file too."""
-        self.rows += rows
+        """Add rows, in the file too; those that another process put there meanwhile stay."""
+        self.rows = _read(self.path) + rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, dump(self.rows))
         for row in rows:
@@ -37,7 +37,7 @@ class Kept:
 
 def publish(rows: list[Row], path: Path) -> list[Row]:
     """Put rows into a published file: they replace those of their data sets and leave the others; returns all."""
-    before: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    before = _read(path)
     fresh = {row["dataset"] for row in rows}
     merged = [row for row in before if row["dataset"] not in fresh] + rows
     write_text(path, dump(merged))
@@ -47,3 +47,8 @@ def publish(rows: list[Row], path: Path) -> list[Row]:
 def dump(rows: list[Row]) -> str:
     """JSON with one row to a line, so that a change of one is a change of one line."""
     return "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"
+
+
+def _read(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    return rows

@@ -139,7 +139,7 @@ def peaks(name: str, run: Path) -> list[Row]:
     for side in SIDES:
         for batch in BATCHES:
             command = [sys.executable, str(HERE / "serving.py"), "--peak", side, str(run), str(batch)]
-            told = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603  (its own words)
+            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  (its own words)
             rows.append({"dataset": name, "side": side, "batch": batch} | json.loads(told.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
     return rows

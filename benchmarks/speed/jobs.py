@@ -12,8 +12,9 @@ import torch
 import transformers
 from PIL import Image
 from plain import Plain
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from shoulders import fast
 from shoulders.cache import CachedTeachers, build_cache
 from shoulders.distill import Run, prepare
 from shoulders.ranks import Rank, this_device
@@ -44,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_bf16": {},
     "online": {"whole": True, "transfer": LADDER},
+    "online_int8": {"whole": True, "transfer": LADDER, "int8": True},
     "online_lean": {"whole": True, "transfer": LEAN},
     "cached": {"whole": True, "transfer": LADDER, "cached": "teachers"},
     "cached_lean": {"whole": True, "transfer": LEAN, "cached": "teachers"},
@@ -76,7 +78,9 @@ def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
     cached = {"path": str(folder / "cache"), "dtype": "int8", "mode": "require" if "cached" in how else "off"}
     return check_recipe({
         "student": {"base": str(folder / base), "adapter": how.get("adapter", {"kind": "bottleneck", "width": 1})},
-        "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in TEACHERS},
+        "teachers": {
+            name: {"model": str(folder / name), "size": SIZE, "int8": "int8" in how} for name in TEACHERS
+        },
         "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
         "transfer": {"standardize": "channel", "cosine_share": 0.5, "t2s": "none", "preserve": 0, **how["transfer"]},
         "train": {"batch": batch, "steps": 1000, "optimizer": "adamw"},
@@ -115,15 +119,7 @@ def learn_all(run: Run) -> None:
 
 
 def count_arithmetic(step: Callable[[], object]) -> int:
-    """FLOP of one step, in matrix products and convolutions that torch can count."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    kept = fast._two_products, fast._in_bf16_on_cpu
-    fast._two_products = lambda *_: True  # type: ignore[assignment]
-    fast._in_bf16_on_cpu = lambda x: False  # type: ignore[assignment]
-    try:
-        with FlopCounterMode(display=False) as counter:
-            step()
-    finally:
-        fast._two_products, fast._in_bf16_on_cpu = kept
+    """FLOP of one step: matrix products, convolutions and attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
     return int(counter.get_total_flops())

@@ -1,6 +1,6 @@
-"""What is done to the channels of a part before it is stored: made equally loud for int8, and fewer where asked.
+"""What is done to the channels of a part before it is stored: made equally loud where int8 needs it, fewer where asked.
 
-A channel that is loud or far from zero everywhere would use up the 255 steps that a token of int8 has.
+A channel that is loud or far from zero everywhere uses up the 255 steps that a token of int8 has.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Every piece starts at a multiple of ``ALIGN`` bytes, so that a whole batch of re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from shoulders.transfer.fvu import channel_standardized, unexplained
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 ALIGN = 8
-CHUNK = 2**18  # values that are decoded at a time: they stay in the CPU's own memory until they are done
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,27 @@ class Codec:
             raise Unstorable(part, row, float(x[row].flatten()[~fits[row]][0]))
 
     def decode(self, records: Tensor) -> dict[str, Features]:
-        """``{tap: Features}`` in float32 of records (B, bytes or more) uint8."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for piece in self.pieces:
-            x = self._decode(piece, records)  # (B, N, C)
-            parts.setdefault(piece.tap, {})[piece.part] = x if piece.part == "spatial" else x[:, 0]
+        """``{tap: Features}`` in float32 of records (B, bytes or more) uint8, on their device."""
+        return self.decode_parts([records], len(records))
+
+    def decode_parts(self, parts: Iterable[Tensor], count: int) -> dict[str, Features]:
+        """As `decode`, of ``count`` records that come a few at a time: those are still in the CPU's own memory then."""
+        found: dict[Piece, Tensor] = {}
+        done = 0
+        for records in parts:
+            rows = slice(done, done + len(records))
+            for piece in self.pieces:
+                if piece not in found:
+                    channels = self._channels(piece, records.device)
+                    width = piece.width if channels is None else len(channels.mean)
+                    found[piece] = _empty((count, piece.tokens, width), records.device)  # (B, N, C)
+                self._decode(piece, records, found[piece][rows])
+            done = rows.stop
+        told: dict[str, dict[str, Tensor]] = {}
+        for piece, x in found.items():
+            told.setdefault(piece.tap, {})[piece.part] = x if piece.part == "spatial" else x[:, 0]
         return {
-            tap: Features(found.get("summary"), found.get("spatial"), self.taps[tap].grid)
-            for tap, found in parts.items()
+            tap: Features(both.get("summary"), both.get("spatial"), self.taps[tap].grid) for tap, both in told.items()
         }
 
     def _channels(self, piece: Piece, device: torch.device) -> Channels | None:
@@ -117,22 +129,16 @@ class Codec:
             self._there[device] = {part: one.to(device) for part, one in self.channels.items()}
         return self._there[device].get(f"{piece.tap}/{piece.part}")
 
-    def _decode(self, piece: Piece, records: Tensor) -> Tensor:
-        """(B, N, C) of one piece, a few records at a time."""
+    def _decode(self, piece: Piece, records: Tensor, out: Tensor) -> None:
+        """One piece (B, N, C) of some records."""
         values = _get(records, piece.at, self.dtype, piece.tokens * piece.width).unflatten(1, (piece.tokens, -1))
-        scales = None if piece.scales_at is None else _get(records, piece.scales_at, torch.float32, piece.tokens)
+        stored = out if out.shape == values.shape else torch.empty(values.shape, device=out.device)
+        stored.copy_(values)
+        if piece.scales_at is not None:
+            stored.mul_(_get(records, piece.scales_at, torch.float32, piece.tokens)[:, :, None])
         channels = self._channels(piece, records.device)
-        width = piece.width if channels is None else len(channels.mean)
-        x = _empty((len(records), piece.tokens, width), records.device)
-        step = max(1, CHUNK // (piece.tokens * width)) if records.device.type == "cpu" else len(records)
-        for rows in (slice(start, start + step) for start in range(0, len(records), step)):
-            stored = x[rows] if width == piece.width else _empty(values[rows].shape, records.device)
-            stored.copy_(values[rows])
-            if scales is not None:
-                stored.mul_(scales[rows, :, None])
-            if channels is not None:
-                channels.undo(stored, x[rows])
-        return x
+        if channels is not None:
+            channels.undo(stored, out)
 
     def size_of(self, piece: Piece) -> int:
         """Bytes of one piece, its scales included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from shoulders.ranks import Rank
 from shoulders.recipe import Cache, Recipe, as_size
 from shoulders.teachers import Tap, Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
+
+AT_ONCE = 2**20  # bytes that are read, checked and decoded before the next: about what a core's own memory holds
 
 
 class Shelf:
@@ -63,6 +65,25 @@ class Shelf:
         for shard in range(len(self.shards.counts)):
             if not self.shards.has(shard):
                 raise DataError(f"{self.shards.path(shard)}: missing, or of another size; make it anew: {self.command}")
+
+    def told(
+        self, numbers: Numbers, index: Index, device: torch.device
+    ) -> tuple[dict[str, Features], list[int | None]]:
+        """``{tap: Features}`` of records (B,), and the crc32 of the pixels of each.
+
+        Raises:
+            DataError: as `records`.
+        """
+        few = len(numbers) if device.type == "cuda" else max(1, AT_ONCE // self.shards.record)
+        seen: list[int | None] = []
+
+        def parts() -> Iterator[Tensor]:
+            for start in range(0, len(numbers), few):
+                records = self.records(numbers[start : start + few], index)
+                seen.extend(map(store.pixels_seen, records.numpy()))
+                yield records.to(device, non_blocking=True)
+
+        return self.codec.decode_parts(parts(), len(numbers)), seen
 
     def records(self, numbers: Numbers, index: Index, absent_too: bool = False) -> Tensor:
         """Records (B, bytes) uint8, each checked against its checksum.
@@ -166,23 +187,22 @@ class CachedTeachers(nn.Module):
             DataError: a record is damaged, or the pixels are not those that the teacher saw.
         """
         numbers = self.index.of(batch)
+        device = next(iter(batch.rendered.values())).device
         told: dict[str, Features] = {}
         for name, shelf in self.shelves.items():
-            records = shelf.records(numbers, self.index)
+            features, seen = shelf.told(numbers, self.index, device)
             if shelf is self.seeing:
-                self._check_pixels(shelf, records, batch)
-            device = next(iter(batch.rendered.values())).device
-            features = shelf.codec.decode(records.to(device, non_blocking=True))
+                self._check_pixels(shelf, seen, batch)
             told |= {f"{name}/{tap}": said for tap, said in features.items()}
         return told
 
-    def _check_pixels(self, shelf: Shelf, records: Tensor, batch: Batch) -> None:
+    def _check_pixels(self, shelf: Shelf, seen: list[int | None], batch: Batch) -> None:
         """The student must see what the teacher saw. Pixels on a GPU are only asked for in evaluation, which waits."""
         drawn = batch.rendered[shelf.size]
         if drawn.device.type != "cpu" and not (batch.views == CENTRAL).all():  # type: ignore[union-attr]
             return
-        for identity, record, pixels in zip(batch.ids.tolist(), records.numpy(), drawn.cpu().numpy(), strict=True):
-            if store.pixels_seen(record) != zlib.crc32(pixels):
+        for identity, checksum, pixels in zip(batch.ids.tolist(), seen, drawn.cpu().numpy(), strict=True):
+            if checksum != zlib.crc32(pixels):
                 name = self.index.images.images.name_of(identity)
                 raise DataError(
                     f"{name!r} does not look as it did when {shelf.folder} was made (a changed file, or another "

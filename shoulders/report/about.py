@@ -33,10 +33,11 @@ def headline(told: Told, found: Sequence[Line], parameters: Mapping[str, int]) -
     """
     names = told.teachers
     title = f"{in_words(len(names)).capitalize()} teacher{'s' * (len(names) != 1)}, one student"
-    base = str((told.tree.get("student") or {}).get("base", "its base"))
+    base = str((told.tree.get("student") or {}).get("base", "its base")).rstrip("/").rsplit("/", 1)[-1]
+    arrived = "is now in" if told.config else "is on its way into"
     lede = paragraph(
-        "What ", element("b", listed(names) or "no teacher"), f" know{'s' * (len(names) < 2)} is now in one encoder, "
-        "built on ", element("b", base.rstrip("/").rsplit("/", 1)[-1]), ". No label was used.", class_="lede",
+        "What ", element("b", listed(names) or "no teacher"), f" know{'s' * (len(names) < 2)} {arrived} one encoder, "
+        "built on ", element("b", base), ". No label was used.", class_="lede",
     )  # fmt: skip
     facts = [
         element("div", element("dt", name), element("dd", element("b", value), rest))
@@ -55,8 +56,9 @@ def _first_numbers(
         both, trained = parameters["base"] + parameters["adapter"], parameters["adapter"]
         facts.append(("Encoder", short(both), f"parameters, {short(trained)} of them trained"))
     train = told.tree.get("train") or {}
-    if {"steps", "batch"} <= set(train):
-        facts.append(("Seen", short(train["steps"] * train["batch"]), "views of images, no labels"))
+    steps = told.steps
+    if steps and "batch" in train:
+        facts.append(("Seen", short(steps * train["batch"]), "views of images, no labels"))
     if told.seconds:
         facts.append(("Time", span(told.seconds), _where(told)))
     kept = [f"{100 * line.retention:.0f}" for line in found if line.retention is not None]

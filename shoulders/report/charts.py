@@ -72,7 +72,7 @@ def _axes(frame: Frame, ticks: Sequence[float]) -> list[Html]:
         y = frame.at(frame.x[0], tick)[1]
         drawn.append(Html(f'<path class="grid" d="M{LEFT} {y:.1f}H{frame.right:.1f}"/>'))
         drawn.append(Html(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'))
-    steps = [tick for tick in nice_ticks(*frame.x) if frame.x[0] <= tick <= frame.x[1]]
+    steps = [tick for tick in nice_ticks(*frame.x) if frame.x[0] <= tick <= frame.x[1] and tick == int(tick)]
     y = frame.bottom + 20
     for tick in steps:
         x = frame.at(tick, frame.y[0])[0]

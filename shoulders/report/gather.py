@@ -74,6 +74,13 @@ class Told:
         """How long distilling took."""
         return next((row.get("seconds") for row in self.kept if row.get("task") == "inheritance"), None)
 
+    @property
+    def steps(self) -> int:
+        """Steps that the run has done, as far as is known."""
+        if self.config:
+            return int((self.tree.get("train") or {}).get("steps", 0))
+        return max((row["step"] for row in self.log), default=0)
+
     def of_training(self, name: str) -> list[float]:
         """A number of the training rows."""
         return [value for _, value in self.curves("train").get(name, [])]

@@ -7,7 +7,7 @@ import transformers
 from torch import Tensor, nn
 
 from shoulders.errors import DataError, RecipeError
-from shoulders.fast import arranged, quicken
+from shoulders.fast import arranged, int8_is_there, quicken, to_int8
 from shoulders.features import Features
 from shoulders.hub import load_strict
 from shoulders.own import call_function, check_function
@@ -41,6 +41,8 @@ def check_teacher(name: str, spec: TeacherSpec) -> None:
     Raises:
         RecipeError: in one line that begins with ``teachers.<name>.<key>:``.
     """
+    if spec.int8 and not int8_is_there():
+        raise fault(name, "int8", "needs a CPU with VNNI, a torch that uses it, and no GPU; leave the key out")
     if spec.module is None:
         read_checkpoint(name, spec)
         return
@@ -64,9 +66,12 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
         return _build_own(name, spec)
     checkpoint = read_checkpoint(name, spec)
     source = checkpoint.pretrained.source
+    model = _load_encoder(checkpoint)
+    if spec.int8:
+        to_int8(model)
     try:
         return Teacher(
-            Encoder(_load_encoder(checkpoint), checkpoint),
+            Encoder(model, checkpoint),
             size=checkpoint.preprocessing.size,
             mean=checkpoint.preprocessing.mean,
             std=checkpoint.preprocessing.std,

@@ -116,6 +116,15 @@ def test_published_rows_replace_those_of_their_data_sets_alone(tmp_path: Path) -
     assert [(one["dataset"], one["value"]) for one in rows] == [("a", 0.1), ("b", 0.3)]
 
 
+def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
+    Kept = script("kept").Kept
+    one, other = Kept(tmp_path / "results.json"), Kept(tmp_path / "results.json")
+    one.keep([row("a", "teacher", "top1", 0.1)])
+    other.keep([row("b", "teacher", "top1", 0.2)])
+    assert [kept["dataset"] for kept in Kept(tmp_path / "results.json").rows] == ["a", "b"]
+    assert other.has(dataset="a", kind="teacher") and not one.has(dataset="b")
+
+
 class Counted:
     """Stands for everything that is slow; breaks once at a given call."""
 

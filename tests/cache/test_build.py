@@ -175,38 +175,67 @@ def test_several_builders_share_the_work(
     assert len(shards) == len(set(shards)) == sum(name.endswith(".bin") for name in quiet)
 
 
-class Slow(Colours):
+class Even(Colours):
+    """Channels around zero, all as loud as each other, or one of them far away."""
+
+    def __init__(self, far: float) -> None:
+        super().__init__(4)
+        self.far = torch.tensor([0.0, far, 0.0, 0.0])
+
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
-        time.sleep(0.1)
+        told = super().forward(pixels)
+        return {tap: features.map(lambda x: torch.sin(1e4 * x) + self.far) for tap, features in told.items()}
+
+
+def test_channels_are_made_equally_loud_where_int8_would_lose_too_much(root: Path, tmp_path: Path) -> None:
+    own = {"quiet": Teacher(Even(0.0), size=(16, 16)), "loud": Teacher(Even(500.0), size=(16, 16))}
+    told = build(toy_recipe(root, tmp_path / "cache"), own)
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("channels.safetensors")} == {"loud"}
+    assert all(tap["fvu_lost"] < 1e-3 for row in told["teachers"] for tap in row["taps"])
+    told = build(toy_recipe(root, tmp_path / "floats", cache__dtype="float32"), own)
+    assert not list((tmp_path / "floats").rglob("channels.safetensors"))
+    assert max(tap["fvu_lost"] for row in told["teachers"] for tap in row["taps"]) == 0
+
+
+class Stopping(Colours):
+    """Sends a signal to its own process when it is asked for the fifth time."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(4)
+        self.number, self.asked = number, 0
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+        self.asked += 1
+        if self.asked == 5:
+            os.kill(os.getpid(), self.number)
         return super().forward(pixels)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_keeps_what_is_made(number: int, root: Path, tmp_path: Path) -> None:
-    recipe = toy_recipe(root, tmp_path / "cache")
-    slow = {"slow": Teacher(Slow(4), size=(16, 16))}
-    timer = threading.Timer(0.7, lambda: os.kill(os.getpid(), number))
-    timer.start()
-    with pytest.raises(
-        Stopped, match=f"stopped by signal {int(number)}; what is made is kept: go on with the same"
-    ) as stop:
-        build(recipe, slow)
-    timer.join()
+def test_asked_to_stop_it_keeps_what_is_made(number: signal.Signals, root: Path, tmp_path: Path) -> None:
+    recipe = toy_recipe(root, tmp_path / "cache", cache__dtype="float16")
+    own = {"one": Teacher(Stopping(number), size=(16, 16))}
+    with pytest.raises(Stopped, match="what is made is kept: go on with the same command") as stop:
+        build(recipe, own)
     assert stop.value.exit_code == 128 + number
-    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "cache/slow/manifest.json").exists()
-    assert build(recipe, slow)["teachers"][0]["finished"]
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "cache/one/manifest.json").exists()
+    assert build(recipe, own)["teachers"][0]["finished"]
 
 
-def test_a_waiting_builder_says_for_whom(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_waiting_builder_says_for_whom(root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache")
-    first = Builder(recipe, teachers(), print)
+    said: list[str] = []
+    first, second = Builder(recipe, teachers(), print), Builder(recipe, teachers(), said.append)
     with first.claims.claim("shard-00000.bin") as ours:
         assert ours
-        thread = threading.Thread(target=build, args=(recipe,))
+        thread = threading.Thread(target=second.work)
         thread.start()
-        time.sleep(0.7)
+        end = time.monotonic() + 60
+        while not any(line.startswith("waiting") for line in said) and time.monotonic() < end:
+            time.sleep(0.01)
     thread.join()
-    assert f"waiting for process {os.getpid()} on " in capsys.readouterr().err
+    (line,) = [line for line in said if line.startswith("waiting")]
+    assert line.startswith(f"waiting for process {os.getpid()} on ")
 
 
 def test_an_unfinished_cache_is_read_as_far_as_it_goes(root: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_int8_inherits_as_much_as_live_within_a_hundredth(world: Path) -> None:
         for row in info_cache(recipe(world, "int8", "unused"))["teachers"]
         for tap in row["taps"]
     }
-    assert len(lost) == 6 and max(lost.values()) < 3e-4
+    assert len(lost) == 6 and max(lost.values()) < 1e-3
     for name in lost:  # the random base is inherited nearly whole: a hundredth of nothing is less than rounding
         assert cached[name] == pytest.approx(live[name], rel=0.01, abs=5e-4), name
 
