@@ -150,7 +150,7 @@ def to_int8(model: nn.Module) -> None:
     """Replace every linear layer by its :class:`Int8`."""
     for part in list(model.modules()):
         for name, layer in list(part.named_children()):
-            if type(layer) in (nn.Linear, Packed):
+            if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, Packed):  # not what other modules derive
                 setattr(part, name, Int8(layer))
 
 

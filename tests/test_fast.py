@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from shoulders.fast import ATTENTION, FEW, Packed, attention, quicken
+from shoulders.fast import ATTENTION, EIGHT, FEW, Int8, Packed, attention, quicken, to_int8
 from tests.tiny import BASE_CONFIGS
 
 
@@ -128,3 +129,35 @@ def test_a_packed_layer_follows_its_weight_and_can_be_copied() -> None:
         assert torch.equal(copy.deepcopy(quick)(x), plain(x))
         quick.load_state_dict({"0.weight": torch.ones(80, 48), "0.bias": torch.zeros(80)})
         torch.testing.assert_close(quick(x).float(), x.sum(1, keepdim=True).expand(5, 80), atol=0.2, rtol=0.02)
+
+
+@pytest.mark.skipif(not EIGHT, reason="this torch has no products in int8")
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+@torch.no_grad()
+def test_int8_is_near(shift: float) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(96, 64)
+    x = torch.randn(2, 40, 96) + shift
+    model = nn.Sequential(copy.deepcopy(plain))
+    to_int8(model)
+    assert isinstance(model[0], Int8) and model(x).shape == (2, 40, 64)
+    truth = plain(x)
+    assert float((model(x) - truth).norm() / (truth - truth.mean(0)).norm()) < 0.02
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+    assert torch.equal(model(torch.zeros(3, 96)), plain.bias.expand(3, 64))
+    assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
+        "0.weight": torch.int8, "0.scale": torch.float32, "0.bias": torch.float32
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_torchs_counter_sees_every_product() -> None:
+    quick, plain = packed()
+    eight = nn.Sequential(copy.deepcopy(plain))
+    to_int8(eight)
+    x = torch.randn(2, 5, 48)
+    for model in (plain, quick, eight):
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as counter:
+            model(x)
+        assert counter.get_total_flops() == 2 * 10 * 48 * 80
