@@ -108,7 +108,7 @@ def recipe(out: Path, effort: Effort) -> Recipe:
         },
         "keep_heads": list(TASKS_OF),
         "train": {
-            "steps": effort.steps, "batch": effort.batch, "lr": 3e-3, "evaluate_every": max(1, effort.steps // 4),
+            "steps": effort.steps, "batch": effort.batch, "lr": 6e-3, "evaluate_every": max(1, effort.steps // 4),
             "save_every": max(1, effort.steps // 8), "log_every": max(1, effort.steps // 50),
         },
         "out": str(out),

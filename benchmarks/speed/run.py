@@ -35,7 +35,7 @@ def main() -> None:
     if asked.child:
         print(json.dumps(measure(asked)))
         return
-    from jobs import VARIANTS, write_cache, write_world
+    from variants import VARIANTS, write_cache, write_world
 
     asked.work.mkdir(parents=True, exist_ok=True)
     write_world(asked.work)
@@ -100,7 +100,7 @@ def ask_child(asked: argparse.Namespace, variant: str, batch: int) -> dict[str, 
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """In a process of its own: images per second, peak memory, arithmetic, and the machine's own rate."""
     import torch
-    from jobs import count_arithmetic, job
+    from variants import count_arithmetic, job
 
     torch.set_num_threads(asked.threads)
     (batch,) = asked.batch

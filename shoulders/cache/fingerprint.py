@@ -105,7 +105,7 @@ def _of_spec(name: str, spec: TeacherSpec) -> Asked:
     pretrained, pixels = checkpoint.pretrained, checkpoint.preprocessing
     whose = {"source": pretrained.source, "revision": pretrained.revision, "licence": checkpoint.licence}
     fields = {**_of_files(pretrained), "size": list(pixels.size), "mean": list(pixels.mean), "std": list(pixels.std),
-              "taps": list(checkpoint.taps)}  # fmt: skip
+              "taps": list(checkpoint.taps), "int8": spec.int8 or None}  # fmt: skip
     return Asked(name, pixels.size, whose, fields)
 
 

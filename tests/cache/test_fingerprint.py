@@ -100,6 +100,7 @@ CHANGES: list[tuple[dict[str, Any] | Callable[[Path], None], str]] = [
     (rename_an_image, "images was"),
     ({"teachers__classifier__size": 16}, "size was"),
     ({"teachers__segmenter__taps": ["stage1"]}, "taps was ['stage0', 'stage1'], is stage1"),
+    ({"teachers__classifier__int8": True}, "int8 was None, is True"),
     ({"images__size": 48}, "decoded to at least was"),
     ({"images__views": 3}, "images.views was 2, is 3"),
     ({"images__scale": [0.5, 1.0]}, "images.scale was [0.4, 1.0], is [0.5, 1.0]"),
