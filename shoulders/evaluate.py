@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
-from shoulders.grafts import ZeroShot, load_graft, taps_of
+from shoulders.grafts import ZeroShot, load_graft
 from shoulders.heads import Fed, check_processor, knows, task_of
 from shoulders.journal import keep_rows
 from shoulders.model import ShouldersModel, load
@@ -29,6 +29,7 @@ from shoulders.tasks.transformer_probes import DEFAULT, PROBES, check_probe
 from shoulders.tasks.tuned import run as train_and_score
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.trainees import tuned, tuning_plan
+from shoulders.transfer.projectors import key, teacher_of
 
 WHO = ("student", "base", "teachers")
 OWN = ("student", "base")  # who has an adapter that can be tuned
@@ -172,8 +173,7 @@ def _heads(
     student = load(run).to(device)
     seen_at = _input_size(student, size)
     for name in student.heads if "student" in models else ():
-        graft = student.head(name)
-        yield "student", name, Fed(graft, seen_at, lambda x, name=name: taps_of(name, student.inherit(x.to(device))))  # type: ignore[misc]
+        yield "student", name, inherited_head(student, name, seen_at)
     for name, spec in specs.items():
         if name in student.heads and ("teachers" in models or name in models):
             teacher = load_teacher(name, spec).to(device)
@@ -232,6 +232,24 @@ def features_of_teacher(teacher: Teacher, spatial: bool) -> FeaturesOf:
     """What a teacher says of a batch that a probe can read, of places where ``spatial``."""
     device = teacher.mean.device
     return _places_of(teacher, device) if spatial else _of_teacher(teacher, device)
+
+
+def inherited_head(student: ShouldersModel, name: str, size: tuple[int, int]) -> Fed:
+    """A kept head on what the student says of images that it sees at ``size`` = (h, w) px."""
+
+    def feed(pixels: Tensor) -> dict[str, Features]:
+        return inherited_taps(student, name, student.places(pixels.to(student.device)))
+
+    return Fed(student.head(name), size, feed)
+
+
+def inherited_taps(student: ShouldersModel, name: str, seen: Mapping[str, Features]) -> dict[str, Features]:
+    """What a student that sees ``{place: Features}`` says in place of one teacher; other projectors stay unasked."""
+    return {
+        tap.split("/", 1)[1]: student.standardizer(tap).inverse(student.projectors[key(tap)](seen))
+        for tap in student.taps
+        if teacher_of(tap) == name
+    }
 
 
 def features_of_student(student: ShouldersModel, size: tuple[int, int], base: bool = False) -> FeaturesOf:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from shoulders.checkpoint import write_text
 from shoulders.errors import DataError, RecipeError
-from shoulders.evaluate import OWN, FeaturesOf, features_of_student, features_of_teacher
+from shoulders.evaluate import OWN, FeaturesOf, features_of_student, features_of_teacher, inherited_taps
 from shoulders.features import Batch, Features
-from shoulders.grafts import taps_of
 from shoulders.heads import answers
 from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
 from shoulders.images.folder import Folder
@@ -28,7 +27,6 @@ from shoulders.tasks import TASKS
 from shoulders.tasks.coco import list_runs
 from shoulders.teachers import load_teacher
 from shoulders.trainees import adapted
-from shoulders.transfer.projectors import key, teacher_of
 
 BATCH = 8
 WHOLE = View(0, 0, 1, 1)
@@ -84,12 +82,7 @@ def predict(
 def ask_heads(student: ShouldersModel, heads: Sequence[str], pixels: Tensor) -> tuple[Features, dict[str, Any]]:
     """The latent of pixels (B, 3, h, w) in [0, 1] and each head's own output: the encoder runs once for all of them."""
     seen = student.places(pixels)
-    told = {
-        tap: student.standardizer(tap).inverse(student.projectors[key(tap)](seen))
-        for tap in student.taps
-        if teacher_of(tap) in heads
-    }
-    return seen["latent"], {name: student.head(name)(taps_of(name, told)) for name in heads}
+    return seen["latent"], {name: student.head(name)(inherited_taps(student, name, seen)) for name in heads}
 
 
 def _asked(run: Path, name: str) -> tuple[Probe, FeaturesOf]:

@@ -194,7 +194,7 @@ def cell(image: Tensor, answer: Answer | None, colours: Colours, size: tuple[int
     drawn = original.convert("RGB") if answer is None else picture(original, answer, colours)
     scale = min(size[0] / original.width, size[1] / original.height)
     small = drawn.resize((round(original.width * scale), round(original.height * scale)), Image.Resampling.LANCZOS)
-    for one in answer or ():
+    for one in reversed(answer or ()):  # the surest on top, as its box is
         if one["score"] is not None and ("box" in one or "mask" in one) and one["score"] < 1:
             tag(small, one, colours[one["label"]], scale)
     paper = Image.new("RGB", size, (244, 244, 244))

@@ -22,9 +22,7 @@ from kept import Kept, Row, publish
 from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, short
 
 from shoulders.checkpoint import write_text
-from shoulders.evaluate import features_of_student
-from shoulders.grafts import taps_of
-from shoulders.heads import Fed
+from shoulders.evaluate import features_of_student, inherited_head
 from shoulders.model import ShouldersModel, load
 from shoulders.ranks import this_device
 from shoulders.tasks import TASKS, Split, Splits
@@ -48,9 +46,7 @@ def sizes_of(student: ShouldersModel) -> dict[float, tuple[int, int]]:
 def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tuple[int, int]) -> list[Row]:
     """By the teacher's head on the student, or by probes on the student, at a size."""
     if kind == "inherited":
-        name = job.teacher
-        head = Fed(student.head(name), size, lambda x: taps_of(name, student.inherit(x.to(student.device))))
-        told = HEADS[job.task](head, splits, BATCH, 0)
+        told = HEADS[job.task](inherited_head(student, job.teacher, size), splits, BATCH, 0)
     else:
         told = TASKS[job.task].run(features_of_student(student, size), splits, [size], BATCH, 0, 0)
     by_metric = {row["metric"]: row for row in told}

@@ -28,12 +28,12 @@ class Asked:
     """The images that a page shows.
 
     Args:
-        maps: those whose features are drawn; None where there are none.
+        maps: pixels (3, H, W) uint8 of those whose features are drawn.
         heads: by head, the name and the pixels (3, H, W) uint8 of those that it answers.
         notes: what is missing, in a sentence each.
     """
 
-    maps: Some | None
+    maps: list[Tensor]
     heads: dict[str, list[tuple[str, Tensor]]]
     notes: list[str]
 
@@ -57,7 +57,8 @@ def choose(told: Told, heads: Sequence[str], given: Given) -> Asked:
         some = _first(source, amount) if source is not None else _turned(shared, number * amount)
         if some is not None:
             chosen[name] = list(_decoded(some[0], some[1][:amount], notes))
-    return Asked(shared, chosen, notes)
+    maps = [] if shared is None else [pixels for _, pixels in _decoded(shared[0], shared[1][:MAPS], notes)]
+    return Asked(maps, chosen, notes)
 
 
 def _first(source: ImageSource, amount: int) -> Some:
@@ -78,7 +79,16 @@ def _held_out(recipe: Recipe | None, notes: list[str]) -> Some | None:
     except (ShouldersError, OSError) as error:
         notes.append(f"The images of the recipe are not here ({error}).")
         return None
-    return found.images, found.heldout[: max(MAPS, MOST)]
+    return found.images, _in_turn(found.images, found.heldout)[: max(MAPS, MOST)]
+
+
+def _in_turn(images: Collection, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices with the sources taking turns, so that a large one does not hide the others."""
+    source = np.searchsorted(images.ends, indices, side="right")
+    place = np.zeros(len(indices), np.int64)  # of an image among those of its source
+    for number in np.unique(source):
+        place[source == number] = np.arange((source == number).sum())
+    return indices[np.lexsort((source, place))]
 
 
 def _scored_on(told: Told, head: str) -> ImageSource | None:

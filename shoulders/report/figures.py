@@ -13,15 +13,15 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from shoulders.errors import ShouldersError
-from shoulders.features import Batch, Features
+from shoulders.features import Features
 from shoulders.grafts import Head, load_graft
 from shoulders.heads import answer_kind, answers, prompted, task_of
-from shoulders.images import View, evaluation_batches, render
+from shoulders.images import View, central_view, render
 from shoulders.model import ShouldersModel, load
 from shoulders.pictures import Colours, palette, pca_pictures, picture
 from shoulders.ranks import this_device
 from shoulders.recipe import TeacherSpec, as_size
-from shoulders.report.choose import MAPS, Asked, Given, Some, choose
+from shoulders.report.choose import Asked, Given, choose
 from shoulders.report.gather import Told
 from shoulders.report.inline import jpeg, png
 from shoulders.report.markup import Image
@@ -79,6 +79,7 @@ class Figures:
     Attributes:
         latent: the images, and the latent with and without the adapter.
         teachers: by name: the tap, its own features, and the student's account of them.
+        shape: (h, w) of the images whose features are drawn, in proportion.
         fault: why the student cannot be asked; "" where it can.
     """
 
@@ -86,6 +87,7 @@ class Figures:
     teachers: dict[str, tuple[str, Strip, Strip]] = field(default_factory=dict)
     pairs: list[Pair] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shape: tuple[int, int] = (1, 1)
     fault: str = ""
 
 
@@ -105,7 +107,7 @@ def draw_figures(told: Told, images: Given) -> Figures:
     asked = choose(told, _kept_heads(student, figures), images)
     figures.notes += asked.notes
     with torch.no_grad():
-        seen = _draw_latent(student, asked.maps, figures) if asked.maps is not None else {}
+        seen = _draw_latent(student, asked.maps, figures) if asked.maps else {}
         specs = told.recipe.teachers if told.recipe else {}
         for name in dict.fromkeys((*specs, *asked.heads)):
             _draw_teacher(name, specs.get(name), student, seen, asked, figures)
@@ -124,10 +126,10 @@ def _kept_heads(student: ShouldersModel, figures: Figures) -> list[str]:
     return found
 
 
-def _draw_latent(student: ShouldersModel, some: Some, figures: Figures) -> dict[str, Features]:
+def _draw_latent(student: ShouldersModel, images: list[Tensor], figures: Figures) -> dict[str, Features]:
     """Draw the latent with and without the adapter; answers what the student says of each tap."""
-    size = as_size(tuple(student.config.image_size))
-    pixels = _batch(some, size).to(student.device).pixels(size)
+    figures.shape = as_size(tuple(student.config.image_size))
+    pixels = _batch(images, figures.shape, figures.shape).to(student.device)
     latent = student.encoder(pixels)["latent"]
     with student.encoder.off():
         base = student.encoder(pixels)["latent"]
@@ -140,8 +142,10 @@ def _draw_latent(student: ShouldersModel, some: Some, figures: Figures) -> dict[
     return student.inherit(pixels)
 
 
-def _batch(some: Some, size: tuple[int, int]) -> Batch:
-    return next(evaluation_batches(some[0], [size], MAPS, some[1][:MAPS]))
+def _batch(images: list[Tensor], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """(B, 3, h, w) in [0, 1]: of each image the largest central box of this shape, whoever looks at it."""
+    views = [central_view((one.shape[1], one.shape[2]), shape) for one in images]
+    return torch.stack([render(one, view, size) for one, view in zip(images, views, strict=True)]) / 255
 
 
 def _maps(features: Features, name: str, like: Features | None = None) -> list[Image]:
@@ -161,7 +165,7 @@ def _draw_teacher(
     try:
         if spec is not None:
             teacher = load_teacher(name, spec).to(this_device())
-            if asked.maps is not None:
+            if asked.maps:
                 _compare(name, teacher, seen, asked.maps, figures)
             if name in asked.heads:
                 graft = load_graft(name, spec, teacher).to(this_device())
@@ -173,7 +177,9 @@ def _draw_teacher(
         figures.notes.append(f"The head of {name} cannot answer ({error}).")
 
 
-def _compare(name: str, teacher: Teacher, seen: Mapping[str, Features], some: Some, figures: Figures) -> None:
+def _compare(
+    name: str, teacher: Teacher, seen: Mapping[str, Features], images: list[Tensor], figures: Figures
+) -> None:  # fmt: skip
     """Draw a teacher's features and the student's account of them in the same colours."""
     w, h = figures.latent[1].images[0].size  # of the student's grid
     grids = {tap: tap_.grid for tap, tap_ in teacher.taps.items() if tap_.spatial and f"{name}/{tap}" in seen}
@@ -182,7 +188,7 @@ def _compare(name: str, teacher: Teacher, seen: Mapping[str, Features], some: So
         return
     # the tap whose grid is nearest to the student's own: neither the easiest nor the hardest to inherit
     tap = min(grids, key=lambda one: abs(math.log(math.prod(grids[one]) / (w * h))))
-    own = teacher(_batch(some, teacher.size).to(teacher.mean.device).pixels(teacher.size))[tap]
+    own = teacher(_batch(images, teacher.size, figures.shape).to(teacher.mean.device))[tap]
     ours = seen[f"{name}/{tap}"]
     figures.teachers[name] = (
         tap,

@@ -12,7 +12,8 @@ DEPTH = "Depth"
 
 def hero(figures: Figures) -> Html:
     """A prediction of each head, side by side: all tasks out of one encoder."""
-    best = {pair.head: pair for pair in sorted(reversed(figures.pairs), key=_likeness)}
+    telling = [pair for pair in reversed(figures.pairs) if pair.student.found or pair.task is None]
+    best = {pair.head: pair for pair in sorted(telling, key=lambda pair: pair.agreed)}
     chosen = sorted(best.values(), key=lambda pair: [*TASKS, pair.task].index(pair.task))[:4]
     shown = [
         element("figure", image(pair.student.image), element(
@@ -26,10 +27,6 @@ def hero(figures: Figures) -> Html:
         class_="quiet",
     )
     return element("div", element("div", *shown, class_="hero"), said) if len(shown) > 1 else Html()
-
-
-def _likeness(pair: Pair) -> tuple[float, bool]:
-    return pair.agreed, bool(pair.student.found)
 
 
 def heads(told: Told, figures: Figures) -> Html:
@@ -97,14 +94,13 @@ def features(told: Told, figures: Figures) -> Html:
         "base share the student’s components. Then each teacher’s own features and, in the same colours, what the "
         "student says in its place, the teacher absent: the more alike, the more was inherited."
     )
-    latent = figure(_strips(figures.latent), "latent", "", style="--n:3")
+    latent = figure(_strips(figures.latent), "latent", "the last layer", style="--n:3")
     whose = [
         figure(_strips([own, ours]), name, tap, style="--n:2") for name, (tap, own, ours) in figures.teachers.items()
     ]
-    return section(
-        "features", title, said, element("div", latent, *whose, class_="maps"),
-        *([] if figures.teachers else _notes(figures)),
-    )  # fmt: skip
+    h, w = figures.shape
+    maps = element("div", latent, *whose, class_="maps", style=f"--shape:{w}/{h}")
+    return section("features", title, said, maps, *([] if figures.teachers else _notes(figures)))
 
 
 def _strips(strips: list[Strip]) -> Html:

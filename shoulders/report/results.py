@@ -22,6 +22,7 @@ KINDS = {
     "scratch": "from scratch, equal cost",
 }
 HEADS = ("teacher", "inherited")  # kinds for which nothing is fitted
+PROBES = ("student_probe", "base_probe", "teacher_probe")
 # task -> the metric that is told, by all the names that rows give it, the surest first
 METRICS = {
     "classification": ("linear_top1", "top1", "zero_shot_top1"),
@@ -119,7 +120,7 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 
 def _cells(task: str, rows: Sequence[Row]) -> dict[str, Cell]:
     by_kind: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in _by_one_probe(rows):
         by_kind.setdefault(kind_of(row), []).append(row)
     cells = {kind: cell for kind in KINDS if (cell := _told(task, kind, by_kind.get(kind, []))) is not None}
     if "teacher" not in cells:  # then the best of the probes on teachers stands there
@@ -133,6 +134,20 @@ def _cells(task: str, rows: Sequence[Row]) -> dict[str, Cell]:
             best = max(probed, key=lambda name: probed[name].value)
             cells = {"teacher": probed[best]._replace(note=f"probe on {best}")} | cells
     return cells
+
+
+def _by_one_probe(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those of other probes than the one that most models were measured by, the first of them."""
+    models: dict[Any, set[str]] = {}
+    for row in rows:
+        if kind_of(row) in PROBES:
+            models.setdefault(_probe_of(row), set()).add(kind_of(row) + str(row.get("model")))
+    chosen = max(models, key=lambda probe: len(models[probe]), default=None)
+    return [row for row in rows if kind_of(row) not in PROBES or _probe_of(row) == chosen]
+
+
+def _probe_of(row: Row) -> Any:
+    return (row.get("settings") or {}).get("head")
 
 
 def _told(task: str, kind: str, rows: Sequence[Row]) -> Cell | None:

@@ -17,9 +17,11 @@ from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.images import open_source
+from shoulders.images import open_images, open_source
 from shoulders.pictures import pca_pictures
+from shoulders.recipe import Recipe
 from shoulders.report import write_report
+from shoulders.report.choose import choose
 from shoulders.report.gather import read_run
 from tests.tiny import save_images
 
@@ -182,6 +184,26 @@ def test_heads_are_shown_on_the_images_they_were_scored_on_else_on_those_given(r
         text = write_report(run, images=images, out=tmp_path / "page.html").read_text()
         shown = re.findall(r'alt="([^"]*): the student with the head of (\w+)', text)
         assert {name for name, head in shown if head == "resnet"} <= {f"{i:04d}.jpg" for i in range(5)}
+
+
+def test_sources_take_turns(run: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    few = save_images(tmp_path / "few", 20)
+    tree["images"] |= {"path": None, "sources": {"many": {"path": tree["images"]["path"]}, "few": {"path": str(few)}}}
+    there = copy(run, tmp_path, "student")
+    (there / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    told = read_run(there)
+    assert told.recipe is not None
+    held = [path.split("/")[0] for path in names_of(told.recipe)]
+    shown = [name.split("/")[0] for name, _ in choose(told, ["a", "b"], None).heads["a"]]
+    turns = 2 * min(held.count("few"), 2)
+    assert held.count("few") and shown[:turns] == ["many", "few"] * (turns // 2)
+
+
+def names_of(recipe: Recipe) -> list[str]:
+    """The held-out images of a run, by name."""
+    images = open_images(recipe.images, recipe.train.seed)
+    return [images.images.name(at) for at in images.heldout.tolist()]
 
 
 def test_rows_can_be_given(run: Path, tmp_path: Path) -> None:

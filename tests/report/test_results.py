@@ -64,6 +64,15 @@ def test_tuned_adapters_are_not_taken_for_probes() -> None:
     assert {kind: cell.value for kind, cell in line.cells.items()} == {"student_probe": 0.3, "student_tuned": 0.5}
 
 
+def test_student_and_base_are_compared_by_the_same_probe() -> None:
+    def by(probe: str, model: str, value: float) -> list[dict[str, Any]]:
+        return [{**row, "settings": {"head": probe}} for row in rows_of(model, "detection", INK, AP=value)]
+
+    rows = [*by("large", "student", 0.6), *by("dense", "student", 0.5), *by("dense", "base", 0.4)]
+    (line,) = lines(rows)
+    assert {kind: cell.value for kind, cell in line.cells.items()} == {"student_probe": 0.5, "base_probe": 0.4}
+
+
 def test_without_a_head_the_best_probe_on_a_teacher_stands_for_it() -> None:
     rows = [row for name, value in (("one", 0.6), ("two", 0.7)) for row in
             rows_of(name, "classification", INK, knn_top1=0.99, linear_top1=value)]  # fmt: skip
