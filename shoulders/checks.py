@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
 from shoulders.fidelity import check_int8
 from shoulders.grafts import check_graft
 from shoulders.own import check_function
+from shoulders.parallel import PARTS
 from shoulders.ranks import Rank
 from shoulders.recipe import Recipe, Source, as_size, check_name, check_resumed
 from shoulders.student.base import check_base
@@ -23,6 +26,17 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
     Raises:
         RecipeError: one line with the fix.
     """
+    check_training(recipe, own, rank)
+    check_out(recipe, resume)
+    check_int8(recipe, rank.say)
+
+
+def check_training(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> None:
+    """All that a run needs is there and goes together, wherever it will be written.
+
+    Raises:
+        RecipeError: one line with the fix.
+    """
     check_teaching(recipe, own)
     check_cached(recipe)
     share = rank.world * recipe.train.accumulate
@@ -31,11 +45,11 @@ def check(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank, resume: bool) 
             f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
             f"parts (train.accumulate); make it a multiple of {share}"
         )
+    if recipe.train.parallel == "fsdp" and rank.world > 1:
+        check_parts(recipe)
     check_reads(recipe)
     for name in recipe.keep_heads:
         check_graft(name, recipe.teachers[name])
-    check_out(recipe, resume)
-    check_int8(recipe, rank.say)
 
 
 def check_teaching(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
@@ -98,6 +112,20 @@ def check_names(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
         if name in recipe.teachers:
             raise RecipeError(f"teachers: {name!r} is both in the recipe and given from Python; rename one")
         check_name(name)
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Models can be shared out in parts.
+
+    Raises:
+        RecipeError: with the way out.
+    """
+    if not PARTS:
+        raise RecipeError(
+            f"train.parallel: fsdp needs torch 2.13, not {torch.__version__}; install that, or take parallel=ddp"
+        )
+    if recipe.train.compile:
+        raise RecipeError("train.compile: does not go with train.parallel=fsdp; leave it out, or take parallel=ddp")
 
 
 def check_reads(recipe: Recipe) -> None:

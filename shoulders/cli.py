@@ -46,6 +46,27 @@ def distill(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as train.batch=64.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a distillation will take, and what would make it cheaper, from a few steps of it."""
+    from shoulders.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides or ())
+    from shoulders.plan import plan, show_plan
+
+    told = plan(checked)
+    if as_json:
+        print(json.dumps(told, indent=1))
+        return
+    titles, rows, below = show_plan(told)
+    print_table(titles, rows)
+    print("", *below, sep="\n")
+
+
+@app.command()
 def cache(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) with cache.path and a number of images.views.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, such as cache.path=FOLDER.")] = None,

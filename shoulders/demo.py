@@ -8,8 +8,13 @@ same architecture trained from nothing with labels. What is finished is kept, an
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,21 +22,26 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shoulders.checkpoint import write_text
-from shoulders.distill import distill
+from shoulders.checkpoint import write_folder, write_text
+from shoulders.checks import check
+from shoulders.distill import distill, student_at_birth
 from shoulders.evaluate import evaluate, evaluate_heads
+from shoulders.model import save_student
+from shoulders.ranks import Rank, this_device
 from shoulders.recipe import Recipe, check_recipe
 from shoulders.report import write_report
 from shoulders.scratch import scratch
 from shoulders.tasks import TASKS
 from shoulders.tasks.tuned import Try
+from shoulders.teachers import Teachers, load_teacher
 from shoulders.world import SIZE, TASKS_OF, TEACHERS, write_world
 
 Row = dict[str, Any]
 THREADS = 1  # the same everywhere: more of them add in another order; for models this small they gain next to nothing
 METRICS = {"classification": "top1", "detection": "AP", "semantic": "mIoU", "instance": "mask_AP"}
 PROCESSES = 2  # that measure
-LONGEST_FIRST = ("scratch", "student_probe", "base_probe", "inherited", "teacher")
+FIRST = ("scratch", "base_probe")  # these ask nothing of the student
+LAST = ("student_probe", "inherited", "teacher")
 TRIES = (Try("muon", 2e-3),)  # of training from scratch
 # what the table shows of each task, and how it calls that
 KINDS = {"teacher": "teacher", "inherited": "its head on the student", "student_probe": "probe on the student",
@@ -62,8 +72,8 @@ class Effort:
     scratch: dict[str, int]
 
 
-FULL = Effort({"train": 300, "val": 60, "test": 200}, 480, 16, 256, 64, 0.25,
-              {"classification": 77, "detection": 68, "semantic": 77, "instance": 65})  # fmt: skip
+FULL = Effort({"train": 300, "val": 60, "test": 200}, 640, 16, 256, 64, 0.5,
+              {"classification": 70, "detection": 62, "semantic": 70, "instance": 60})  # fmt: skip
 QUICK = Effort({"train": 60, "val": 60, "test": 60}, 12, 8, 32, 16, 0.05, dict.fromkeys(METRICS, 3))
 
 
@@ -84,9 +94,18 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
+        told, resume = recipe(out, effort), (out / "recipe.yaml").exists()
+        check(told, {}, Rank(0, 1, this_device()), resume)
         _draw(out / "scenes", effort)
-        distill(recipe(out, effort), resume=(out / "recipe.yaml").exists())
-        rows = _measure(out, effort)
+        _save_newborn(told)
+        with _processes() as pool:
+            asked = [pool.submit(ask, out, out / "newborn", effort, *what) for what in product(FIRST, TASKS_OF)]
+            distill(told, resume=resume)
+            asked += [pool.submit(ask, out, out, effort, *what) for what in product(LAST, TASKS_OF)]
+            for done in tqdm(as_completed(asked), "measuring", len(asked), leave=False, disable=None):
+                done.result()
+        rows = [json.loads(_file(out, kind, teacher).read_text()) for teacher, kind in product(TASKS_OF, KINDS)]
+        write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
         write_report(out, rows=rows, images=None)
     finally:
         torch.set_num_threads(before)
@@ -97,9 +116,15 @@ def recipe(out: Path, effort: Effort) -> Recipe:
     """What the demo distils."""
     return check_recipe({
         "student": {"base": str(TEACHERS / "base"), "adapter": {"kind": "conv", "width": 128}},
-        "teachers": {name: {"model": str(TEACHERS / name)} for name in TASKS_OF},
+        # each is asked about the style that it knows
+        "teachers": {
+            name: {"model": str(TEACHERS / name), "sources": [style]} for name, (_, style, _) in TASKS_OF.items()
+        },
         "images": {
-            "sources": {"world": {"module": "shoulders.world:unlabelled", "args": {"count": 20_000}}},
+            "sources": {
+                style: {"module": "shoulders.world:unlabelled", "args": {"styles": [style], "count": 5_000}}
+                for _, style, _ in TASKS_OF.values()
+            },
             "size": SIZE, "scale": [0.6, 1.0], "holdout": effort.holdout,
         },
         "transfer": {
@@ -121,36 +146,57 @@ def _draw(folder: Path, effort: Effort) -> None:
         write_world(folder, counts=effort.scenes, on_scene=lambda: bar.update())
 
 
-def _measure(out: Path, effort: Effort) -> list[Row]:
-    """All rows, each kept as soon as it is there; measured by two processes of one thread, which disturb nobody."""
-    file = out / "demo.json"
-    rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
-    there = {(row["task"], row["kind"]) for row in rows}
-    order = [(teacher, kind) for kind in sorted(KINDS, key=LONGEST_FIRST.index) for teacher in TASKS_OF]
-    missing = [(teacher, kind) for teacher, kind in order if (TASKS_OF[teacher][0], kind) not in there]
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        asked = [pool.submit(ask, out, effort, teacher, kind) for teacher, kind in missing]
-        for done in tqdm(as_completed(asked), "measuring", len(asked), leave=False, disable=None):
-            rows.append(done.result())
-            write_text(file, json.dumps(rows, indent=1) + "\n")
-    tasks = [task for task, _, _ in TASKS_OF.values()]
-    return sorted(rows, key=lambda row: (tasks.index(row["task"]), list(KINDS).index(row["kind"])))
+def _save_newborn(told: Recipe) -> None:
+    """The student before it learned anything: enough for all that is not asked of a student, which need not wait."""
+    if not (told.out / "newborn").exists():
+        teachers = Teachers({name: load_teacher(name, spec) for name, spec in told.teachers.items()})
+        torch.manual_seed(told.train.seed)
+        write_folder(told.out / "newborn", partial(save_student, student_at_birth(told, teachers), heads={}))
 
 
-def ask(out: Path, effort: Effort, teacher: str, kind: str) -> Row:
-    """One row: what a kind of measurement says of a teacher's task."""
+@contextmanager
+def _processes() -> Iterator[ProcessPoolExecutor]:
+    """Processes that measure, beside the distillation and after it; a failure does not wait for them."""
+    pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"), _give_way)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _give_way() -> None:
+    """One thread each, and the distillation, which all else waits for, goes first."""
+    torch.set_num_threads(1)
+    os.nice(10)
+
+
+def _file(out: Path, kind: str, teacher: str) -> Path:
+    """Where a row is kept."""
+    return out / "measured" / f"{kind}-{teacher}.json"
+
+
+def ask(out: Path, student: Path, effort: Effort, kind: str, teacher: str) -> None:
+    """Measure one row, unless it is there: what a kind of measurement says of a teacher's task."""
+    file = _file(out, kind, teacher)
+    if file.exists():
+        return
     task, style, labels = TASKS_OF[teacher]
     data = out / "scenes" / style / labels
     if kind in ("teacher", "inherited"):
         who = teacher if kind == "teacher" else "student"
-        told = [row for row in evaluate_heads(out, task, data, [who], batch=50, workers=0) if row["head"] == teacher]
+        rows = evaluate_heads(student, task, data, [who], batch=50, workers=0)
+        told = [row for row in rows if row["head"] == teacher]
         metric = HEADS[task]
     elif kind == "scratch":
         steps = effort.scratch[task]
-        told = scratch(out, task, TASKS[task].find(data, "image"), steps, tries=TRIES)  # type: ignore[assignment]
+        told = scratch(student, task, TASKS[task].find(data, "image"), steps, tries=TRIES)  # type: ignore[assignment]
         metric = METRICS[task]
     else:
-        told = evaluate(out, task, data, [kind.removesuffix("_probe")], workers=0, effort=effort.probe)
+        told = evaluate(student, task, data, [kind.removesuffix("_probe")], workers=0, effort=effort.probe)
         metric = PROBES[task]
     value = next(row["value"] for row in told if row["metric"] == metric)
-    return {"task": task, "kind": kind, "metric": METRICS[task], "value": value, "seed": 0}
+    row = {"task": task, "kind": kind, "metric": METRICS[task], "value": value, "seed": 0}
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps(row) + "\n")

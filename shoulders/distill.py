@@ -10,13 +10,13 @@ import json
 import signal
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from shoulders.cache import AnyTeachers, open_cache
 from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_checkpoint, write_folder, write_text
@@ -29,6 +29,7 @@ from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, 
 from shoulders.journal import Journal, keep_rows
 from shoulders.learner import Learner, Optimization
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
+from shoulders.parallel import gathered, share, synced, whole
 from shoulders.ranks import Rank, join, signals, use_bf16
 from shoulders.recipe import Recipe, as_size, dump_recipe
 from shoulders.student.base import load_base
@@ -69,9 +70,10 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         measures = run.train(resume)
         summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
         summary |= measures
+        weights = gathered(run.student.state_dict(), rank)
         if rank.is_main:
             heads = {name: load_graft(name, recipe.teachers[name], run.teachers[name]) for name in recipe.keep_heads}
-            write_folder(recipe.out / "student", partial(save_student, run.student, heads=heads))
+            write_folder(recipe.out / "student", partial(save_student, run.student, heads=heads, weights=weights))
             keep_rows(recipe.out / "results.json", _rows(summary))
         rank.barrier()
         return summary
@@ -84,9 +86,8 @@ def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
     teachers = open_cache(recipe, own, images, bf16, rank) or Teachers(
         {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own), bf16=bf16
     )
-    teachers.to(rank.device)
     torch.manual_seed(recipe.train.seed)
-    learner = Learner(_student_at_birth(recipe, teachers), recipe).to(rank.device)
+    learner = Learner(student_at_birth(recipe, teachers), recipe)
     rank.say(f"{len(images)} images to learn from, {len(images.heldout)} held out; base {recipe.student.base}")
     for tap, facts in teachers.taps.items():
         rank.say(f"  {tap}: summary {facts.summary or '-'}, spatial {facts.spatial or '-'} on {facts.grid}")
@@ -105,13 +106,13 @@ class Run:
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
         self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
-        self.optimization = Optimization(learner, recipe.train)
+        self.homes = {name: spec.sources for name, spec in recipe.teachers.items() if spec.sources is not None}
         self.frozen = fingerprint(self.student.encoder.base, teachers)
+        self.module = share(learner, self.student.encoder.base, teachers, recipe.train.parallel, rank)
+        self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
-        self.parallel = DistributedDataParallel(learner) if rank.world > 1 else None
-        module = self.parallel or learner
-        self.forward = torch.compile(module) if recipe.train.compile else module
+        self.forward = torch.compile(self.module) if recipe.train.compile else self.module
 
     def train(self, resume: bool) -> dict[str, float]:
         """From the first step, or the newest checkpoint, to the last. Returns the last held-out measures."""
@@ -164,20 +165,26 @@ class Run:
         parts = batch.to(self.rank.device).split(len(batch) // self.recipe.train.accumulate)
         losses, told = [], []
         for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
-            taught = self.teach(part)
-            with self.autocast(), self._sync_gradients(i == len(parts) - 1):
-                loss, terms = self.forward(part.pixels(self.size), taught, coins)
+            asked = self.asked(part)
+            taught = self.teach(part, asked)
+            with self.autocast(), synced(self.module, i == len(parts) - 1):
+                loss, terms = self.forward(part.pixels(self.size), taught, coins, asked)
                 (loss / len(parts)).backward()
             losses.append(loss.detach())
             told.append(terms)
         norm = self.optimization.step(step)
         self.finite &= torch.isfinite(norm)
-        terms = {name: torch.stack([terms[name] for terms in told]).mean() for name in told[0]}
+        terms = {name: torch.stack([terms[name] for terms in told]).nanmean() for name in told[0]}
         return torch.stack(losses).mean(), terms, norm
 
-    def teach(self, batch: Batch) -> dict[str, Features]:
+    def asked(self, batch: Batch) -> dict[str, Tensor]:
+        """{teacher: (b,) the images of the batch that it is asked about}, of those who are not asked about all."""
+        rows = {name: self.images.images.rows_of(home, batch.ids.numpy()) for name, home in self.homes.items()}
+        return {name: torch.from_numpy(one).to(self.rank.device, non_blocking=True) for name, one in rows.items()}
+
+    def teach(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
         """What the teachers say of the batch; the base is one of them where it is to be preserved, or only read."""
-        taught = self.teachers(batch)
+        taught = self.teachers(batch, asked)
         missing = [place for place in self.student.asks if f"{BASE}/{place}" not in taught]
         if missing:
             with self.autocast():
@@ -186,10 +193,11 @@ class Run:
         # one layout in memory, cached or live: another one rounds differently
         return {tap: features.map(torch.Tensor.contiguous) for tap, features in taught.items()}
 
-    def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
+    def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features], dict[str, Tensor]]]:
         for batch in (batch.to(self.rank.device) for batch in stream):
-            taught = self.teach(batch)
-            yield batch, {tap: taught[tap] for tap in self.student.taps}
+            asked = self.asked(batch)
+            taught = self.teach(batch, asked)
+            yield batch, {tap: taught[tap] for tap in self.student.taps}, asked
 
     def _batches(self, first: int, steps: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
@@ -202,7 +210,7 @@ class Run:
         how = self.recipe.images
         return evaluation_batches(
             self.images.images, self.drawn, ASKED_AT_ONCE, self.images.heldout,
-            how.workers, how.max_pixels, self.sizes,
+            how.workers, how.max_pixels, self.sizes, self.size,
         )  # fmt: skip
 
     def _coins(self, step: int) -> Tensor:
@@ -221,7 +229,7 @@ class Run:
         steps = -(-how.calibration // train.batch)
         # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
         parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
-        for _, taught in self._taught(parts):
+        for _, taught, _ in self._taught(parts):
             for tap, features in taught.items():
                 for part, x in features.parts().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
@@ -230,7 +238,7 @@ class Run:
 
     def _evaluate(self, heldout: HeldOut, journal: Journal, step: int) -> dict[str, float]:
         self.learner.eval()
-        with self.autocast(), self.optimization.averaged():
+        with self.autocast(), self.optimization.averaged(), whole(self.learner):
             numbers, per_teacher = heldout.measure(self.student, self.rank.device)
         journal.evaluation(step, numbers, per_teacher)
         return numbers
@@ -243,9 +251,10 @@ class Run:
             )
 
     def _save(self, step: int) -> None:
+        tensors = gathered(self.optimization.tensors(), self.rank)
         if self.rank.is_main:
             folder = self.recipe.out / "checkpoints"
-            save_checkpoint(folder, step, self.optimization.tensors(), {"frozen": self.frozen}, self.recipe.train.keep)
+            save_checkpoint(folder, step, tensors, {"frozen": self.frozen}, self.recipe.train.keep)
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
@@ -258,12 +267,8 @@ class Run:
         self.optimization.restore(tensors)
         return int(state["step"])
 
-    def _sync_gradients(self, last: bool) -> AbstractContextManager[None]:
-        """DDP averages the gradients of a step once, in its last part."""
-        return nullcontext() if self.parallel is None or last else self.parallel.no_sync()
 
-
-def _student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
+def student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
     base = load_base(recipe.student)
     taps = {tap: Widths(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}

@@ -35,6 +35,7 @@ WHO = ("student", "base", "teachers")
 OWN = ("student", "base")  # who has an adapter that can be tuned
 FINEST_STRIDE = 8  # px of a teacher's input between the places that a dense probe sees
 FeaturesOf = Callable[[Batch], Features]
+Rows = list[dict[str, Any]]
 
 
 def evaluate(
@@ -42,7 +43,7 @@ def evaluate(
     batch: int = 64, workers: int = 1, seed: int = 0, size: tuple[int, int] | None = None, tune: str | None = None,
     scratch_steps: int | None = None, probe: str | None = None, effort: float = 1.0,
     on_model: Callable[[str], None] = lambda name: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Rows:  # fmt: skip
     """Rows of model, task, metric, value (a fraction from 0 to 1), n, seconds and settings.
 
     Args:
@@ -73,27 +74,13 @@ def evaluate(
         raise RecipeError(f"--task: {task!r} is not one of {', '.join(TASKS)}")
     check_probe(task, probe or DEFAULT[task], tune)
     measure, is_default = PROBES.get(task, {}).get(probe or "", TASKS[task].run), probe in (None, DEFAULT[task])
-    is_run = (run / "recipe.yaml").is_file()
-    specs = read_recipe(run / "recipe.yaml").teachers if is_run else {}
     models = models or (OWN if tune else WHO)
-    _check_models(models, specs, tune)
-    if "scratch" in models and scratch_steps is None:
-        check_countable(run)
-    asked = {name: spec for name, spec in specs.items() if "teachers" in models or name in models}
+    asked = _asked(run, models, tune, scratch_steps)
     splits = TASKS[task].find(data, column)
     if TASKS[task].spatial:
-        for name, spec in asked.items():
-            _check_spatial(name, spec, task)
-    rows: list[dict[str, Any]] = []
-
-    def keep(name: str, measured: list[Row], fitted: Probe | None) -> None:
-        new = [{"model": name, **row, "data": str(Path(data).resolve()), "seed": seed} for row in measured]
-        if is_run and size is None:
-            keep_rows(run / "results.json", new)
-            if fitted is not None and is_default:
-                save_probe(run, fitted)
-        rows.extend(new)
-
+        _check_spatial(asked, task)
+    keep = partial(_keep, run if size is None and (run / "recipe.yaml").is_file() else None, data, seed)
+    rows: Rows = []
     for name, seen_at, features_of in _chosen(run, models, asked, TASKS[task].spatial, size):
         on_model(name)
         heads: list[nn.Module] = []
@@ -101,20 +88,20 @@ def evaluate(
         fitted = Probe(task, name, splits.classes, seen_at, heads[0])
         if tune:
             measured, fitted = _tuned(run, fitted, measured, splits, batch, workers, seed)
-        keep(name, measured, fitted)
+        rows += keep(name, measured, fitted if is_default else None)
     if "scratch" in models:
         on_model("scratch")
-        keep("scratch", scratch(run, task, splits, scratch_steps, size=size, workers=workers, seed=seed), None)
+        rows += keep("scratch", scratch(run, task, splits, scratch_steps, size=size, workers=workers, seed=seed), None)
     if task == "classification" and tune is None:
         rows += _zero_shot(run, data, splits, models, asked, batch, workers, size)
     return rows
 
 
 def _zero_shot(run: Path, data: Path | str, splits: Splits, models: Sequence[str], asked: Mapping[str, TeacherSpec],
-               batch: int, workers: int, size: tuple[int, int] | None) -> list[dict[str, Any]]:  # fmt: skip
+               batch: int, workers: int, size: tuple[int, int] | None) -> Rows:  # fmt: skip
     """Rows of kept heads that classify by class names, where these are the names of the data."""
     names = splits.test.images.classes
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for who, head, fed in _heads(run, {name: spec for name, spec in asked.items() if spec.classes}, models, size):
         if isinstance(fed.graft, ZeroShot) and knows(fed, names):
             measured = HEADS["classification"](replace(fed, names=names), splits, batch, workers)
@@ -129,7 +116,7 @@ def evaluate_heads(
     run: Path | str, task: str, data: Path | str, models: Sequence[str] = WHO, *, column: str = "image",
     batch: int = 64, workers: int = 1, size: tuple[int, int] | None = None,
     on_model: Callable[[str], None] = lambda name: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Rows:  # fmt: skip
     """Rows as of `evaluate`, with ``head``: heads that answer a task, on their teachers' and the student's features.
 
     Nothing is fitted. The student is asked through the heads that it keeps, teachers through their own.
@@ -143,7 +130,7 @@ def evaluate_heads(
         raise RecipeError(f"--task: {task!r} is not one of {', '.join(TASKS)}")
     is_run = (run / "recipe.yaml").is_file()
     splits = TASKS[task].find(data, column)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     specs = read_recipe(run / "recipe.yaml").teachers if is_run else {}
     for name, head, fed in _heads(run, specs, models, size):
         if isinstance(fed.graft, ZeroShot) and task == "classification":
@@ -181,17 +168,29 @@ def _heads(
             yield name, name, Fed(graft, teacher.size, lambda x, teacher=teacher: teacher(x.to(device)))  # type: ignore[misc]
 
 
-def _check_models(models: Sequence[str], specs: Mapping[str, TeacherSpec], tune: str | None) -> None:
-    """Refuse who is not there, or cannot be tuned."""
+def _asked(run: Path, models: Sequence[str], tune: str | None, scratch_steps: int | None) -> dict[str, TeacherSpec]:
+    """The teachers to measure; refuses who is not there, or cannot be tuned or counted."""
+    specs = read_recipe(run / "recipe.yaml").teachers if (run / "recipe.yaml").is_file() else {}
     known = (*WHO, "scratch", *specs)
-    unknown = [name for name in models if name not in known]
-    if unknown:
+    if unknown := [name for name in models if name not in known]:
         raise RecipeError(f"--models: {', '.join(unknown)} not here; choose from {', '.join(known)}")
     if tune not in (None, "adapter"):
         raise RecipeError(f"--tune: {tune!r} is not there; adapter is all that can be tuned")
-    fixed = [name for name in models if name not in OWN]
-    if tune and fixed:
+    if tune and (fixed := [name for name in models if name not in OWN]):
         raise RecipeError(f"--tune: {', '.join(fixed)} without an adapter to tune; choose --models from student, base")
+    if "scratch" in models and scratch_steps is None:
+        check_countable(run)
+    return {name: spec for name, spec in specs.items() if "teachers" in models or name in models}
+
+
+def _keep(run: Path | None, data: Path | str, seed: int, name: str, measured: list[Row], probe: Probe | None) -> Rows:
+    """The rows of a model with what they are of; where there is a run folder, they and the probe are kept in it."""
+    rows = [{"model": name, **row, "data": str(Path(data).resolve()), "seed": seed} for row in measured]
+    if run is not None:
+        keep_rows(run / "results.json", rows)
+        if probe is not None:
+            save_probe(run, probe)
+    return rows
 
 
 def _tuned(
@@ -207,10 +206,11 @@ def _tuned(
     return rows, replace(probe, head=trainee.head, adapter=adapter)
 
 
-def _check_spatial(name: str, spec: TeacherSpec, task: str) -> None:
+def _check_spatial(teachers: Mapping[str, TeacherSpec], task: str) -> None:
     """Refuse a teacher that says nothing of places, before any model is measured."""
-    if all(tap.spatial is None for tap in load_teacher(name, spec).taps.values()):
-        raise RecipeError(f"teachers.{name}: has no spatial features, which {task} needs; leave it out of --models")
+    for name, spec in teachers.items():
+        if all(tap.spatial is None for tap in load_teacher(name, spec).taps.values()):
+            raise RecipeError(f"teachers.{name}: has no spatial features, which {task} needs; leave it out of --models")
 
 
 def _chosen(

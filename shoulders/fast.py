@@ -104,6 +104,14 @@ def _pack(model: nn.Module) -> None:
             layer.__class__ = Packed
 
 
+def unpack(model: nn.Module) -> None:
+    """Undo the packing of :func:`quicken`, of no use to weights that come and go: they would be packed every time."""
+    for layer in model.modules():
+        if type(layer) is Packed:
+            layer.__dict__.pop("packed", None)  # half as large as the weights
+            layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
 class Int8(nn.Module):
     """A frozen linear layer in int8: a scale for each row of the weight, and one scale for all that comes in.
 

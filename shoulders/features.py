@@ -61,6 +61,10 @@ class Features:
             self.grid,
         )
 
+    def take(self, rows: Tensor | None) -> Features:
+        """Those of some images: ``rows`` (b,) in the order wanted; None: of all."""
+        return self if rows is None else self.map(lambda part: part[rows.to(part.device)])
+
     def parts(self) -> dict[str, Tensor]:
         """``{"summary": (B, C), "spatial": (B, N, C)}``, without the absent ones."""
         named = {"summary": self.summary, "spatial": self.spatial}
@@ -116,16 +120,17 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """The batch in consecutive ones of ``size`` images; the last may be smaller."""
-        pieces = [slice(start, start + size) for start in range(0, len(self), size)]
-        return [
-            Batch(
-                self.ids[piece],
-                {px: images[piece] for px, images in self.rendered.items()},
-                None if self.labels is None else self.labels[piece],
-                views=None if self.views is None else self.views[piece],
-            )
-            for piece in pieces
-        ]
+        return [self.take(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def take(self, rows: Tensor | slice) -> Batch:
+        """Some of the images, without what was skipped."""
+        return Batch(
+            self.ids[rows],
+            {px: images[rows.to(images.device) if isinstance(rows, Tensor) else rows]
+             for px, images in self.rendered.items()},
+            None if self.labels is None else self.labels[rows],
+            views=None if self.views is None else self.views[rows],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.ids)

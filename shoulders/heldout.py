@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from shoulders.errors import DataError
 from shoulders.features import Batch, Features, Skipped
 from shoulders.model import ShouldersModel
 from shoulders.transfer.align import align
 from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
-from shoulders.transfer.objective import BASE
+from shoulders.transfer.objective import BASE, Asked
 from shoulders.transfer.projectors import teacher_of
 
+FEWEST = 2  # images: half of them fit, the others tell
 PLACES = 16  # places per image that are compared: neighbours say nearly the same, memory is not free
 
 
@@ -25,36 +28,46 @@ class Target:
     vectors: Tensor  # (n, P, C)
     places: Tensor | None  # (n, P) indices into ``grid``; None for a summary
     grid: tuple[int, int]  # the smaller of the teacher's and the student's
+    first: list[int]  # row of `vectors` where each batch begins
 
 
 class HeldOut:
     """Held-out images with their teachers' features, asked once; :meth:`measure` asks the student."""
 
-    def __init__(self, taught: Iterable[tuple[Batch, Mapping[str, Features]]], student: ShouldersModel,
+    def __init__(self, taught: Iterable[tuple[Batch, Mapping[str, Features], Asked]], student: ShouldersModel,
                  size: tuple[int, int]):  # fmt: skip
         self.size = size
         self.batches: list[Batch] = []
+        self.asked: list[Asked] = []  # of each batch
         self.skipped: list[Skipped] = []
         grid = student.encoder.grid(size)
         rows: dict[str, list[Tensor]] = {}
         grids: dict[str, tuple[int, int]] = {}
         places: dict[str, list[Tensor]] = {}
-        for number, (batch, features) in enumerate(taught):
+        for number, (batch, features, asked) in enumerate(taught):
             self.skipped += batch.skipped
             self.batches.append(Batch(batch.ids, {size: batch.rendered[size]}))
+            self.asked.append(asked)
             for tap, said in features.items():
                 if said.summary is not None:
                     rows.setdefault(f"{tap}/summary", []).append(said.summary.cpu()[:, None])
                 if said.spatial is not None:
                     name = f"{tap}/spatial"
                     grids[name] = _smaller(grid, said.grid)
-                    chosen = _choose(len(batch), grids[name], seed=number)
+                    chosen = _choose(len(said.spatial), grids[name], seed=number)
                     places.setdefault(name, []).append(chosen)
                     rows.setdefault(name, []).append(_at(align(said, grids[name]), chosen))
         self.targets = {
-            name: Target(torch.cat(parts), torch.cat(places[name]) if name in places else None, grids.get(name, (0, 0)))
+            name: Target(torch.cat(parts), torch.cat(places[name]) if name in places else None,
+                         grids.get(name, (0, 0)), [0, *accumulate(map(len, parts))])
             for name, parts in rows.items()
-        }
+        }  # fmt: skip
+        for name, target in self.targets.items():
+            if len(target.vectors) < FEWEST:
+                raise DataError(
+                    f"teachers.{teacher_of(name)}.sources: {len(target.vectors)} of {len(self)} held-out images are of "
+                    f"those; raise images.holdout"
+                )
 
     def __len__(self) -> int:
         """Images that could be read."""
@@ -88,20 +101,19 @@ class HeldOut:
     def _ask(self, student: ShouldersModel, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         latents: dict[str, list[Tensor]] = {name: [] for name in self.targets}
         told: dict[str, list[Tensor]] = {name: [] for name in self.targets}
-        done = 0
-        for batch in self.batches:
+        for number, (batch, asked) in enumerate(zip(self.batches, self.asked, strict=True)):
             seen = student.places(batch.to(device).pixels(self.size))
-            said = student.tell(seen)
+            said = student.tell(seen, asked)
             for name, target in self.targets.items():
                 tap, part = name.rsplit("/", 1)
                 raw = student.standardizer(tap).inverse(said[tap])
-                for features, found in ((seen["latent"].map(Tensor.float), latents), (raw, told)):
+                latent = seen["latent"].take(asked.get(teacher_of(tap))).map(Tensor.float)
+                for features, found in ((latent, latents), (raw, told)):
                     if target.places is None:
                         found[name].append(features.parts()[part].cpu()[:, None])
                     else:
-                        here = target.places[done : done + len(batch)]
+                        here = target.places[target.first[number] : target.first[number + 1]]
                         found[name].append(_at(align(features, target.grid), here))
-            done += len(batch)
         return ({name: torch.cat(parts) for name, parts in found.items()} for found in (latents, told))  # type: ignore[return-value]
 
 

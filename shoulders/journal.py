@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -85,11 +86,12 @@ class Journal:
         self.bar.update()
 
     def train(self, step: int, terms: Mapping[str, float], lr: float, gradient_norm: float) -> None:
-        """Log a training step: its loss and the named terms of it."""
+        """Log a training step: its loss, and the named terms of it but those that are not numbers."""
         now = time.perf_counter()
         speed = self.images / (now - self.since)
         self.images, self.since = 0, now
-        row = {"images_per_s": speed, "peak_gib": peak_memory(), "lr": lr, "gradient_norm": gradient_norm} | dict(terms)
+        row = {"images_per_s": speed, "peak_gib": peak_memory(), "lr": lr, "gradient_norm": gradient_norm}
+        row |= {name: value for name, value in terms.items() if not math.isnan(value)}
         self._write({"step": step, "kind": "train"} | row)
         self._show(**{"img/s": f"{speed:.0f}", "loss": f"{terms['loss']:.3f}"})
 

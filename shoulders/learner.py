@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from shoulders.errors import DataError
 from shoulders.features import Features
 from shoulders.model import ShouldersModel
+from shoulders.parallel import apart, clip, part_of, replicated
 from shoulders.recipe import Recipe, Train
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
-from shoulders.transfer.objective import BASE, Settings, kpu
+from shoulders.transfer.objective import BASE, Asked, Settings, kpu
 from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths, teacher_of
+
+EVERYBODY: Asked = MappingProxyType({})  # about everything
 
 
 class Learner(nn.Module):
@@ -36,29 +40,34 @@ class Learner(nn.Module):
         self.shares = [recipe.teachers[name].weight if name in recipe.teachers else 1.0 for name in taught_by]
 
     def forward(
-        self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor
+        self, pixels: Tensor, taught: Mapping[str, Features], coins: Tensor, asked: Asked = EVERYBODY
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T)."""
+        """Loss and named terms of pixels (B, 3, h, w), of what the teachers say of them, and of coins (B, T).
+
+        Args:
+            asked: of which images the teachers say it; of one not named, all.
+        """
         base = {tap.removeprefix(f"{BASE}/"): said for tap, said in taught.items() if teacher_of(tap) == BASE}
         goals = {tap: taught[tap] for tap in self.student.taps}
-        return self.compare(self.student.places(pixels, base), goals, coins)
+        return self.compare(self.student.places(pixels, base), goals, coins, asked)
 
     def compare(
-        self, seen: Mapping[str, Features], taught: Mapping[str, Features], coins: Tensor
+        self, seen: Mapping[str, Features], taught: Mapping[str, Features], coins: Tensor, asked: Asked = EVERYBODY
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and named terms of what the student sees, ``{place: Features}``: projectors, distances, balance."""
-        told = self.student.tell(seen)
+        told = self.student.tell(seen, asked)
         goals = self.student.standardized(taught)
 
         def unify(present: Mapping[str, Tensor]) -> Mapping[str, Features]:
             grid = seen["latent"].grid
             if isinstance(self.t2s, JointToStudent):
-                return {"joint": self.t2s(goals, grid, present).map(torch.Tensor.float)}
+                return {"joint": self.t2s(goals, grid, present, asked).map(torch.Tensor.float)}
             return {tap: guess.map(torch.Tensor.float) for tap, guess in self.t2s(goals, grid).items()}  # type: ignore[misc]
 
         latent = seen["latent"].map(torch.Tensor.float)  # distances want fp32
         told = {tap: features.map(torch.Tensor.float) for tap, features in told.items()}
-        return kpu(latent, told, goals, unify, self.distance, partial(self._balance, coins=coins), self.settings)
+        balance = partial(self._balance, coins=coins)
+        return kpu(latent, told, goals, unify, self.distance, balance, self.settings, asked)
 
     def learns(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""
@@ -81,7 +90,7 @@ class Optimization:
         self.learner = learner
         self.learns = learner.learns()
         matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
-        others = [p for name, p in self.learns.items() if name not in matrices]
+        others = [{"params": group} for group in apart(p for name, p in self.learns.items() if name not in matrices)]
         # Muon takes matrices alone: a kernel (C', C, k, k) is moved as the matrix (C', C k k), in the same memory
         self.rows = {name: nn.Parameter(p.detach().view(len(p), -1)) for name, p in matrices.items()}
         adamw = partial(torch.optim.AdamW, betas=train.betas, fused=True)
@@ -98,15 +107,16 @@ class Optimization:
 
     def step(self, number: int) -> Tensor:
         """Clip, move, average; returns the gradient norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.learns.values(), self.train.clip)
+        norm = clip(self.learns.values(), self.train.clip)
+        whole = replicated if self.train.optimizer == "muon" else nn.Identity()  # Muon turns whole matrices
         for name, row in self.rows.items():
             gradient = self.learns[name].grad
-            row.grad = None if gradient is None else gradient.flatten(1)
+            row.grad = None if gradient is None else whole(gradient.flatten(1))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(number)
             optimizer.step()
-        for p in self.learns.values():
+        for p in (*self.learns.values(), *self.rows.values()):
             p.grad = None
         for name, mean in self.average.items():
             # at first a short memory, else what was there at birth would stay for 1 / (1 - ema) steps
@@ -154,7 +164,7 @@ class Optimization:
         for optimizer, p in self._movers().values():
             muon = isinstance(optimizer, torch.optim.Muon)
             moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {moment: torch.zeros_like(p) for moment in moments}
+            optimizer.state[p] = {moment: torch.zeros_like(replicated(p) if muon else p) for moment in moments}
             optimizer.state[p] |= {} if muon else {"step": torch.zeros((), device=p.device)}
         ours = self.tensors()
         odd = sorted(set(ours) ^ set(tensors)) or [n for n, t in ours.items() if t.shape != tensors[n].shape]
@@ -162,7 +172,7 @@ class Optimization:
             raise DataError(f"the checkpoint is of another model: it differs in {len(odd)} tensors, such as {odd[0]}")
         with torch.no_grad():
             for name, tensor in ours.items():
-                tensor.copy_(tensors[name])
+                tensor.copy_(part_of(tensors[name], tensor))
 
     def _movers(self) -> dict[str, tuple[torch.optim.Optimizer, nn.Parameter]]:
         """{name of what learns: (its optimizer, the parameter that stands for it there)}."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from shoulders.heads import answers, open_head, save_head
 from shoulders.hub import quiet
 from shoulders.recipe import Recipe, as_size
 from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Projector, Widths, key
+from shoulders.transfer.projectors import Projector, Widths, key, teacher_of
 from shoulders.transfer.standardize import TapStandardizer
 
 
@@ -131,9 +132,19 @@ class ShouldersModel(ShouldersPreTrainedModel):
             return self.encoder.refine(said, pixels, self.reads)
         return self.encoder(pixels, self.reads)
 
-    def tell(self, seen: Mapping[str, Features]) -> dict[str, Features]:
-        """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized."""
-        return {tap: self.projectors[key(tap)](seen) for tap in self.taps}
+    def tell(
+        self, seen: Mapping[str, Features], asked: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Features]:
+        """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized.
+
+        Args:
+            asked: {teacher: (b,) the images to tell of}; of one not named, all.
+        """
+        told: dict[str, Features] = {}
+        for teacher in dict.fromkeys(map(teacher_of, self.taps)):
+            near = {place: features.take(asked.get(teacher)) for place, features in seen.items()}
+            told |= {tap: self.projectors[key(tap)](near) for tap in self.taps if teacher_of(tap) == teacher}
+        return told
 
     def standardized(self, taught: Mapping[str, Features]) -> dict[str, Features]:
         """Teachers' own features -> the space of :meth:`tell`."""
@@ -234,13 +245,18 @@ def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersMo
     return student
 
 
-def save_student(student: ShouldersModel, folder: Path, heads: Mapping[str, Head]) -> None:
+def save_student(
+    student: ShouldersModel, folder: Path, heads: Mapping[str, Head], weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it.
 
     The heads that it keeps go into ``folder/heads/NAME``.
+
+    Args:
+        weights: all of its weights and buffers by name, where the student itself holds parts of them.
     """
     with quiet():
-        student.save_pretrained(folder)
+        student.save_pretrained(folder, state_dict=weights)
         for name, graft in heads.items():
             save_head(graft, folder / "heads" / name)
     write_card(folder, as_size(tuple(student.config.image_size)), student.encoder.patch_size, student.config.teachers)

@@ -36,6 +36,7 @@ class TeacherSpec(Part):
     trust_remote_code: bool = False
     size: int | tuple[int, int] | None = Field(None, description="input size in px; default: the model's own")
     taps: list[str] | None = Field(None, description="which features; default: the family's own choice")
+    sources: list[str] | None = Field(None, min_length=1, description="the images it is asked about; default: all")
     weight: float = Field(1.0, ge=0)
     int8: bool = Field(False, description="linear layers in int8: faster on a CPU with VNNI, and not quite the same")
     classes: list[str] | None = Field(None, min_length=1, description="names that a kept image-text head tells apart")
@@ -135,6 +136,7 @@ class Train(Part):
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; default: none")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="each of several ranks holds all, or its part")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
     evaluate_every: int = Field(500, ge=1)
@@ -179,6 +181,12 @@ class Recipe(Part):
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
             if (spec.classes or spec.prompts) and name not in self.keep_heads:
                 raise ValueError(f"teachers.{name}.classes and prompts only count with keep_heads: [{name}]")
+        sources = self.images.all_sources()
+        for name, spec in self.teachers.items():
+            strange = [source for source in spec.sources or () if source not in sources]
+            if strange:
+                known = ", ".join(sources)
+                raise ValueError(f"teachers.{name}.sources: {', '.join(strange)} not in images.sources: {known}")
         unknown = [name for name in self.keep_heads if name not in self.teachers]
         if unknown:
             raise ValueError(f"keep_heads: {', '.join(unknown)} not among teachers: {', '.join(self.teachers)}")
@@ -244,7 +252,8 @@ def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 # what may change when a run goes on: it does not touch a single weight
 FREE_ON_RESUME = ("out", "images.workers", "images.max_bad", "train.log_every", "train.save_every",
-                  "train.evaluate_every", "train.keep", "train.tensorboard", "cache.path", "cache.mode")  # fmt: skip
+                  "train.evaluate_every", "train.keep", "train.tensorboard", "train.parallel",
+                  "cache.path", "cache.mode")  # fmt: skip
 
 
 def check_resumed(recipe: Recipe, written: Path) -> None:

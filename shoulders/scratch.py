@@ -8,20 +8,21 @@ what it tries first to choose an optimizer and its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoulders.distill import Run
 from shoulders.errors import RecipeError
 from shoulders.features import Batch
-from shoulders.images import ImageSet
+from shoulders.images import ImageSet, open_images
 from shoulders.learner import Learner
 from shoulders.model import ShouldersConfig, load
 from shoulders.ranks import Rank, this_device
@@ -89,7 +90,7 @@ def equal_flops(folder: Path | str, goal: Goal, size: tuple[int, int]) -> Equal:
         RecipeError: as `check_countable`.
     """
     recipe = check_countable(folder)
-    per_image = counted_flops(_distil(folder, recipe)) / COUNTED
+    per_image = _distillation(folder, recipe)
     supervised = counted_flops(_supervise(load(folder).config, goal, size)) / COUNTED
     return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
@@ -118,7 +119,19 @@ def counted_flops(work: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _distil(folder: Path | str, recipe: Recipe) -> Callable[[], None]:
+def _distillation(folder: Path | str, recipe: Recipe) -> float:
+    """Training FLOPs of an image, the mean over the sources: not every teacher is asked about all of them."""
+    homes = {name: spec.sources for name, spec in recipe.teachers.items() if spec.sources is not None}
+    if not homes:
+        return counted_flops(_distil(folder, recipe, {})) / COUNTED
+    total = 0.0
+    for source, share in open_images(recipe.images, recipe.train.seed).shares().items():
+        rows = {name: torch.arange(COUNTED if source in home else 0) for name, home in homes.items()}
+        total += share * counted_flops(_distil(folder, recipe, rows)) / COUNTED
+    return total
+
+
+def _distil(folder: Path | str, recipe: Recipe, asked: Mapping[str, Tensor]) -> Callable[[], None]:
     """One distillation step on blank images, but for the optimizer."""
     device = this_device()
     teachers = Teachers({name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}).to(device)
@@ -126,11 +139,12 @@ def _distil(folder: Path | str, recipe: Recipe) -> Callable[[], None]:
     nowhere = cast(ImageSet, None)  # the step is given its images
     distillation = Run(recipe, learner, teachers, nowhere, Rank(0, 1, device))
     blank = {size: torch.full((COUNTED, 3, *size), 127, dtype=torch.uint8) for size in distillation.sizes}
+    asked = {name: rows.to(device) for name, rows in asked.items()}
     batch, coins = Batch(torch.arange(COUNTED), blank).to(device), torch.zeros(COUNTED, len(learner.shares))
 
     def step() -> None:
-        taught = distillation.teach(batch)
-        learner(batch.pixels(distillation.size), taught, coins.to(device))[0].backward()
+        taught = distillation.teach(batch, asked)
+        learner(batch.pixels(distillation.size), taught, coins.to(device), asked)[0].backward()
 
     return step
 

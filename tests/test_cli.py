@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Every command with its arguments and options. A new option is a promise to keep: add it here on purpose.
 FROZEN = {
     "distill": ["{recipe}", "[overrides]...", "--resume", "--json", "--help"],
+    "plan": ["{recipe}", "[overrides]...", "--json", "--help"],
     "cache": ["{recipe}", "[overrides]...", "--plan", "--verify", "--info", "--json", "--help"],
     "evaluate": [
         "{run}",

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from shoulders.checkpoint import checkpoints
 from shoulders.demo import FULL, KINDS, METRICS, QUICK, TRIES, Row, demo, recipe
 from shoulders.scratch import BATCH, equal_flops
 from shoulders.tasks import TASKS
@@ -32,11 +39,26 @@ def test_every_task_is_measured_in_every_way(rows: list[Row], folder: Path) -> N
 
 
 def test_what_is_there_is_not_run_again(rows: list[Row], folder: Path) -> None:
-    kept = json.loads((folder / "demo.json").read_text())
-    (folder / "demo.json").write_text(json.dumps([row for row in kept if row["kind"] != "inherited"]))
+    for row in (folder / "measured").glob("inherited-*.json"):
+        row.unlink()
     trained = (folder / "student" / "model.safetensors").stat().st_mtime_ns
     assert demo(folder, quick=True) == rows
     assert (folder / "student" / "model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_rows(rows: list[Row], folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "scenes", tmp_path / "run" / "scenes")
+    command = [sys.executable, "-m", "shoulders", "demo", "--quick", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        deadline = time.monotonic() + 120
+        while len(checkpoints(tmp_path / "run" / "checkpoints")) < 2 and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGKILL)
+    assert not (tmp_path / "run" / "student").exists()
+    assert demo(tmp_path / "run", quick=True) == rows
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(QUICK.steps + 1))
 
 
 def test_four_trainings_from_scratch_cost_what_the_one_distillation_did(rows: list[Row], folder: Path) -> None:

@@ -328,6 +328,7 @@ def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler imports what torch warns of
 def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
     for name, compiled in (("plain", False), ("compiled", True)):
         run(world, tmp_path / name, train__compile=compiled, train__steps=4)

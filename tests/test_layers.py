@@ -15,10 +15,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 LAYERS = (
     ("__init__", "__main__", "cli"),
     ("demo",),
-    ("distill", "evaluate", "predict", "report", "scratch", "world"),
+    ("distill", "evaluate", "plan", "predict", "report", "scratch", "world"),
     ("checks", "fidelity", "cache", "trainees", "probes"),
     ("model", "config", "card", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
+    ("parallel",),
     ("features", "recipe", "recipe_faults", "recipe_student", "printing", "errors", "hub", "own", "ranks", "fast"),
 )
 # These stand side by side and never import each other.

@@ -100,7 +100,6 @@ SETTINGS = {
             Job("pennfudan", "instance", "instance_segmenter", "pennfudan"),
         ),
         {
-            "photos": "photos",
             "cifar10": "cifar10/train.parquet",
             "camvid": "camvid/images/train",
             "bccd": "bccd/train",

@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from shoulders.images import ImageSet
 from shoulders.ranks import Rank
 from shoulders.recipe import Cache, Recipe, as_size
 from shoulders.teachers import Tap, Teacher, Teachers, load_teacher
+from shoulders.teachers.teacher import silence
 from shoulders.transfer.objective import BASE
 
 AT_ONCE = 2**20  # bytes that are read, checked and decoded before the next: about what a core's own memory holds
@@ -180,8 +182,11 @@ class CachedTeachers(nn.Module):
         """As `shoulders.teachers.Teachers.whose`."""
         return {name: asked.whose for name, asked in self.asked.items() if name != BASE}
 
-    def forward(self, batch: Batch) -> dict[str, Features]:
+    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32, on the device of the batch's pixels; ``base/latent`` among them.
+
+        Args:
+            asked: as `shoulders.teachers.Teachers`.
 
         Raises:
             DataError: a record is damaged, or the pixels are not those that the teacher saw.
@@ -190,9 +195,15 @@ class CachedTeachers(nn.Module):
         device = next(iter(batch.rendered.values())).device
         told: dict[str, Features] = {}
         for name, shelf in self.shelves.items():
-            features, seen = shelf.told(numbers, self.index, device)
+            theirs, records = batch, numbers
+            if name in asked:
+                theirs, records = batch.take(asked[name]), numbers[asked[name].cpu().numpy()]
+            if not len(theirs):
+                told |= {f"{name}/{tap}": silence(facts, device) for tap, facts in shelf.codec.taps.items()}
+                continue
+            features, seen = shelf.told(records, self.index, device)
             if shelf is self.seeing:
-                self._check_pixels(shelf, seen, batch)
+                self._check_pixels(shelf, seen, theirs)
             told |= {f"{name}/{tap}": said for tap, said in features.items()}
         return told
 

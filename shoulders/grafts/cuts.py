@@ -93,6 +93,11 @@ def write_map(taps: Taps, blank: Any) -> Any:
     return _changed(blank, last_hidden_state=_maps([_last(taps)], [blank.last_hidden_state])[0])
 
 
+def write_places(taps: Taps, blank: Any) -> Any:
+    """The places (B, N, C) alone."""
+    return _last(taps).parts()["spatial"]
+
+
 def write_masked_map(taps: Taps, blank: Any) -> Any:
     """One map (B, C, H, W), and the mask of where it is image."""
     return _maps([_last(taps)], blank[:1])[0], blank[1]
@@ -149,12 +154,13 @@ CUTS: dict[str, Cut] = {
     "beit": Cut("beit", write_pooled),
     "dinov2": Cut("dinov2", write_tokens),
     "dinov2_with_registers": Cut("dinov2_with_registers", write_tokens),
-    "resnet": Cut("resnet", write_pooled),
-    "regnet": Cut("regnet", write_pooled),
-    "convnext": Cut("convnext", write_pooled),
-    "convnextv2": Cut("convnextv2", write_pooled),
-    "swin": Cut("swin", write_pooled),
-    "swinv2": Cut("swinv2", write_pooled),
+    # before the pooling: a student tells the map better than its mean, for it has a target at each place
+    "resnet": Cut("resnet.encoder", write_map, silent=("resnet.embedder",)),
+    "regnet": Cut("regnet.encoder", write_map, silent=("regnet.embedder",)),
+    "convnext": Cut("convnext.encoder", write_map, silent=("convnext.embeddings",)),
+    "convnextv2": Cut("convnextv2.encoder", write_map, silent=("convnextv2.embeddings",)),
+    "swin": Cut("swin.layernorm", write_places, silent=("swin.embeddings", "swin.encoder")),
+    "swinv2": Cut("swinv2.layernorm", write_places, silent=("swinv2.embeddings", "swinv2.encoder")),
     "hiera": Cut("hiera", write_pooled),
     "mobilenet_v2": Cut("mobilenet_v2", write_pooled),
     "segformer": Cut("segformer", write_hidden_maps),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +44,10 @@ class Collection:
             for key, source in self.sources.items()
         ]
         self.ids = np.concatenate(ids)
-        order = np.argsort(self.ids, kind="stable")
-        twins = np.flatnonzero(np.diff(self.ids[order]) == 0)
+        self._by_id = np.argsort(self.ids, kind="stable")
+        twins = np.flatnonzero(np.diff(self.ids[self._by_id]) == 0)
         if len(twins):
-            name = self.name(int(order[twins[0]]))
+            name = self.name(int(self._by_id[twins[0]]))
             raise DataError(f"{name!r}: two images have this name; rename or remove one")
 
     def __len__(self) -> int:
@@ -62,6 +62,12 @@ class Collection:
     def name_of(self, identity: int) -> str:
         """Name of the image with this id."""
         return self.name(int(np.flatnonzero(self.ids == identity)[0]))
+
+    def rows_of(self, sources: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the images with these ids (n,) are of some sources, as indices into ``ids``."""
+        numbers = [list(self.sources).index(source) for source in sources]
+        indices = self._by_id[np.searchsorted(self.ids, ids, sorter=self._by_id)]
+        return np.flatnonzero(np.isin(np.searchsorted(self.ends, indices, side="right"), numbers))
 
     def pixels(self, index: int, max_pixels: int, at_least: int | None) -> tuple[Tensor, tuple[int, int]]:
         """The decoded image (3, H, W) uint8 and its full size, as `decode_with_size`.
@@ -94,11 +100,11 @@ class ImageSet:
         sources: opened sources by name.
         shares: of each epoch by source; None: see `quotas`.
         seed: of the order. The held-out set does not depend on it.
-        holdout: images kept out of training; at most a tenth of all, but some in any case.
+        holdout: images kept out of training, of every source its share; at most a tenth of it, but some in any case.
 
     Attributes:
         images: the `Collection` that all indices below point into.
-        heldout: (n,) int64, indices of the images with the lowest ids.
+        heldout: (n,) int64, indices of the images of each source with the lowest ids.
         training: indices of the others, by source.
 
     Raises:
@@ -114,14 +120,16 @@ class ImageSet:
         count = len(self.images)
         if count < 2:
             raise DataError("only one image: give at least two, one of them is held out for evaluation")
-        kept_out = min(holdout, max(count // 10, min(_FEWEST_HELD_OUT, count // 2)))
         # ids are hashes: their order is random, the same wherever the files lie and however they are listed
         by_id = np.argsort(self.images.ids)
-        self.heldout = by_id[:kept_out]
-        owner = np.searchsorted(self.images.ends, by_id[kept_out:], side="right")
-        rest = by_id[kept_out:]
-        self.training = {key: rest[owner == number] for number, key in enumerate(self.images.sources)}
-        self.count = len(rest)
+        owner = np.searchsorted(self.images.ends, by_id, side="right")
+        parts = {key: by_id[owner == number] for number, key in enumerate(self.images.sources)}
+        wanted = quotas({key: len(part) for key, part in parts.items()}, dict(shares))
+        kept = {key: _kept_out(len(part), holdout * wanted[key] / count) for key, part in parts.items()}
+        heldout = np.concatenate([part[: kept[key]] for key, part in parts.items()])
+        self.heldout = heldout[np.argsort(self.images.ids[heldout])]
+        self.training = {key: part[kept[key] :] for key, part in parts.items()}
+        self.count = count - len(heldout)
         for key, indices in self.training.items():
             if len(indices) == 0:
                 raise DataError(f"images.sources.{key}: no image is left to train on; add some, or leave it out")
@@ -132,6 +140,10 @@ class ImageSet:
     def __len__(self) -> int:
         """Training images, which is also the length of an epoch."""
         return self.count
+
+    def shares(self) -> dict[str, float]:
+        """The fraction of training positions that each source fills."""
+        return {key: amount / self.count for key, amount in self.quotas.items()}
 
     def visits(self, epoch: int) -> NDArray[np.int64]:
         """The order of one epoch, (len(self), 2): index of the image, and how often it came before."""
@@ -163,3 +175,9 @@ class ImageSet:
         identity = int(self.images.ids[index])
         words = np.random.Philox(key=identity).random_raw(_REPLACEMENTS)
         return [int(indices[int(word) % len(indices)]) for word in words]
+
+
+def _kept_out(count: int, wanted: float) -> int:
+    """How many of a source's ``count`` images are held out, where so many are wanted of it."""
+    few = min(_FEWEST_HELD_OUT, count // 2)
+    return min(max(round(wanted), few), max(count // 10, few))

@@ -83,6 +83,7 @@ def evaluation_batches(
     workers: int = 0,
     max_pixels: int = 50_000_000,
     decoded_for: Sequence[Size] = (),
+    shape: Size | None = None,
 ) -> Iterator[Batch]:
     """Central views of images in order, with labels where ``images`` has them (-1 where one image has none).
 
@@ -94,6 +95,7 @@ def evaluation_batches(
         batch: images per batch.
         indices: which images, (n,); all by default. For the held-out ones: ``image_set.heldout``.
         decoded_for: as in `batches`.
+        shape: one view of this aspect for all sizes, as training draws them; default: at each size its own.
 
     Raises:
         DataError: not one image could be decoded.
@@ -103,7 +105,7 @@ def evaluation_batches(
     ready: Batch | None = None
     skipped: tuple[Skipped, ...] = ()
     # one batch is kept back: skipped images of an empty batch must go with one that is handed out
-    views = _CentralViews(images, sizes, max_pixels, [*sizes, *decoded_for])
+    views = _CentralViews(images, sizes, max_pixels, [*sizes, *decoded_for], shape)
     for rendered in _render_ahead(views, wanted, workers):
         current = _batch(rendered)
         if len(current) == 0:
@@ -186,8 +188,10 @@ class _TrainingViews(Dataset[Rendered | DataError]):
 class _CentralViews(Dataset[Rendered | DataError]):
     """(B,) image indices -> central views of those that can be decoded."""
 
-    def __init__(self, images: Collection, sizes: list[Size], max_pixels: int, decoded_for: list[Size]) -> None:
-        self.images, self.sizes, self.max_pixels = images, sizes, max_pixels
+    def __init__(
+        self, images: Collection, sizes: list[Size], max_pixels: int, decoded_for: list[Size], shape: Size | None
+    ) -> None:
+        self.images, self.sizes, self.max_pixels, self.shape = images, sizes, max_pixels, shape
         self.at_least = longest_side(decoded_for)
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
@@ -201,7 +205,7 @@ class _CentralViews(Dataset[Rendered | DataError]):
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue
             for size in self.sizes:
-                canvas[size][len(used)] = render(pixels, central_view(full_size, size), size)
+                canvas[size][len(used)] = render(pixels, central_view(full_size, self.shape or size), size)
             used.append(index)
         rendered = {size: drawn[: len(used)].contiguous() for size, drawn in canvas.items()}
         labels = None if self.images.labels is None else torch.from_numpy(self.images.labels[used])
@@ -214,6 +218,7 @@ class _ListedViews(Dataset[Rendered | DataError]):
 
     def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
         self.images, self.sizes, self.settings, self.seed = image_set.images, sizes, settings, seed
+        self.shape = recipe.as_size(settings.size)  # central views are cut for the student
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
         used: list[tuple[int, int]] = []
@@ -228,7 +233,7 @@ class _ListedViews(Dataset[Rendered | DataError]):
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue
             for size in self.sizes:
-                view = self._random(index, number, full_size) if random else central_view(full_size, size)
+                view = self._random(index, number, full_size) if random else central_view(full_size, self.shape)
                 canvas[size][len(used)] = render(pixels, view, size)
             used.append((int(self.images.ids[index]), number))
         rendered = {size: drawn[: len(used)].contiguous() for size, drawn in canvas.items()}

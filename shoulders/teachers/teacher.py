@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
@@ -103,6 +105,13 @@ def describe_tap(features: Features) -> Tap:
     return Tap(widths.get("summary"), widths.get("spatial"), features.grid)
 
 
+def silence(tap: Tap, device: torch.device) -> Features:
+    """What a tap says of no image: (0, C) and (0, N, C)."""
+    summary = None if tap.summary is None else torch.zeros(0, tap.summary, device=device)
+    spatial = None if tap.spatial is None else torch.zeros(0, tap.grid[0] * tap.grid[1], tap.spatial, device=device)
+    return Features(summary, spatial, tap.grid)
+
+
 def check_answer(answer: Any, images: int) -> None:
     """Hold a module's answer against the contract ``{tap: Features}`` for ``images`` images.
 
@@ -172,8 +181,11 @@ class Teachers(nn.Module):
             for name, teacher in each.items()
         }
 
-    def forward(self, batch: Batch) -> dict[str, Features]:
+    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32.
+
+        Args:
+            asked: {name: (b,) the images of the batch that it is asked about}; one not named is asked about all.
 
         The answers carry no graph but may enter one: they come from ``no_grad``, because tensors made in
         inference mode cannot be saved for the backward pass of a loss.
@@ -181,7 +193,14 @@ class Teachers(nn.Module):
         answers = {}
         for name, taps in self.chosen.items():
             teacher = self[name]
-            pixels = batch.pixels(teacher.size)  # (B, 3, h, w)
+            theirs = batch if name not in asked else batch.take(asked[name])
+            if not len(theirs):
+                device = teacher.mean.device
+                if isinstance(teacher, FSDPModule):  # another rank may ask it now, and needs this one's part of it
+                    teacher(torch.zeros(1, 3, *teacher.size, device=device))
+                answers.update({f"{name}/{tap}": silence(teacher.taps[tap], device) for tap in taps})
+                continue
+            pixels = theirs.pixels(teacher.size)  # (b, 3, h, w)
             with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
                 said = teacher(pixels)
             answers.update({f"{name}/{tap}": said[tap].map(Tensor.float) for tap in taps})

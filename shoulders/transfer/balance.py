@@ -8,6 +8,20 @@ import torch
 from torch import Tensor
 
 
+def among(weights: Tensor, asked: Tensor) -> Tensor:
+    """Share each image's weights out among the teachers that were asked about it; their sum stays.
+
+    Args:
+        weights: (B, T).
+        asked: (B, T) 1 where a teacher was asked, else 0.
+
+    Returns:
+        (B, T), zeros where nobody was asked.
+    """
+    kept = weights * asked
+    return kept * weights.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp_min(1e-12)
+
+
 def uniform(losses: Tensor) -> Tensor:
     """Every teacher counts the same: ones (B, T)."""
     return torch.ones_like(losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 def cosine(ours: Tensor, theirs: Tensor) -> Tensor:
     """1 - cosine similarity per vector, averaged over places."""
-    return (1 - F.cosine_similarity(ours, theirs, dim=-1)).reshape(len(ours), -1).mean(1)
+    return (1 - F.cosine_similarity(ours, theirs, dim=-1)).reshape(len(ours), math.prod(ours.shape[1:-1])).mean(1)
 
 
 def smooth_l1(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from shoulders.features import Features
 from shoulders.transfer.align import align_pair
+from shoulders.transfer.balance import among
 from shoulders.transfer.distances import Distance
-from shoulders.transfer.projectors import teacher_of
+from shoulders.transfer.projectors import spread, teacher_of
 
 BASE = "base"
 Terms = dict[str, Tensor]
+Asked = Mapping[str, Tensor]  # {teacher: (b,) the images of a batch that it was asked about}; one not named: all
 Balance = Callable[[Tensor], Tensor]  # losses (B, T) -> weights (B, T)
 
 
@@ -34,7 +37,9 @@ def s2t_terms(told: Mapping[str, Features], taught: Mapping[str, Features], dist
     return terms
 
 
-def t2s_terms(latent: Features, guesses: Mapping[str, Features], distance: Distance, gradient: str) -> Terms:
+def t2s_terms(
+    latent: Features, guesses: Mapping[str, Features], distance: Distance, gradient: str, asked: Asked
+) -> Terms:
     """Distances between the layer-normalised latent and each guess of it.
 
     Args:
@@ -48,7 +53,7 @@ def t2s_terms(latent: Features, guesses: Mapping[str, Features], distance: Dista
         if gradient == "student":
             guess = guess.map(torch.Tensor.detach)
         for part, x in guess.parts().items():
-            terms[f"t2s/{name}/{part}"] = distance(goal.parts()[part], x)
+            terms[f"t2s/{name}/{part}"] = distance(goal.take(asked.get(teacher_of(name))).parts()[part], x)
     return terms
 
 
@@ -57,12 +62,12 @@ def normalised(latent: Features) -> Features:
     return latent.map(lambda x: F.layer_norm(x, x.shape[-1:]))
 
 
-def per_teacher(terms: Terms, teachers: Sequence[str]) -> Tensor:
-    """The mean of each teacher's terms: (B, T), in the order of ``teachers``."""
+def per_teacher(terms: Terms, teachers: Sequence[str], images: int, asked: Asked) -> Tensor:
+    """The mean of each teacher's terms: (B, T), in the order of ``teachers``; 0 where it was not asked."""
     columns = []
     for teacher in teachers:
         own = [value for name, value in terms.items() if teacher_of(name.split("/", 1)[1]) == teacher]
-        columns.append(torch.stack(own).mean(0))
+        columns.append(spread(torch.stack(own).mean(0), images, asked.get(teacher)))
     return torch.stack(columns, 1)
 
 
@@ -84,6 +89,7 @@ def kpu(
     distance: Distance,
     balance: Balance,
     settings: Settings,
+    asked: Asked = MappingProxyType({}),
 ) -> tuple[Tensor, Terms]:
     """One loss and its named terms.
 
@@ -91,24 +97,26 @@ def kpu(
         latent: the student's, at its last place.
         told: {tap: what the student's projectors say}, in standardized space.
         taught: {tap: what the teachers say}, standardized; ``base/...`` where the base is preserved.
+        asked: of which images each teacher says it; `told` is of the same.
         unify: {tap: (B,) present or not} -> {name: guess of the latent} (t2s); called unless t2s is ``none``.
         balance: losses (B, T) -> weights (B, T) of the teachers other than the base.
 
     Returns:
         loss: scalar, the mean over images; sum over teachers of weight x mean of its terms.
-        terms: {name: scalar}, unweighted means, detached.
+        terms: {name: scalar}, unweighted means, detached; not a number where no image was asked about.
     """
     teachers = list(dict.fromkeys(teacher_of(tap) for tap in taught))
     s2t = s2t_terms(told, taught, distance)
-    losses = per_teacher(s2t, teachers)  # (B, T)
-    weights = _weights(losses, teachers, balance, settings.preserve)  # (B, T)
+    images = len(next(iter(latent.parts().values())))
+    losses = per_teacher(s2t, teachers, images, asked)  # (B, T)
+    weights = _weights(losses, teachers, balance, settings.preserve, asked)  # (B, T)
     per_image = (weights * losses).sum(1)
     t2s: Terms = {}
     if settings.t2s != "none":
         present = {tap: (weights[:, teachers.index(teacher_of(tap))] > 0).float() for tap in taught}
-        t2s = t2s_terms(latent, unify(present), distance, settings.t2s_gradient)
+        t2s = t2s_terms(latent, unify(present), distance, settings.t2s_gradient, asked)
         if settings.t2s == "each":
-            per_image = per_image + settings.t2s_weight * (weights * per_teacher(t2s, teachers)).sum(1)
+            per_image = per_image + settings.t2s_weight * (weights * per_teacher(t2s, teachers, images, asked)).sum(1)
         else:
             calls = [_anyone(name, taught, present) * value for name, value in t2s.items()]
             per_image = per_image + settings.t2s_weight * torch.stack(calls).mean(0)
@@ -116,10 +124,16 @@ def kpu(
     return per_image.mean(), terms
 
 
-def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: float) -> Tensor:
+def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: float, asked: Asked) -> Tensor:
     taught_by = [i for i, teacher in enumerate(teachers) if teacher != BASE]
     weights = torch.full_like(losses, preserve)
-    weights[:, taught_by] = balance(losses[:, taught_by].detach())
+    counts = balance(losses[:, taught_by].detach())
+    if asked:
+        one = torch.ones_like(losses)
+        here = [spread(one[: len(rows), 0], len(one), rows) if rows is not None else one[:, 0]
+                for rows in (asked.get(teachers[i]) for i in taught_by)]  # fmt: skip
+        counts = among(counts, torch.stack(here, 1))
+    weights[:, taught_by] = counts
     return weights
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -119,13 +120,22 @@ class JointToStudent(nn.Module):
         self.norms = nn.ModuleDict({part: nn.LayerNorm(d) for part in present})
         self.mlps = nn.ModuleDict({part: mlp(d, hidden, d) for part in present})
 
-    def forward(self, taught: Mapping[str, Features], grid: tuple[int, int], present: Mapping[str, Tensor]) -> Features:
-        """{tap: standardized Features} and {tap: (B,) 1 where it takes part, else 0} -> one guess on ``grid``."""
+    def forward(
+        self, taught: Mapping[str, Features], grid: tuple[int, int], present: Mapping[str, Tensor],
+        asked: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Features:  # fmt: skip
+        """{tap: standardized Features} and {tap: (B,) 1 where it takes part, else 0} -> one guess on ``grid``.
+
+        Args:
+            asked: {teacher: (b,) the images that its Features are of}; one not named speaks of all.
+        """
         aligned = {tap: align(features, grid) for tap, features in taught.items()}
-        parts = {part: self._unify(part, aligned, present) for part in self.norms}
+        parts = {part: self._unify(part, aligned, present, asked) for part in self.norms}
         return Features(parts.get("summary"), parts.get("spatial"), grid)
 
-    def _unify(self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor]) -> Tensor:
+    def _unify(
+        self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor], asked: Mapping[str, Tensor]
+    ) -> Tensor:
         """A teacher's taps speak with one voice, their mean; then the mean over the teachers present."""
         voices: dict[str, list[Tensor]] = {}
         for tap, features in aligned.items():
@@ -135,7 +145,8 @@ class JointToStudent(nn.Module):
         total, count = torch.zeros(()), torch.zeros(())
         for tap in {teacher_of(tap): tap for tap in aligned}.values():
             if teacher_of(tap) in voices:
-                voice = torch.stack(voices[teacher_of(tap)]).mean(0)  # (B, [N,] D)
+                voice = torch.stack(voices[teacher_of(tap)]).mean(0)  # (b, [N,] D)
+                voice = spread(voice, len(present[tap]), asked.get(teacher_of(tap)))  # (B, [N,] D)
                 here = present[tap].view(-1, *[1] * (voice.ndim - 1)).to(voice.dtype)
                 total, count = total.to(voice.device) + here * voice, count.to(voice.device) + here
         return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
@@ -158,6 +169,11 @@ def coarser(own: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[
     """{tap: how many times coarser than the student's ``own`` grid its is, rounded down}, of those where it is."""
     factors = {tap: min(own[0] // h, own[1] // w) for tap, (h, w) in grids.items()}
     return {tap: factor for tap, factor in factors.items() if factor > 1}
+
+
+def spread(x: Tensor, images: int, rows: Tensor | None) -> Tensor:
+    """(b, ..) of the images ``rows`` (b,) -> (B, ..) of all ``images``, zeros elsewhere; None: it is of all."""
+    return x if rows is None else x.new_zeros(images, *x.shape[1:]).index_copy(0, rows, x)
 
 
 def teacher_of(tap: str) -> str:

@@ -103,7 +103,7 @@ def test_the_student_is_that_of_the_live_run_bit_for_bit(
     summary = distill(cached)
     monkeypatch.undo()
     teach = Run.teach
-    monkeypatch.setattr(Run, "teach", lambda self, batch: live(teach(self, batch)))
+    monkeypatch.setattr(Run, "teach", lambda self, batch, asked: live(teach(self, batch, asked)))
     told = distill(recipe(world, dtype, f"{dtype}-live", mode="off"))
     assert losses(cached.out) == losses(world / "runs" / f"{dtype}-live")
     assert same(weights(cached.out), weights(world / "runs" / f"{dtype}-live"))

@@ -14,7 +14,7 @@ from shoulders.cache.index import Index
 from shoulders.errors import DataError
 from shoulders.features import CENTRAL
 from shoulders.images import ImageSet, batches, evaluation_batches, listed_batches, open_images
-from shoulders.recipe import Images
+from shoulders.recipe import Images, as_size
 
 SIZES = [(32, 32), (48, 64)]
 VIEWS = 3
@@ -51,7 +51,8 @@ def test_every_record_is_asked_for_by_what_it_holds(images: ImageSet) -> None:
 def test_listed_views_are_those_of_runs(workers: int, images: ImageSet, settings: Images) -> None:
     index, how = Index(images, VIEWS), settings.model_copy(update={"workers": workers})
     seen = list(batches(images, SIZES, settings, batch=8, seed=5, steps=10))
-    seen += list(evaluation_batches(images.images, SIZES, 4, images.heldout))
+    shape = as_size(settings.size)
+    seen += list(evaluation_batches(images.images, SIZES, 4, images.heldout, shape=shape))
     numbers = [index.of(batch) for batch in seen]
     assert {int(number) for part in numbers for number in part} == set(range(len(index)))
     listed = listed_batches(images, [index.wanted(part) for part in numbers], SIZES, how, seed=5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch
@@ -207,3 +208,15 @@ def test_real_photos() -> None:
     assert not any(batch.skipped for batch in found)
     means = torch.cat([batch.pixels((64, 64)) for batch in found]).mean(dim=(0, 2, 3))
     assert ((means > 0.3) & (means < 0.6)).all()  # photos are mid-grey on average
+
+
+def test_central_views_of_one_shape_show_every_size_the_same_part(folder: Path) -> None:
+    images = Collection({"images": open_source(folder)})
+    (own,) = evaluation_batches(images, [(32, 48)], 4, indices=np.arange(4))
+    (shared,) = evaluation_batches(images, [(32, 48), (64, 64)], 4, indices=np.arange(4), shape=(32, 48))
+    assert torch.equal(shared.rendered[32, 48], own.rendered[32, 48])
+    wide = F.interpolate(shared.rendered[64, 64].float(), (32, 48), mode="bilinear", antialias=True)
+    (apart,) = evaluation_batches(images, [(64, 64)], 4, indices=np.arange(4))
+    cropped = F.interpolate(apart.rendered[64, 64].float(), (32, 48), mode="bilinear", antialias=True)
+    near, far = ((pixels - own.rendered[32, 48]).abs().mean() for pixels in (wide, cropped))
+    assert near < 0.5 * far

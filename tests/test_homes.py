@@ -1,0 +1,226 @@
+"""Teachers that are asked about some sources alone: what they are not asked about has no part in anything."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from shoulders.cache import build_cache
+from shoulders.distill import distill, prepare
+from shoulders.errors import RecipeError
+from shoulders.features import Batch, Features
+from shoulders.images import ImageSet, open_source
+from shoulders.ranks import Rank
+from shoulders.recipe import check_recipe
+from shoulders.scratch import _distillation, counted_flops
+from shoulders.transfer import balance
+from shoulders.transfer.distances import distance
+from shoulders.transfer.objective import Settings, kpu
+from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths
+from tests.test_distill import metrics, same, weights
+from tests.tiny import save_base, save_convnext, save_images, save_segformer
+
+B, D, GRID = 5, 8, (2, 2)
+STEPS = 6
+
+
+def features(images: int, width: int, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(
+        torch.randn(images, width, generator=generator), torch.randn(images, 4, width, generator=generator), GRID
+    )
+
+
+WIDTHS = {"one/last": 5, "two/last": 7, "base/latent": D}
+
+
+ASKED = {"one": torch.tensor([0, 3]), "two": torch.tensor([1, 3])}  # 3: both, 2 and 4: neither
+
+
+def said(first_seed: int) -> dict[str, Features]:
+    return {tap: features(B, width, first_seed + i) for i, (tap, width) in enumerate(WIDTHS.items())}
+
+
+def of_asked(said: dict[str, Features]) -> dict[str, Features]:
+    return {tap: features.take(ASKED.get(tap.split("/")[0])) for tap, features in said.items()}
+
+
+@pytest.mark.parametrize("kind", ["none", "each"])
+def test_the_loss_is_that_of_images_taken_one_by_one_with_those_who_were_asked(kind: str) -> None:
+    latent, told, taught = features(B, D, 0), said(1), said(11)
+    torch.manual_seed(0)
+    each = TeacherToStudent(D, {tap: Widths(width, width) for tap, width in WIDTHS.items()}, 16)
+    settings = Settings(preserve=0.7, t2s=kind, t2s_weight=0.3, t2s_gradient="both")
+
+    def loss(latent: Features, told: Any, taught: dict[str, Features], asked: dict[str, Tensor]) -> float:
+        unify = partial(lambda taught, present: each(taught, GRID), taught)
+        return kpu(latent, told, taught, unify, distance("blend"), balance.uniform, settings, asked)[0].item()
+
+    expected = 0.0
+    for image in range(B):
+        row = torch.tensor([image])
+        here = [tap for tap in WIDTHS if image in ASKED.get(tap.split("/")[0], range(B))]
+        for tap in here:
+            weight = 1 if tap == "base/latent" else 2 / (len(here) - 1)  # those asked speak for the two that there are
+            expected += weight * loss(latent.take(row), {tap: told[tap].take(row)}, {tap: taught[tap].take(row)}, {})
+    assert loss(latent, of_asked(told), of_asked(taught), ASKED) == pytest.approx(expected / B, rel=1e-5)
+
+
+def test_the_latent_is_called_for_by_those_who_were_asked() -> None:
+    taught = said(11)
+    torch.manual_seed(0)
+    joint = JointToStudent(D, {tap: Widths(width, width) for tap, width in WIDTHS.items()}, 16)
+    present = {tap: torch.zeros(B).index_fill(0, ASKED.get(tap.split("/")[0], torch.arange(B)), 1) for tap in WIDTHS}
+    told = joint(of_asked(taught), GRID, present, ASKED)
+    for image in range(B):
+        here = {tap: taught[tap].take(torch.tensor([image])) for tap in WIDTHS if present[tap][image]}
+        alone = joint(here, GRID, dict.fromkeys(here, torch.ones(1)))
+        for part, x in told.parts().items():
+            assert torch.allclose(x[image], alone.parts()[part][0], atol=1e-6)
+
+
+def test_an_image_that_nobody_was_asked_about_teaches_nothing_but_the_base() -> None:
+    latent, told = features(B, D, 0), {"one/last": features(0, 5, 1)}
+    told["one/last"].summary.requires_grad_()  # type: ignore[union-attr]
+    settings = Settings(preserve=0.0, t2s="none", t2s_weight=0.3, t2s_gradient="both")
+    loss, terms = kpu(latent, told, {"one/last": features(0, 5, 2)}, lambda present: {}, distance("blend"),
+                      balance.uniform, settings, {"one": torch.arange(0)})  # fmt: skip
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.stack(list(terms.values())).isnan().all()
+
+
+def test_weights_are_shared_out_among_those_that_were_asked() -> None:
+    weights = torch.tensor([[1.0, 1, 1], [2, 0, 1], [1, 1, 1]])
+    asked = torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 0, 0]])
+    assert torch.allclose(balance.among(weights, asked), torch.tensor([[1.5, 1.5, 0], [2, 0, 1], [0, 0, 0]]))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two teachers, and two sources of 40 images."""
+    root = tmp_path_factory.mktemp("homes")
+    save_base(root / "base")
+    save_convnext(root / "classifier")
+    save_segformer(root / "segmenter")
+    save_images(root / "photos", 40)
+    save_images(root / "streets", 40)
+    return root
+
+
+def recipe(world: Path, out: Path, sources: list[str] | None, **changes: Any) -> Any:
+    tree: dict[str, Any] = {
+        "student": {"base": str(world / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
+        "teachers": {
+            "classifier": {"model": str(world / "classifier")},
+            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"], "sources": sources},
+        },
+        "images": {
+            "sources": {name: {"path": str(world / name)} for name in ("photos", "streets")},
+            "size": 32, "holdout": 16, "workers": 0,
+        },
+        "transfer": {"calibration": 16},
+        "train": {"steps": STEPS, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1, "save_every": 3,
+                  "evaluate_every": 3},
+        "out": str(out),
+    }  # fmt: skip
+    return check_recipe(tree | {key: tree.get(key, {}) | value for key, value in changes.items()})
+
+
+@pytest.fixture(scope="module")
+def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose segmenter is asked about streets."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    distill(recipe(world, out, ["streets"]))
+    return out
+
+
+def test_a_teacher_is_asked_about_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
+    run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, Rank(0, 1, torch.device("cpu")))
+    (batch,) = run._batches(0, 1, 0, 1)
+    names = [run.images.images.name_of(int(identity)) for identity in batch.ids]
+    streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
+    assert 0 < len(streets) < len(batch)
+    assert run.asked(batch)["segmenter"].tolist() == streets
+    said = run.teach(batch, run.asked(batch))
+    assert len(said["segmenter/stage0"].spatial) == len(streets)  # type: ignore[arg-type]
+    assert len(said["classifier/stage1"].spatial) == len(batch)  # type: ignore[arg-type]
+    everything = run.teach(batch)["segmenter/stage0"].take(torch.tensor(streets))
+    assert torch.allclose(said["segmenter/stage0"].spatial, everything.spatial, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_run_learns_from_them_and_measures_each_on_its_own(world: Path, streets_only: Path) -> None:
+    assert "fvu/segmenter" in metrics(streets_only, "evaluation")[-1]
+    rows = metrics(streets_only)
+    assert sum(row["loss"] for row in rows[-2:]) < 0.97 * sum(row["loss"] for row in rows[:2])
+    assert all("s2t/classifier/stage1/spatial" in row for row in rows)
+    assert any("s2t/segmenter/stage0/spatial" in row for row in rows)
+
+
+def test_it_goes_on_bit_for_bit_where_it_was_stopped(world: Path, streets_only: Path, tmp_path: Path) -> None:
+    shutil.copytree(streets_only, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:09d}", ignore_errors=True)
+    for left in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(left)
+    shutil.rmtree(tmp_path / "run" / "student")
+    distill(recipe(world, tmp_path / "run", ["streets"]), resume=True)
+    assert same(weights(tmp_path / "run"), weights(streets_only))
+
+
+def test_naming_all_sources_is_naming_none(world: Path, tmp_path: Path) -> None:
+    short = {"train": {"steps": 2}}
+    distill(recipe(world, tmp_path / "all", ["photos", "streets"], **short))
+    distill(recipe(world, tmp_path / "none", None, **short))
+    one, other = weights(tmp_path / "all"), weights(tmp_path / "none")
+    # gradients of a place are added in another order
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other)
+
+
+def test_a_cache_gives_the_same_student(world: Path, streets_only: Path, tmp_path: Path) -> None:
+    changes = {"images": {"views": 2}, "cache": {"path": str(tmp_path / "cache"), "dtype": "float32"}}
+    cached = recipe(world, tmp_path / "cached", ["streets"], **changes)
+    build_cache(cached)
+    distill(cached)
+    live = {"images": {"views": 2}}
+    distill(recipe(world, tmp_path / "live", ["streets"], **live))
+    assert same(weights(tmp_path / "cached"), weights(tmp_path / "live"))
+
+
+def test_a_teacher_that_is_asked_less_costs_less(world: Path, streets_only: Path, tmp_path: Path) -> None:
+    run = prepare(recipe(world, tmp_path / "run", None), {}, Rank(0, 1, torch.device("cpu")))
+    blank = Batch(torch.arange(4), {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in run.sizes})
+
+    def flops(**asked: Tensor) -> float:
+        def step() -> None:
+            taught = run.teach(blank, asked)
+            run.learner(blank.pixels(run.size), taught, torch.zeros(4, 2), asked)[0].backward()
+
+        return counted_flops(step) / 4
+
+    half, everything = flops(segmenter=torch.tensor([0, 2])), flops()
+    counted = _distillation(streets_only, recipe(world, streets_only, ["streets"]))
+    assert counted == pytest.approx(half, rel=1e-6)  # both sources have the same share
+    assert half < 0.9 * everything
+
+
+def test_every_source_gives_its_share_of_held_out_images(world: Path) -> None:
+    sources = {"many": open_source(world / "photos", "image"), "few": open_source(world / "streets", "image")}
+    images = ImageSet(sources, {"many": 0.75, "few": 0.25}, 0, 12)
+    heldout = images.images.ids[images.heldout]
+    owners = [len(images.images.rows_of([source], heldout)) for source in ("many", "few")]
+    assert owners == [8, 8]  # some in any case
+    assert (np.diff(images.images.ids[images.heldout]) > 0).all()
+    trained = np.concatenate(list(images.training.values()))
+    assert sorted([*trained.tolist(), *images.heldout.tolist()]) == list(range(80))
+
+
+def test_an_unknown_source_is_refused_with_those_that_there_are(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"teachers.segmenter.sources: roads not in images.sources: photos, streets"):
+        recipe(world, tmp_path / "run", ["roads"])
