@@ -72,7 +72,7 @@ class Effort:
     scratch: dict[str, int]
 
 
-FULL = Effort({"train": 300, "val": 60, "test": 200}, 640, 16, 256, 64, 0.5,
+FULL = Effort({"train": 300, "val": 60, "test": 200}, 640, 16, 256, 128, 0.5,
               {"classification": 70, "detection": 62, "semantic": 70, "instance": 60})  # fmt: skip
 QUICK = Effort({"train": 60, "val": 60, "test": 60}, 12, 8, 32, 16, 0.05, dict.fromkeys(METRICS, 3))
 
