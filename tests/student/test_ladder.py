@@ -129,7 +129,7 @@ def test_a_step_asks_the_base_once_and_not_at_all_where_somebody_else_did(tmp_pa
     told = going.teach(batch())
     going.learner.load_state_dict(before)
     going.optimization = type(going.optimization)(going.learner, going.recipe.train)
-    going.teachers.forward = lambda images, asked: dict(told)  # type: ignore[method-assign, assignment]
+    going.teachers.forward = lambda images, asked: dict(told)  # type: ignore[method-assign, assignment, misc]
     asked.clear()
     again = going.step(1, batch())
     assert not asked and torch.equal(live[0], again[0])
