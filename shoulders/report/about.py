@@ -20,8 +20,8 @@ from shoulders.report.markup import (
 from shoulders.report.results import METRICS, Line
 
 METHOD = (
-    "The base stays frozen; a light adapter beside it or inside it learns. On unlabelled images the student learns to say what each "
-    "teacher says, and all teachers meet in one standardized space, so that none drowns out another."
+    "The base stays frozen; a light adapter in it or beside it learns. On unlabelled images the student learns to say "
+    "what each teacher says, and all teachers meet in one standardized space, so that none drowns out another."
 )
 
 
