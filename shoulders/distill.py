@@ -12,7 +12,6 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from shoulders.cache import AnyTeachers, open_cache
 from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_checkpoint, write_folder, write_text
 from shoulders.checks import check
 from shoulders.errors import DataError, NumericError, Stopped
-from shoulders.features import Batch, Features, Skipped
+from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped
 from shoulders.grafts import load_graft
 from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
@@ -106,7 +105,6 @@ class Run:
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
         self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
-        self.homes = {name: spec.sources for name, spec in recipe.teachers.items() if spec.sources is not None}
         self.frozen = fingerprint(self.student.encoder.base, teachers)
         self.module = share(learner, self.student.encoder.base, teachers, recipe.train.parallel, rank)
         self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
@@ -179,10 +177,10 @@ class Run:
 
     def asked(self, batch: Batch) -> dict[str, Tensor]:
         """{teacher: (b,) the images of the batch that it is asked about}, of those who are not asked about all."""
-        rows = {name: self.images.images.rows_of(home, batch.ids.numpy()) for name, home in self.homes.items()}
+        rows = {name: self.images.images.rows_of(home, batch.ids.numpy()) for name, home in self.recipe.homes.items()}
         return {name: torch.from_numpy(one).to(self.rank.device, non_blocking=True) for name, one in rows.items()}
 
-    def teach(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
+    def teach(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:
         """What the teachers say of the batch; the base is one of them where it is to be preserved, or only read."""
         taught = self.teachers(batch, asked)
         missing = [place for place in self.student.asks if f"{BASE}/{place}" not in taught]
@@ -208,10 +206,8 @@ class Run:
 
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
-        return evaluation_batches(
-            self.images.images, self.drawn, ASKED_AT_ONCE, self.images.heldout,
-            how.workers, how.max_pixels, self.sizes, self.size,
-        )  # fmt: skip
+        return evaluation_batches(self.images.images, self.drawn, ASKED_AT_ONCE, self.images.heldout,
+                                  how.workers, how.max_pixels, self.sizes, self.size)  # fmt: skip
 
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""

@@ -6,8 +6,9 @@ D latent width, K classes, T teachers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -69,6 +70,10 @@ class Features:
         """``{"summary": (B, C), "spatial": (B, N, C)}``, without the absent ones."""
         named = {"summary": self.summary, "spatial": self.spatial}
         return {name: part for name, part in named.items() if part is not None}
+
+
+Asked = Mapping[str, Tensor]  # {teacher: (b,) the images of a batch that it is asked about}; one not named: all
+EVERYBODY: Asked = MappingProxyType({})  # is asked about everything
 
 
 @dataclass(frozen=True)

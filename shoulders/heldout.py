@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from shoulders.errors import DataError
-from shoulders.features import Batch, Features, Skipped
+from shoulders.features import Asked, Batch, Features, Skipped
 from shoulders.model import ShouldersModel
 from shoulders.transfer.align import align
 from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
-from shoulders.transfer.objective import BASE, Asked
+from shoulders.transfer.objective import BASE
 from shoulders.transfer.projectors import teacher_of
 
 FEWEST = 2  # images: half of them fit, the others tell

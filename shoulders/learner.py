@@ -6,23 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shoulders.errors import DataError
-from shoulders.features import Features
+from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.model import ShouldersModel
 from shoulders.parallel import apart, clip, part_of, replicated
 from shoulders.recipe import Recipe, Train
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
-from shoulders.transfer.objective import BASE, Asked, Settings, kpu
+from shoulders.transfer.objective import BASE, Settings, kpu
 from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths, teacher_of
-
-EVERYBODY: Asked = MappingProxyType({})  # about everything
 
 
 class Learner(nn.Module):

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ import shoulders.student.encoder as encoder
 from shoulders.card import write_card
 from shoulders.config import ShouldersConfig
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import Features
+from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.grafts import Head, taps_of
 from shoulders.heads import answers, open_head, save_head
 from shoulders.hub import quiet
@@ -132,9 +131,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
             return self.encoder.refine(said, pixels, self.reads)
         return self.encoder(pixels, self.reads)
 
-    def tell(
-        self, seen: Mapping[str, Features], asked: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> dict[str, Features]:
+    def tell(self, seen: Mapping[str, Features], asked: Asked = EVERYBODY) -> dict[str, Features]:
         """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized.
 
         Args:

@@ -173,6 +173,11 @@ class Recipe(Part):
     keep_heads: list[str] = Field([], description="teachers whose heads the student keeps and runs")
     out: Path
 
+    @property
+    def homes(self) -> dict[str, list[str]]:
+        """{teacher: the sources that it is asked about}, of those who are not asked about all."""
+        return {name: spec.sources for name, spec in self.teachers.items() if spec.sources is not None}
+
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         for name, spec in self.teachers.items():

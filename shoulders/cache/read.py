@@ -6,7 +6,6 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from shoulders.cache.codec import Codec
 from shoulders.cache.fingerprint import Asked, Fields, Size, asked_of, differences, fingerprints, sizes_of
 from shoulders.cache.index import Index, Numbers
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import CENTRAL, Batch, Features
+from shoulders.features import CENTRAL, EVERYBODY, Batch, Features
 from shoulders.images import ImageSet
 from shoulders.ranks import Rank
 from shoulders.recipe import Cache, Recipe, as_size
@@ -182,7 +181,7 @@ class CachedTeachers(nn.Module):
         """As `shoulders.teachers.Teachers.whose`."""
         return {name: asked.whose for name, asked in self.asked.items() if name != BASE}
 
-    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
+    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = EVERYBODY) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32, on the device of the batch's pixels; ``base/latent`` among them.
 
         Args:

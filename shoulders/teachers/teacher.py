@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from shoulders.errors import RecipeError
-from shoulders.features import Batch, Features
+from shoulders.features import EVERYBODY, Asked, Batch, Features
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class Teachers(nn.Module):
             for name, teacher in each.items()
         }
 
-    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Features]:
+    def forward(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32.
 
         Args:

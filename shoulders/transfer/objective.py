@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoulders.features import Features
+from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.transfer.align import align_pair
 from shoulders.transfer.balance import among
 from shoulders.transfer.distances import Distance
@@ -23,7 +22,6 @@ from shoulders.transfer.projectors import spread, teacher_of
 
 BASE = "base"
 Terms = dict[str, Tensor]
-Asked = Mapping[str, Tensor]  # {teacher: (b,) the images of a batch that it was asked about}; one not named: all
 Balance = Callable[[Tensor], Tensor]  # losses (B, T) -> weights (B, T)
 
 
@@ -89,7 +87,7 @@ def kpu(
     distance: Distance,
     balance: Balance,
     settings: Settings,
-    asked: Asked = MappingProxyType({}),
+    asked: Asked = EVERYBODY,
 ) -> tuple[Tensor, Terms]:
     """One loss and its named terms.
 
@@ -129,9 +127,8 @@ def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: fl
     weights = torch.full_like(losses, preserve)
     counts = balance(losses[:, taught_by].detach())
     if asked:
-        one = torch.ones_like(losses)
-        here = [spread(one[: len(rows), 0], len(one), rows) if rows is not None else one[:, 0]
-                for rows in (asked.get(teachers[i]) for i in taught_by)]  # fmt: skip
+        rows = [asked.get(teachers[i], torch.arange(len(losses), device=losses.device)) for i in taught_by]
+        here = [losses.new_zeros(len(losses)).index_fill(0, some, 1) for some in rows]
         counts = among(counts, torch.stack(here, 1))
     weights[:, taught_by] = counts
     return weights

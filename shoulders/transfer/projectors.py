@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.features import Features
+from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.transfer.align import align
 
 
@@ -122,7 +121,7 @@ class JointToStudent(nn.Module):
 
     def forward(
         self, taught: Mapping[str, Features], grid: tuple[int, int], present: Mapping[str, Tensor],
-        asked: Mapping[str, Tensor] = MappingProxyType({}),
+        asked: Asked = EVERYBODY,
     ) -> Features:  # fmt: skip
         """{tap: standardized Features} and {tap: (B,) 1 where it takes part, else 0} -> one guess on ``grid``.
 
@@ -133,9 +132,7 @@ class JointToStudent(nn.Module):
         parts = {part: self._unify(part, aligned, present, asked) for part in self.norms}
         return Features(parts.get("summary"), parts.get("spatial"), grid)
 
-    def _unify(
-        self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor], asked: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _unify(self, part: str, aligned: Mapping[str, Features], present: Mapping[str, Tensor], asked: Asked) -> Tensor:
         """A teacher's taps speak with one voice, their mean; then the mean over the teachers present."""
         voices: dict[str, list[Tensor]] = {}
         for tap, features in aligned.items():
