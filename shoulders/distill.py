@@ -110,7 +110,12 @@ class Run:
         self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
-        self.forward = torch.compile(self.module) if recipe.train.compile else self.module
+        self.forward = self.module
+        if recipe.train.compile and recipe.homes:
+            # how many images a teacher is asked about changes from step to step: what meets them would be compiled anew
+            self.student.places = torch.compile(self.student.places)  # type: ignore[method-assign]
+        elif recipe.train.compile:
+            self.forward = torch.compile(self.module)
 
     def train(self, resume: bool) -> dict[str, float]:
         """From the first step, or the newest checkpoint, to the last. Returns the last held-out measures."""

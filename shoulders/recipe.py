@@ -135,7 +135,7 @@ class Train(Part):
     clip: float = Field(1.0, gt=0, description="global gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; default: none")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
+    compile: bool = Field(False, description="the step; the student alone where teachers have sources of their own")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="each of several ranks holds all, or its part")
     seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)

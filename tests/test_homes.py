@@ -193,6 +193,19 @@ def test_a_cache_gives_the_same_student(world: Path, streets_only: Path, tmp_pat
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "live"))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler imports what torch warns of
+def test_compiled_once_it_learns_the_same(world: Path, streets_only: Path, tmp_path: Path) -> None:
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    distill(recipe(world, tmp_path / "compiled", ["streets"], train={"compile": True, "evaluate_every": 1000}))
+    plain, compiled = ([row["loss"] for row in metrics(one)] for one in (streets_only, tmp_path / "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    # in steps, and in held-out measures: of no gradients, and of their last images, which are fewer
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
 def test_a_teacher_that_is_asked_less_costs_less(world: Path, streets_only: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", None), {}, Rank(0, 1, torch.device("cpu")))
     blank = Batch(torch.arange(4), {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in run.sizes})
