@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -110,7 +110,7 @@ class Run:
         self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
-        self.forward = self.module
+        self.forward: Callable[..., Any] = self.module
         if recipe.train.compile and recipe.homes:
             # how many images a teacher is asked about changes from step to step: what meets them would be compiled anew
             self.student.places = torch.compile(self.student.places)  # type: ignore[method-assign]

@@ -135,6 +135,17 @@ def test_every_second_is_of_the_part_that_took_it(world: Path, adapter: dict[str
     assert "forward" not in vars(teacher) and "places" not in vars(run.student)  # nothing stays hung on
 
 
+def test_a_watch_leaves_everything_as_it_was(world: Path) -> None:
+    run = prepare(recipe_of(world), {}, HERE)
+    stand_in = run.student.places
+    run.student.places = stand_in  # type: ignore[method-assign]  # as where the student alone is compiled
+    for _ in range(2):
+        with watched(run, Watch(HERE.device)):
+            assert run.student.places is not stand_in
+        assert vars(run.student)["places"] is stand_in
+        assert "compare" not in vars(run.learner)
+
+
 def test_a_cached_run_is_planned_from_its_cache(world: Path, tmp_path: Path) -> None:
     cached = {"cache": {"path": str(tmp_path / "cache")}, "images__views": 1, "keep_heads": []}
     live = plan(recipe_of(world, **cached))

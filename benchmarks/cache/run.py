@@ -77,10 +77,11 @@ def main() -> None:
 
 def recipe(scratch: Path, views: int, dtype: str) -> Recipe:
     """recipes/world.yaml with fewer images and a cache."""
+    styles = ("studio", "neon", "paper", "ink")
+    counts = [f"images.sources.{style}.args.count={views // len(styles)}" for style in styles]
     return read_recipe(RECIPE, [
-        f"images.sources.world.args={{count: {views}}}", "images.views=1", "images.workers=0", "images.holdout=64",
-        "transfer.calibration=64", f"cache.path={scratch / dtype}", f"cache.dtype={dtype}", "cache.mode=require",
-        f"out={scratch / 'run'}",
+        *counts, "images.views=1", "images.workers=0", "images.holdout=64", "transfer.calibration=64",
+        f"cache.path={scratch / dtype}", f"cache.dtype={dtype}", "cache.mode=require", f"out={scratch / 'run'}",
     ])  # fmt: skip
 
 

@@ -31,8 +31,11 @@ MODELS: dict[str, Callable[[], Any]] = {
     "clip": lambda: transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)),
     "dino": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**VIT_B, patch_size=14)),
+    "siglip": lambda: transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)),
+    "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**VIT_B), add_pooling_layer=False),
 }  # fmt: skip
-TEACHERS = ("vit", "clip", "dino")
+TEACHERS = ("vit", "clip", "dino", "siglip", "deit")  # the first three, unless a variant says how many
 
 LADDER = {"reads": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
 LEAN = {"projector_width": HIDDEN}
@@ -40,7 +43,8 @@ NARROW = {"projector_width": 512}  # the ladder is an MLP already
 INSIDE = {"kind": "bottleneck", "width": 64}
 SIDE = {"kind": "side", "width": 192, "blocks": 4}
 
-# name: does all of the student learn, its adapter, its projectors, what comes from the cache (else asked live)
+# name: does all of the student learn, its adapter, its projectors, what comes from the cache (else asked live), how
+# many teachers
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_bf16": {},
@@ -49,6 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "online_lean": {"whole": True, "transfer": LEAN},
     "cached": {"whole": True, "transfer": LADDER, "cached": "teachers"},
     "cached_lean": {"whole": True, "transfer": LEAN, "cached": "teachers"},
+    **{
+        f"cached_lean_{count}": {"whole": True, "transfer": LEAN, "cached": "teachers", "teachers": count}
+        for count in (1, 2, 4, 5)
+    },
     "bottleneck_online": {"adapter": INSIDE, "transfer": LEAN},
     "bottleneck_cached": {"adapter": INSIDE, "transfer": LEAN, "cached": "teachers"},
     "side_online": {"adapter": SIDE, "transfer": NARROW},
@@ -59,11 +67,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def write_world(folder: Path) -> None:
     """Random models and images, once for all variants."""
+    for name, make in MODELS.items():
+        if not (folder / name).exists():
+            torch.manual_seed(0)
+            make().save_pretrained(folder / name)
     if (folder / "images" / "done").exists():
         return
-    torch.manual_seed(0)
-    for name, make in MODELS.items():
-        make().save_pretrained(folder / name)
     (folder / "images").mkdir(exist_ok=True)
     dice = np.random.default_rng(0)
     for i in range(IMAGES + 8):
@@ -79,7 +88,8 @@ def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
     return check_recipe({
         "student": {"base": str(folder / base), "adapter": how.get("adapter", {"kind": "bottleneck", "width": 1})},
         "teachers": {
-            name: {"model": str(folder / name), "size": SIZE, "int8": "int8" in how} for name in TEACHERS
+            name: {"model": str(folder / name), "size": SIZE, "int8": "int8" in how}
+            for name in TEACHERS[: how.get("teachers", 3)]
         },
         "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
         "transfer": {"standardize": "channel", "cosine_share": 0.5, "t2s": "none", "preserve": 0, **how["transfer"]},
@@ -98,7 +108,7 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
     """One step of a variant, to be called again and again."""
     device = this_device()
     if variant.startswith("plain"):
-        models = {name: type(make()).from_pretrained(folder / name) for name, make in MODELS.items() if name != "base"}
+        models = {name: type(MODELS[name]()).from_pretrained(folder / name) for name in ("student", *TEACHERS[:3])}
         plain = Plain(models.pop("student"), models, HIDDEN, bf16=variant == "plain_bf16").to(device)
         return partial(plain.step, torch.randn(batch, 3, SIZE, SIZE, device=device))
     run = prepare(recipe_of(variant, folder, batch), {}, Rank(0, 1, device))

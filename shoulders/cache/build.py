@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from itertools import islice, tee
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
+from zlib_ng import zlib_ng
 
 from shoulders.cache import store
 from shoulders.cache.ask import Asking, refusal
@@ -182,7 +182,7 @@ class Builder:
                 rows = self.index.of(batch) - numbers[0]
                 payload[rows] = self._encode(shelf.codec, asking, batch).cpu().numpy()
                 for row, pixels in zip(rows, batch.rendered[asking.size].numpy(), strict=True):
-                    seen[row] = zlib.crc32(pixels)
+                    seen[row] = zlib_ng.crc32(pixels)
             yield store.seal(payload, seen, self.index.keys(numbers), shelf.salt)
             bar.update(len(numbers))
 

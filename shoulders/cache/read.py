@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from zlib_ng import zlib_ng
 
 from shoulders.cache import store
 from shoulders.cache.channels import load_channels
@@ -81,7 +81,7 @@ class Shelf:
         def parts() -> Iterator[Tensor]:
             for start in range(0, len(numbers), few):
                 records = self.records(numbers[start : start + few], index)
-                seen.extend(map(store.pixels_seen, records.numpy()))
+                seen.extend(store.pixels_seen(records.numpy()))
                 yield records.to(device, non_blocking=True)
 
         return self.codec.decode_parts(parts(), len(numbers)), seen
@@ -100,18 +100,19 @@ class Shelf:
             records = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             records = torch.from_numpy(np.empty(shape, np.uint8))  # in huge pages
-        for record, key, number in zip(records.numpy(), index.keys(numbers), numbers.tolist(), strict=True):
-            self.shards.read(number, record)
+        keys = index.keys(numbers)
+        for record, key, (shard, row) in zip(records.numpy(), keys, self.shards.where(numbers), strict=True):
+            self.shards.read(shard, row, record)
             if not store.is_sound(record, key, self.salt):
-                shard, row = self.shards.where(number)
                 raise DataError(
                     f"{self.shards.path(shard)}: record {row} is damaged; remove this file, then: {self.command}"
                 )
-            if not absent_too and store.pixels_seen(record) is None:
-                raise DataError(
-                    f"{index.images.images.name_of(key[0])!r} could not be decoded when {self.folder} was made; remove "
-                    f"{self.folder.parent}, then: {self.command}"
-                )
+        if not absent_too and None in (seen := store.pixels_seen(records.numpy())):
+            identity, _ = keys[seen.index(None)]
+            raise DataError(
+                f"{index.images.images.name_of(identity)!r} could not be decoded when {self.folder} was made; remove "
+                f"{self.folder.parent}, then: {self.command}"
+            )
         return records
 
 
@@ -212,7 +213,7 @@ class CachedTeachers(nn.Module):
         if drawn.device.type != "cpu" and not (batch.views == CENTRAL).all():  # type: ignore[union-attr]
             return
         for identity, checksum, pixels in zip(batch.ids.tolist(), seen, drawn.cpu().numpy(), strict=True):
-            if checksum != zlib.crc32(pixels):
+            if checksum != zlib_ng.crc32(pixels):
                 name = self.index.images.images.name_of(identity)
                 raise DataError(
                     f"{name!r} does not look as it did when {shelf.folder} was made (a changed file, or another "

@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import struct
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from shoulders.checkpoint import space_error, sync, write_text
 from shoulders.errors import DataError
@@ -29,6 +29,7 @@ from shoulders.errors import DataError
 PLAN, MANIFEST, CHANNELS = "plan.json", "manifest.json", "channels.safetensors"
 SHARD = "shard-{:05d}.bin"
 TRAILER = 16  # bytes: flag, crc32 of the pixels, zero, crc32; little-endian uint32 each
+RESIDUE = 0x2144DF1C  # the crc32 of whatever ends with its own
 THERE, ABSENT = 0, 1
 Key = tuple[int, int]  # image id and view
 Bytes = NDArray[np.uint8]
@@ -52,26 +53,26 @@ def seal(payload: Bytes, seen: list[int | None], keys: list[Key], salt: int) -> 
 
 def is_sound(record: Bytes, key: Key, salt: int) -> bool:
     """Whether a record is the one of this image and view, bit for bit."""
-    return _words(record)[3] == _checksum(record, key, salt)
+    return bool(zlib_ng.crc32(record.data, _start(key, salt)) == RESIDUE)
 
 
-def pixels_seen(record: Bytes) -> int | None:
-    """The crc32 of the pixels that the teacher saw; None where the image could not be decoded."""
-    flag, pixels, *_ = _words(record)
-    return pixels if flag == THERE else None
-
-
-def _words(record: Bytes) -> tuple[int, ...]:
-    return struct.unpack("<IIII", record[-TRAILER:].data)
+def pixels_seen(records: Bytes) -> list[int | None]:
+    """The crc32 of the pixels that the teacher saw, of each record (B, bytes); None where there was no image."""
+    trailers = records[:, -TRAILER:].copy().view("<u4").tolist()  # (B, 4)
+    return [pixels if flag == THERE else None for flag, pixels, *_ in trailers]
 
 
 def salt_of(fingerprint: dict[str, Any]) -> int:
     """Where the checksums of a cache with this fingerprint start."""
-    return zlib.crc32(_dump(fingerprint).encode())
+    return zlib_ng.crc32(_dump(fingerprint).encode())
 
 
 def _checksum(record: Bytes, key: Key, salt: int) -> int:
-    return zlib.crc32(record[:-4].data, zlib.crc32(struct.pack("<qq", *key), salt))
+    return zlib_ng.crc32(record[:-4].data, _start(key, salt))
+
+
+def _start(key: Key, salt: int) -> int:
+    return zlib_ng.crc32(struct.pack("<qq", *key), salt)
 
 
 def write_shard(path: Path, parts: Iterable[Bytes], needed: int) -> None:
@@ -125,10 +126,10 @@ class Shards:
         """Where a shard lies or will lie."""
         return self.folder / SHARD.format(shard)
 
-    def where(self, number: int) -> tuple[int, int]:
-        """Shard and row of a record."""
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return shard, int(number - self.starts[shard])
+    def where(self, numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Shard and row of each record (B,)."""
+        shards = np.searchsorted(self.starts, numbers, side="right") - 1
+        return list(zip(shards.tolist(), (numbers - self.starts[shards]).tolist(), strict=True))
 
     def has(self, shard: int) -> bool:
         """Whether a shard is there, at its full size."""
@@ -137,19 +138,18 @@ class Shards:
         except FileNotFoundError:
             return False
 
-    def read(self, number: int, into: Bytes) -> None:
+    def read(self, shard: int, row: int, into: Bytes) -> None:
         """Read one record (record,).
 
         Raises:
             DataError: its shard is not there, or ends too early.
         """
-        shard, place = self.where(number)
         try:
-            got = os.preadv(self._descriptor(shard), [into.data], place * self.record)
+            got = os.preadv(self._descriptor(shard), [into.data], row * self.record)
         except OSError as error:
             raise DataError(f"{self.path(shard)}: cannot be read ({error.strerror})") from error
         if got != self.record:
-            raise DataError(f"{self.path(shard)}: ends within record {place}; remove the file and make it anew")
+            raise DataError(f"{self.path(shard)}: ends within record {row}; remove the file and make it anew")
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:

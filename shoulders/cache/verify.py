@@ -61,7 +61,7 @@ def check_shard(shelf: Shelf, shard: int, index: Index) -> tuple[int, str]:
         numbers = np.arange(start, min(start + step, end))
         records = shelf.records(numbers, index, absent_too=True).numpy()
         digest.update(records.data)
-        absent += sum(store.pixels_seen(record) is None for record in records)
+        absent += store.pixels_seen(records).count(None)
     return absent, digest.hexdigest()
 
 

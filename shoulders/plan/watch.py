@@ -101,8 +101,9 @@ def watched(run: Run, watch: Watch) -> Iterator[None]:
     ]
     with ExitStack() as undo:
         for owner, method, stand_in in stand_ins:
+            own = vars(owner).get(method)  # what was compiled stands before the method of the class already
+            undo.callback(delattr, owner, method) if own is None else undo.callback(setattr, owner, method, own)
             setattr(owner, method, stand_in)
-            undo.callback(delattr, owner, method)
         yield
 
 

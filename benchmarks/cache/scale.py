@@ -1,0 +1,127 @@
+"""What more images cost: making a cache of them, and training from it.
+
+    python benchmarks/cache/scale.py [--images 1000 4000 16000 50000] [--steps 200]
+
+The classifier of the small world and its scenes of one style, each count in processes of their own: one makes the
+cache, another one trains from it. CPU seconds on one thread; memory is resident, with Python and torch in it. Linear
+time and flat memory are what it should say. Writes scale.json and scale.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+WORLD = HERE.parents[1] / "shoulders" / "world" / "teachers"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 4000, 16000, 50000])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--child", nargs=2, metavar=("JOB", "FOLDER"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        job, folder = asked.child
+        print(json.dumps(JOBS[job](Path(folder), asked.images[0], asked.steps)))
+        return
+    rows = []
+    for images in asked.images:
+        with tempfile.TemporaryDirectory() as folder:
+            row: dict[str, Any] = {"images": images, "steps": asked.steps}
+            for job in JOBS:
+                row |= child(job, folder, images, asked.steps)
+            rows.append(row)
+    from shoulders.checkpoint import write_text
+
+    write_text(HERE / "scale.json", json.dumps(rows, indent=1) + "\n")
+    write_text(HERE / "scale.md", table(rows))
+    print(table(rows))
+
+
+def child(job: str, folder: str, images: int, steps: int) -> dict[str, Any]:
+    """The figures of a job in a process of its own."""
+    command = [sys.executable, __file__, "--child", job, folder, "--images", str(images), "--steps", str(steps)]
+    threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)  # noqa: S603
+    if done.returncode:
+        raise SystemExit(f"{job} of {images} images failed:\n{done.stderr[-2000:]}")
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def recipe(folder: Path, images: int) -> Any:
+    from shoulders.recipe import check_recipe
+
+    return check_recipe({
+        "student": {"base": str(WORLD / "base"), "adapter": {"kind": "side", "width": 64}},
+        "teachers": {"classifier": {"model": str(WORLD / "classifier")}},
+        "images": {
+            "sources": {"world": {"module": "shoulders.world:unlabelled",
+                                  "args": {"styles": ["studio"], "count": images}}},
+            "size": 96, "views": 1, "holdout": 64, "workers": 0,
+        },
+        "transfer": {"calibration": 64}, "train": {"batch": 16, "steps": 10_000},
+        "cache": {"path": str(folder / "cache"), "dtype": "int8", "mode": "require"}, "out": str(folder / "run"),
+    })  # fmt: skip
+
+
+def make(folder: Path, images: int, steps: int) -> dict[str, float]:
+    """Make the cache."""
+    from shoulders.cache import build_cache
+
+    begun = time.process_time()
+    build_cache(recipe(folder, images))
+    size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
+    return {"make_s": time.process_time() - begun, "make_peak_mb": most(), "disk_mb": size / 1e6}
+
+
+def train(folder: Path, images: int, steps: int) -> dict[str, float]:
+    """Open the run and take some steps from views all over the cache."""
+    import torch
+
+    from shoulders.distill import prepare
+    from shoulders.ranks import Rank
+
+    begun = time.process_time()
+    run = prepare(recipe(folder, images), {}, Rank(0, 1, torch.device("cpu")))
+    opened = time.process_time() - begun
+    run.calibrate()
+    begun = time.process_time()
+    for step, batch in enumerate(run._batches(0, steps, 0, 1), 1):
+        run.step(step, batch)
+    return {"open_s": opened, "step_ms": (time.process_time() - begun) / steps * 1000, "train_peak_mb": most()}
+
+
+def most() -> float:
+    """Peak of this process's resident memory in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+JOBS = {"make": make, "train": train}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    titles = ("images", "making it: ms per image", "peak MB", "MB on disk", "opening a run: s", "ms per step of 16",
+              "peak MB of training")  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for row in rows:
+        each = 1000 * row["make_s"] / row["images"]
+        cells = [f"{row['images']:,}", f"{each:.2f}", f"{row['make_peak_mb']:.0f}", f"{row['disk_mb']:.0f}",
+                 f"{row['open_s']:.2f}", f"{row['step_ms']:.0f}", f"{row['train_peak_mb']:.0f}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
