@@ -26,6 +26,7 @@ from shoulders.teachers import Teacher
 
 NONE: Mapping[str, Teacher] = {}
 TIMED = 16  # views that each teacher is timed on
+DRAWN = 5  # times as many are drawn, to time that: the first ones wait for the loader's workers to come up
 
 
 def plan_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
@@ -106,12 +107,18 @@ def _record_bytes(asking: Asking, recipe: Recipe) -> int:
 def _draw(builder: Builder) -> tuple[Batch, float]:
     """A few views of different images, and the seconds that drawing one takes."""
     last = builder.index.first_heldout - 1
-    numbers = np.linspace(0, last, min(TIMED, last + 1)).astype(np.int64)
-    start = time.perf_counter()
-    (batch,) = builder.draw([numbers])
-    if not len(batch):
-        raise DataError(f"none of {len(numbers)} images could be decoded, such as {batch.skipped[0].name!r}")
-    return batch, (time.perf_counter() - start) / len(numbers)
+    numbers = np.linspace(0, last, min(DRAWN * TIMED, last + 1)).astype(np.int64)
+    parts = [numbers[start::DRAWN] for start in range(min(DRAWN, len(numbers)))]
+    clock = [time.perf_counter()]
+    batches = []
+    for batch in builder.draw(parts):
+        batches.append(batch)
+        clock.append(time.perf_counter())
+    first = next((batch for batch in batches if len(batch)), None)
+    if first is None:
+        raise DataError(f"none of {len(numbers)} images could be decoded, such as {batches[0].skipped[0].name!r}")
+    warm = 1 if len(parts) > 1 else 0
+    return first, (clock[-1] - clock[warm]) / sum(map(len, parts[warm:]))
 
 
 def _time(asking: Asking, batch: Batch) -> float:
