@@ -3,8 +3,8 @@
     python benchmarks/cache/real.py --data DATA [--work runs/cache_real] [--only cached|live] [--threads 1]
 
 recipes/real_small.yaml (1,000 photos, the CIFAR-10 and the CamVid training images; no labels), 700 steps of 128. Live,
-every view is a fresh one; the cache holds one view of each image, in int8. Then both students and the base are probed on
-CIFAR-10. Started again, it goes on. Writes real.json and real.md here.
+every view is a fresh one; the cache holds one view of each image, in int8. Then both students and the base are probed
+on CIFAR-10. Started again, it goes on. Writes real.json and real.md here.
 """
 
 from __future__ import annotations
