@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jobs import TOLD, Job, Setting
 
@@ -18,11 +20,12 @@ from shoulders.model import load
 from shoulders.ranks import this_device
 from shoulders.recipe import as_size, read_recipe
 from shoulders.scratch import scratch
-from shoulders.tasks import TASKS
+from shoulders.tasks import TASKS, Split, Splits
 from shoulders.tasks.inherited import HEADS
 from shoulders.teachers import load_teacher
 
 BATCH = 50
+FIT_ON, REPORT = 5000, 2000  # images of classification that probes are fitted on, and that they report
 
 Row = dict[str, Any]
 
@@ -80,6 +83,7 @@ def by_probe(
     if len(probe_seeds) > 1:
         features_of = remembering(features_of, summaries=not TASKS[job.task].spatial)
     splits = TASKS[job.task].find(labels / job.labels, "image")
+    splits = fewer(splits) if job.task == "classification" else splits
     for probe_seed in probe_seeds:
         told = TASKS[job.task].run(features_of, splits, [size], BATCH, 0, probe_seed)
         yield rows_of(job, kind, told, seed, probe_seed)
@@ -89,6 +93,16 @@ def from_scratch(job: Job, run: Path, labels: Path, seed: int, steps: int | None
     """The student's architecture with random weights, trained with all labels at the FLOPs of the distillation."""
     splits = TASKS[job.task].find(labels / job.labels, "image")
     return rows_of(job, "scratch", scratch(run, job.task, splits, steps, seed=seed), seed)
+
+
+def fewer(splits: Splits) -> Splits:
+    """At most `FIT_ON` images to fit on and `REPORT` to report, evenly out of all."""
+
+    def thin(split: Split, most: int) -> Split:
+        count = len(split.indices)
+        return split.take(np.arange(0, count, max(1, count // most))[:most])
+
+    return replace(splits, train=thin(splits.train, FIT_ON), test=thin(splits.test, REPORT))
 
 
 def remembering(features_of: FeaturesOf, summaries: bool) -> FeaturesOf:

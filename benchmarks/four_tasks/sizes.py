@@ -12,25 +12,23 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jobs import SETTINGS, TOLD, Job
 from kept import Kept, Row, publish
+from measure import fewer
 from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, short
 
 from shoulders.checkpoint import write_text
 from shoulders.evaluate import features_of_student, inherited_head
 from shoulders.model import ShouldersModel, load
 from shoulders.ranks import this_device
-from shoulders.tasks import TASKS, Split, Splits
+from shoulders.tasks import TASKS
 from shoulders.tasks.inherited import HEADS
 
 HERE = Path(__file__).resolve().parent
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
-FIT_ON, REPORT = 5000, 2000
 BATCH = 20  # at twice the size four times the places
 
 
@@ -56,16 +54,6 @@ def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tu
          "seconds": by_metric[name]["seconds"]}
         for metric, name in names.items()
     ]  # fmt: skip
-
-
-def fewer(splits: Splits) -> Splits:
-    """At most `FIT_ON` images to fit on and `REPORT` to report, evenly out of all."""
-
-    def thin(split: Split, most: int) -> Split:
-        count = len(split.indices)
-        return split.take(np.arange(0, count, max(1, count // most))[:most])
-
-    return replace(splits, train=thin(splits.train, FIT_ON), test=thin(splits.test, REPORT))
 
 
 def table(rows: Sequence[Row]) -> str:
