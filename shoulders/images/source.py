@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 MAX_BYTES = 2**29  # 512 MiB: no image within reach of max_pixels is larger, so what is larger is not read
 
 
@@ -58,7 +59,7 @@ class Names:
 def is_image_name(name: bytes) -> bool:
     """Whether a relative path is named like an image; hidden files (``._photo.jpg``) are not."""
     last = name.rpartition(b"/")[2]
-    return not last.startswith(b".") and last.lower().endswith(tuple(ext.encode() for ext in EXTENSIONS))
+    return not last.startswith(b".") and last.lower().endswith(_ENDINGS)
 
 
 def image_id(source_name: str, name: str) -> int:
