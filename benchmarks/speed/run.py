@@ -6,7 +6,7 @@ The job: a ViT-S/16 at 224 px that learns from three ViT-B teachers, one of them
 teachers for a frozen ViT-B with an adapter. Weights and images are random. Each variant runs in a process of its own,
 and every round runs all of them, so that drift of the machine hits all alike; each process measures the machine's own
 rate of matrix products too. Only ratios mean anything. What is measured already is kept in ``--work``: started again,
-the command goes on. Writes results.json and table.md here, unless --quick.
+the command goes on. Writes results.json and table.md here, unless --quick; what they hold of other batches stays.
 """
 
 from __future__ import annotations
@@ -42,18 +42,21 @@ def main() -> None:
     for variant in asked.variants or VARIANTS:
         write_cache(variant, asked.work)
     rows = rounds(asked, list(asked.variants or VARIANTS))
-    result = {"machine": machine(), "threads": asked.threads, "clock": asked.clock, "rows": summarize(rows)}
-    print(table(result["rows"]))
+    fresh = [{"threads": asked.threads, "clock": asked.clock, **row} for row in summarize(rows)]
+    print(table(fresh))
     if not asked.quick and not asked.variants:
-        (HERE / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        (HERE / "table.md").write_text(table(result["rows"]))
+        before = json.loads((HERE / "results.json").read_text())["rows"]
+        both = [row for row in before if row["batch"] not in asked.batch] + fresh
+        both.sort(key=lambda row: row["batch"])
+        (HERE / "results.json").write_text(json.dumps({"machine": machine(), "rows": both}, indent=1) + "\n")
+        (HERE / "table.md").write_text(table(both))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="that each process measures, at least three steps")
+    parser.add_argument("--seconds", type=float, default=8.0, help="that each process measures: three steps, or thrice")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that others use")
     parser.add_argument("--quick", action="store_true", help="one short round, and nothing is written here")
@@ -119,7 +122,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     step()  # weights are packed, moments of the optimizer made
     forget_peak(on_gpu)
     taken = [timed(step)]
-    while sum(taken) < asked.seconds or (len(taken) < 3 and asked.seconds):
+    while sum(taken) < asked.seconds or (len(taken) < 3 and sum(taken) < 3 * asked.seconds):
         taken.append(timed(step))
     peak = peak_mb(on_gpu)
     device = "cuda" if on_gpu else "cpu"
