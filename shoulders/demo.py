@@ -46,9 +46,7 @@ TRIES = (Try("muon", 2e-3),)  # of training from scratch
 # what the table shows of each task, and how it calls that
 KINDS = {"teacher": "teacher", "inherited": "its head on the student", "student_probe": "probe on the student",
          "base_probe": "on its base", "scratch": "from scratch, with labels"}  # fmt: skip
-# the same numbers under the names that heads and probes have for them
-HEADS = {**METRICS, "instance": "AP"}
-PROBES = {**METRICS, "classification": "linear_top1"}
+PROBES = {**METRICS, "classification": "linear_top1"}  # the same numbers, as probes call them
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def ask(out: Path, student: Path, effort: Effort, kind: str, teacher: str) -> No
         who = teacher if kind == "teacher" else "student"
         rows = evaluate_heads(student, task, data, [who], batch=50, workers=0)
         told = [row for row in rows if row["head"] == teacher]
-        metric = HEADS[task]
+        metric = METRICS[task]
     elif kind == "scratch":
         steps = effort.scratch[task]
         told = scratch(student, task, TASKS[task].find(data, "image"), steps, tries=TRIES)  # type: ignore[assignment]

@@ -33,11 +33,11 @@ class TeacherSpec(Part):
     model: str | None = Field(None, description="hub id or local folder")
     module: str | None = Field(None, description="package.module:function that returns shoulders.Teacher")
     revision: str | None = Field(None, description="commit of the hub repository (40 hex digits)")
-    trust_remote_code: bool = False
-    size: int | tuple[int, int] | None = Field(None, description="input size in px; default: the model's own")
+    trust_remote_code: bool = Field(False, description="run the model's own code; of a hub model only at a revision")
+    size: int | tuple[int, int] | None = Field(None, description="of its input in px, or [h, w]; default: its own")
     taps: list[str] | None = Field(None, description="which features; default: the family's own choice")
     sources: list[str] | None = Field(None, min_length=1, description="the images it is asked about; default: all")
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="its share, with transfer.balance: fixed")
     int8: bool = Field(False, description="linear layers in int8: faster on a CPU with VNNI, and not quite the same")
     classes: list[str] | None = Field(None, min_length=1, description="names that a kept image-text head tells apart")
     prompts: list[str] | None = Field(None, min_length=1, description="texts for them; default: a photo of a {}.")
@@ -79,14 +79,14 @@ class Images(Part):
 
     path: Path | None = Field(None, description="one source")
     sources: dict[str, Source] = Field({}, description="several sources by name")
-    size: int | tuple[int, int] = Field(224, description="the student's input size in px")
-    views: Literal["fresh"] | Annotated[int, Field(ge=1)] = "fresh"
+    size: int | tuple[int, int] = Field(224, description="of the student's input in px, or [h, w]")
+    views: Literal["fresh"] | Annotated[int, Field(ge=1)] = Field("fresh", description="an image's; cached: a number")
     scale: tuple[float, float] = Field((0.4, 1.0), description="area of a view, as a fraction of the image")
-    flip: bool = True
+    flip: bool = Field(True, description="half of the views are mirrored")
     holdout: int = Field(512, ge=8, description="images kept out of training, for evaluation; at most a tenth")
     max_bad: float = Field(0.01, ge=0, le=1, description="fraction of unreadable images that is put up with")
     max_pixels: int = Field(50_000_000, ge=1, description="images larger than this are skipped")
-    workers: int = Field(1, ge=0)
+    workers: int = Field(1, ge=0, description="processes that decode; 0: none beside the run's own")
 
     @model_validator(mode="after")
     def _some_images(self) -> Images:
@@ -104,15 +104,19 @@ class Images(Part):
 class Transfer(Part):
     """How knowledge crosses from the teachers to the student."""
 
-    standardize: Literal["none", "channel", "phi_s"] = "phi_s"
+    standardize: Literal["none", "channel", "phi_s"] = Field("phi_s", description="phi_s: arXiv 2410.01680")
     calibration: int = Field(1024, ge=16, description="images that the statistics are estimated on")
-    distance: Literal["blend", "cosine", "smooth_l1", "mse"] = "blend"
-    cosine_share: float = Field(0.9, ge=0, le=1, description="a in a (1 - cosine) + (1 - a) smooth-L1")
-    t2s: Literal["none", "each", "joint"] = "joint"
-    t2s_weight: float = Field(0.3, ge=0)
-    t2s_gradient: Literal["both", "student", "projector"] = "both"
+    distance: Literal["blend", "cosine", "smooth_l1", "mse"] = Field(
+        "blend", description="of what is told from what is taught"
+    )
+    cosine_share: float = Field(0.9, ge=0, le=1, description="blend: a in a (1 - cosine) + (1 - a) smooth-L1")
+    t2s: Literal["none", "each", "joint"] = Field("joint", description="who guesses the latent: each, or all")
+    t2s_weight: float = Field(0.3, ge=0, description="of these guesses in the loss")
+    t2s_gradient: Literal["both", "student", "projector"] = Field("both", description="whom these guesses move")
     preserve: float = Field(1.0, ge=0, description="weight of the base as a teacher")
-    balance: Literal["uniform", "fixed", "dropping"] = "uniform"
+    balance: Literal["uniform", "fixed", "dropping"] = Field(
+        "uniform", description="of teachers; dropping keeps each image's worst (UNIC, arXiv 2408.05088)"
+    )
     reads: list[str] = Field(["latent"], min_length=1, description="places that projectors read: latent, block0, ..")
     own_grids: bool = Field(True, description="taps that a kept head reads are inherited on their own finer grids")
     projector_width: int | None = Field(None, ge=1, description="hidden width; default: twice the latent's")
@@ -124,25 +128,25 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Train(Part):
     """Optimisation and bookkeeping."""
 
-    steps: int = Field(20_000, ge=1)
+    steps: int = Field(20_000, ge=1, description="updates")
     batch: int = Field(256, ge=1, description="images per step over all ranks")
     accumulate: int = Field(1, ge=1, description="parts that a rank's share of the batch is run in")
     optimizer: Literal["muon", "adamw"] = Field("muon", description="of matrices; all else is AdamW's")
-    lr: float = Field(3.0e-4, gt=0)
-    weight_decay: float = Field(0.03, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    lr: float = Field(3.0e-4, gt=0, description="the highest; warm-up, then a cosine to zero")
+    weight_decay: float = Field(0.03, ge=0, description="of matrices")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.99), description="of AdamW")
     warmup: float = Field(0.05, ge=0, le=1, description="fraction of the steps")
     clip: float = Field(1.0, gt=0, description="global gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged student; default: none")
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     compile: bool = Field(False, description="the step; the student alone where teachers have sources of their own")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="each of several ranks holds all, or its part")
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int = Field(500, ge=1)
-    save_every: int = Field(500, ge=1)
+    seed: int = Field(0, ge=0, description="of weights, order, views and coins")
+    log_every: int = Field(10, ge=1, description="steps")
+    evaluate_every: int = Field(500, ge=1, description="steps; fvu on the held-out images")
+    save_every: int = Field(500, ge=1, description="steps")
     keep: int = Field(2, ge=1, description="checkpoints kept")
-    tensorboard: bool = False
+    tensorboard: bool = Field(False, description="write events beside metrics.jsonl; needs the extra of that name")
 
 
 class Cache(Part):
@@ -165,13 +169,13 @@ class Recipe(Part):
 
     student: Student
     teachers: dict[str, TeacherSpec] = {}
-    method: Literal["kpu"] = "kpu"
+    method: Literal["kpu"] = Field("kpu", description="arXiv 2508.14707")
     images: Images
     transfer: Transfer = Transfer()
     train: Train = Train()
     cache: Cache = Cache()
     keep_heads: list[str] = Field([], description="teachers whose heads the student keeps and runs")
-    out: Path
+    out: Path = Field(description="folder of the run")
 
     @property
     def homes(self) -> dict[str, list[str]]:

@@ -24,7 +24,7 @@ class Lora(Part):
     """Low-rank update of the linear layers of each block (arXiv 2106.09685)."""
 
     kind: Literal["lora"]
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, description="of the update")
     alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
 
 

@@ -105,7 +105,9 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
         check_graft("t", bare)
     _, spec = grown("segformer", tmp_path / "whole")
     narrow = TeacherSpec(model=spec.model, size=64, taps=["stage3"])
-    with pytest.raises(RecipeError, match=r"teachers\.t\.taps: the head also reads stage0, stage1, stage2; add"):
+    with pytest.raises(
+        RecipeError, match=r"teachers\.t\.taps: the head also reads stage0, stage1, stage2; give at least taps: "
+    ):
         load_graft("t", narrow, load_teacher("t", narrow))
     _, spec = grown("dpt", tmp_path / "dpt")
     with pytest.raises(RecipeError, match="its head takes square images alone, not 32 x 48 px; set size:"):

@@ -72,8 +72,8 @@ METRICS: dict[str, dict[str, dict[str, str]]] = {
     "detection": {"box_AP": {"heads": "AP", "probe": "AP", "scratch": "AP"}},
     "semantic": {"mIoU": {"heads": "mIoU", "probe": "mIoU", "scratch": "mIoU"}},
     "instance": {
-        "mask_AP": {"heads": "AP", "probe": "mask_AP", "scratch": "mask_AP"},
-        "box_AP": {"heads": "box_AP", "probe": "AP", "scratch": "AP"},
+        "mask_AP": {"heads": "mask_AP", "probe": "mask_AP", "scratch": "mask_AP"},
+        "box_AP": {"heads": "AP", "probe": "AP", "scratch": "AP"},
     },
 }
 TOLD = {"teacher": "heads", "inherited": "heads", "student_probe": "probe", "base_probe": "probe", "scratch": "scratch"}

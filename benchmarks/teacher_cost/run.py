@@ -99,7 +99,8 @@ def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0
             Image.fromarray(dice.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     recipe = check_recipe({
         "student": {"base": str(SHIPPED / "base")}, "teachers": specs, "out": str(scratch / "run"),
-        "images": {"path": str(folder), "size": SIZE, "workers": 0}, "train": {"batch": BATCH, "steps": 1000},
+        "images": {"path": str(folder), "size": SIZE, "workers": 0},
+        "train": {"batch": BATCH, "steps": 1000, "optimizer": "adamw"},
         "transfer": {"calibration": 64, "preserve": preserve},
     })  # fmt: skip
     run = prepare(recipe, {}, Rank(0, 1, torch.device("cpu")))

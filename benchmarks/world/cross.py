@@ -26,7 +26,7 @@ JOBS = {
     "classifier": ("classification", "top1", "classification"),
     "detector": ("detection", "AP", "instances"),
     "segmenter": ("semantic", "mIoU", "semantic"),
-    "instances": ("instance", "AP", "instances"),
+    "instances": ("instance", "mask_AP", "instances"),
 }
 
 

@@ -46,7 +46,8 @@ def check_graft(name: str, spec: TeacherSpec) -> None:
         raise fault(name, "model", f"{spec.model!r}: {refusal}")
     missing = [tap for tap in _read_by_head(checkpoint) if tap not in checkpoint.taps]
     if missing:
-        raise fault(name, "taps", f"the head also reads {', '.join(missing)}; add them, or leave the key out")
+        needed = ", ".join(_read_by_head(checkpoint))
+        raise fault(name, "taps", f"the head also reads {', '.join(missing)}; give at least taps: [{needed}]")
 
 
 def load_graft(name: str, spec: TeacherSpec, teacher: Teacher) -> Head:

@@ -21,14 +21,13 @@ KINDS = {
     "base_tuned": "base, adapter tuned",
     "scratch": "from scratch, equal cost",
 }
-HEADS = ("teacher", "inherited")  # kinds for which nothing is fitted
 PROBES = ("student_probe", "base_probe", "teacher_probe")
 # task -> the metric that is told, by all the names that rows give it, the surest first
 METRICS = {
     "classification": ("linear_top1", "top1", "zero_shot_top1"),
     "detection": ("box_AP", "AP"),
     "semantic": ("mIoU",),
-    "instance": ("mask_AP", "AP"),
+    "instance": ("mask_AP",),
 }
 TASKS = {
     "classification": "Image classification",
@@ -122,13 +121,13 @@ def _cells(task: str, rows: Sequence[Row]) -> dict[str, Cell]:
     by_kind: dict[str, list[Row]] = {}
     for row in _by_one_probe(rows):
         by_kind.setdefault(kind_of(row), []).append(row)
-    cells = {kind: cell for kind in KINDS if (cell := _told(task, kind, by_kind.get(kind, []))) is not None}
+    cells = {kind: cell for kind in KINDS if (cell := _told(task, by_kind.get(kind, []))) is not None}
     if "teacher" not in cells:  # then the best of the probes on teachers stands there
         named = {str(row.get("model")) for row in by_kind.get("teacher_probe", [])}
         probed = {
             name: cell
             for name in sorted(named)
-            if (cell := _told(task, "teacher_probe", [r for r in by_kind["teacher_probe"] if r["model"] == name]))
+            if (cell := _told(task, [r for r in by_kind["teacher_probe"] if r["model"] == name]))
         }
         if probed:
             best = max(probed, key=lambda name: probed[name].value)
@@ -150,11 +149,9 @@ def _probe_of(row: Row) -> Any:
     return (row.get("settings") or {}).get("head")
 
 
-def _told(task: str, kind: str, rows: Sequence[Row]) -> Cell | None:
+def _told(task: str, rows: Sequence[Row]) -> Cell | None:
     """The metric of a task under the first of its names that the rows give it."""
-    # a fitted probe calls the AP of its boxes AP, a head that of what it answers
-    boxes = task == "instance" and kind not in (*HEADS, "scratch")
-    return next(filter(None, (_cell(rows, name) for name in METRICS[task] if not (boxes and name == "AP"))), None)
+    return next(filter(None, (_cell(rows, name) for name in METRICS[task])), None)
 
 
 def _cell(rows: Sequence[Row], metric: str) -> Cell | None:

@@ -94,8 +94,8 @@ def boxes_found(processor: Any, output: Any, sizes: list[tuple[int, int]]) -> It
 
 
 def instance(head: Head, splits: DenseSplits[Picture], batch: int, workers: int) -> list[Row]:
-    """Average precision of masks on the test images, and of the boxes around them (``box_AP`` and so on)."""
-    return _objects("instance", head, splits, batch, workers, masks_found, {"": "masks", "box_": "boxes"})
+    """Average precision of the boxes around masks on the test images, and of the masks (``mask_AP`` and so on)."""
+    return _objects("instance", head, splits, batch, workers, masks_found, {"mask_": "masks", "": "boxes"})
 
 
 def masks_found(processor: Any, output: Any, sizes: list[tuple[int, int]]) -> Iterator[Found]:

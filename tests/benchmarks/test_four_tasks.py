@@ -61,7 +61,7 @@ def test_both_recipes_are_sound_and_keep_the_heads_that_the_jobs_ask_for() -> No
 def test_rows_have_our_metrics_and_intervals() -> None:
     job = next(job for job in script("jobs").SETTINGS["real"].jobs if job.task == "instance")
     told = [{"metric": name, "value": value, "n": 50, "seconds": 1.5, "settings": {}} for name, value in (
-        ("AP", 0.5), ("AP50", 0.9), ("AP_low", 0.4), ("AP_high", 0.6), ("box_AP", 0.7), ("mask_AP", 0.3),
+        ("mask_AP", 0.5), ("mask_AP50", 0.9), ("mask_AP_low", 0.4), ("mask_AP_high", 0.6), ("AP", 0.7),
     )]  # fmt: skip
     rows_of = script("measure").rows_of
     masks, boxes = rows_of(job, "teacher", told, None)
@@ -71,7 +71,7 @@ def test_rows_have_our_metrics_and_intervals() -> None:
     }  # fmt: skip
     assert (boxes["metric"], boxes["value"]) == ("box_AP", 0.7) and "low" not in boxes
     of_probe = {row["metric"]: row["value"] for row in rows_of(job, "student_probe", told, 0, 2)}
-    assert of_probe == {"mask_AP": 0.3, "box_AP": 0.5}  # there AP is that of boxes
+    assert of_probe == {"mask_AP": 0.5, "box_AP": 0.7}
 
 
 def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_of_weak_teachers() -> None:
