@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -271,8 +273,10 @@ def world(
 
 def main() -> None:
     """The console script: runs a command and turns our errors into one line and their exit code."""
+    main_rank = os.environ.get("RANK", "0") == "0"
     try:
-        app()
+        with nullcontext() if main_rank else redirect_stdout(None):  # of several processes one tells the outcome
+            app()
     except ShouldersError as error:
         print(f"shoulders: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -301,6 +305,7 @@ def main() -> None:
 LOST = {
     "DataLoader worker": (70, "a worker was lost, perhaps for want of memory: lower images.workers"),
     "out of memory": (5, "raise train.accumulate, or lower train.batch"),
+    "can't allocate memory": (5, "raise train.accumulate, or lower train.batch"),
 }
 
 

@@ -125,9 +125,11 @@ class Run:
             self.calibrate()
         rank.say(f"asking the teachers about {len(self.images.heldout)} held-out images")
         heldout = HeldOut(self._taught(self._heldout_batches()), self.student, self.size)
-        report = SkipReport(
-            self.recipe.out / "skipped.jsonl", len(self.images.images), self.recipe.images.max_bad, rank.is_main
-        )
+        bad = self.recipe.out / "skipped.jsonl"
+        if first == 0 and rank.is_main:
+            bad.unlink(missing_ok=True)  # of an earlier try: what was wrong then may have been put right
+        rank.barrier()
+        report = SkipReport(bad, len(self.images.images), self.recipe.images.max_bad, rank.is_main)
         report.add(heldout.skipped)
         skipped: list[Skipped] = []
         with (
@@ -235,6 +237,11 @@ class Run:
                 for part, x in features.parts().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
         for tap in self.student.taps:
+            if min(one.count for one in moments[tap].values()) == 0:
+                raise DataError(
+                    f"teachers.{teacher_of(tap)}.sources: none of the {steps * train.batch} images that the statistics "
+                    f"are estimated on is of those; raise transfer.calibration, or the share of these sources"
+                )
             self.student.standardizer(tap).fit(moments[tap])
 
     def _evaluate(self, heldout: HeldOut, journal: Journal, step: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
 from shoulders.transfer.objective import BASE
 from shoulders.transfer.projectors import teacher_of
 
-FEWEST = 2  # images: half of them fit, the others tell
+FEWEST = 4  # images: half of them fit, the others choose and tell
 PLACES = 16  # places per image that are compared: neighbours say nearly the same, memory is not free
 
 
@@ -65,8 +65,8 @@ class HeldOut:
         for name, target in self.targets.items():
             if len(target.vectors) < FEWEST:
                 raise DataError(
-                    f"teachers.{teacher_of(name)}.sources: {len(target.vectors)} of {len(self)} held-out images are of "
-                    f"those; raise images.holdout"
+                    f"images.holdout: {teacher_of(name)} is asked about {len(target.vectors)} of {len(self)} held-out "
+                    f"images, and {FEWEST} are needed; raise it, or give more images"
                 )
 
     def __len__(self) -> int:

@@ -64,7 +64,12 @@ class Learner(nn.Module):
         latent = seen["latent"].map(torch.Tensor.float)  # distances want fp32
         told = {tap: features.map(torch.Tensor.float) for tap, features in told.items()}
         balance = partial(self._balance, coins=coins)
-        return kpu(latent, told, goals, unify, self.distance, balance, self.settings, asked)
+        loss, terms = kpu(latent, told, goals, unify, self.distance, balance, self.settings, asked)
+        # a part that no teacher has, such as a summary, still gets a gradient, of zero: DDP and checkpoints count on it
+        learned = {part for features in told.values() for part in features.parts()}
+        for features in seen.values():
+            loss = loss + sum(0 * x.float().sum() for part, x in features.parts().items() if part not in learned)
+        return loss, terms
 
     def learns(self) -> dict[str, nn.Parameter]:
         """What the optimizer moves, by name."""

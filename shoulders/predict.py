@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from shoulders.features import Batch, Features
 from shoulders.heads import answers
 from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
 from shoulders.images.folder import Folder
+from shoulders.images.source import EXTENSIONS
 from shoulders.model import ShouldersModel, load
 from shoulders.pictures import enlarged, pca_pictures, picture
 from shoulders.probes import Probe, open_probe, probe_answers
@@ -60,6 +63,7 @@ def predict(
     for name in names:
         student.head(name)
     collection = _open(Path(images))
+    stems = _stems([collection.name(at) for at in range(len(collection))])
     told: dict[str, dict[str, Any]] = {}
     size = as_size(tuple(student.config.image_size))
     for few in _decoded(collection, max_pixels):
@@ -72,7 +76,7 @@ def predict(
             told[image] = {name: _plain(answer[at]) for name, answer in said.items()}
             on_image()
         if out is not None:
-            _draw(Path(out), latent, few, said)
+            _draw(Path(out), latent, [(stems[name], image) for name, image in few], said)
     if out is not None:
         write_text(Path(out) / "predictions.json", json.dumps(told, indent=1) + "\n")
     return told
@@ -88,6 +92,7 @@ def ask_heads(student: ShouldersModel, heads: Sequence[str], pixels: Tensor) -> 
 def _asked(run: Path, name: str) -> tuple[Probe, FeaturesOf]:
     """A probe and the features that it was fitted on, its own adapter among them."""
     probe = open_probe(run, name)
+    probe.head.to(this_device())
     if probe.model not in OWN:
         specs = read_recipe(run / "recipe.yaml").teachers
         if probe.model not in specs:
@@ -116,7 +121,7 @@ def _answers(
 def _open(path: Path) -> Collection:
     """One image, or whatever holds images."""
     if path.is_file() and path.suffix.lower() not in (".parquet", ".tar"):
-        return Collection({"images": Folder(path.parent, [path.name.encode()])})
+        return Collection({"images": Folder(path.parent, [os.fsencode(path.name)])})
     return Collection({"images": open_source(path)})
 
 
@@ -136,12 +141,21 @@ def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict
     """A picture for each image and head, and one of the latent's principal components."""
     out.mkdir(parents=True, exist_ok=True)
     shades = pca_pictures(latent, (480, 480))
-    for at, (name, decoded) in enumerate(few):
-        stem = Path(name).with_suffix("").as_posix().replace("/", "-")
+    for at, (stem, decoded) in enumerate(few):
         original = Image.fromarray(decoded.permute(1, 2, 0).numpy())
         shades[at].resize(enlarged(original.size)).save(out / f"{stem}-latent.png")
         for head, answer in said.items():
             picture(original, answer[at]).save(out / f"{stem}-{head.replace('/', '-')}.png")
+
+
+def _stems(names: Sequence[str]) -> dict[str, str]:
+    """{name of an image: what its pictures are called by}; without its extension, unless that says too little."""
+
+    def short(name: str) -> str:
+        return name.rpartition(".")[0] if name.lower().endswith(EXTENSIONS) else name
+
+    times = Counter(map(short, names))
+    return {name: (name if times[short(name)] > 1 else short(name)).replace("/", "-") for name in names}
 
 
 def _plain(answer: Any) -> Any:

@@ -45,9 +45,11 @@ class Rank:
         return total / self.world
 
     def means(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The mean of each scalar over the ranks, in one exchange."""
-        stacked = self.mean(torch.stack([value.detach() for value in values.values()]))
-        return dict(zip(values, stacked.tolist(), strict=True))
+        """The mean of each scalar over the ranks where it is a number, in one exchange."""
+        mine = torch.stack([value.detach() for value in values.values()])
+        known = ~mine.isnan()
+        total, count = self.mean(torch.stack([mine.where(known, 0), known.to(mine.dtype)]))
+        return dict(zip(values, (total / count).tolist(), strict=True))
 
     def any(self, claim: bool) -> bool:
         """Whether the claim holds on any rank: all then act alike."""

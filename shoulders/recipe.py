@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from shoulders.errors import RecipeError
 from shoulders.recipe_faults import explain
 from shoulders.recipe_student import Conv, Part, Student
 
 PROMPT = re.compile(r"[^{}]*\{\}[^{}]*")
-TAKEN = ("base", "scratch", "student", "teachers")  # names that mean something else
+Home = Annotated[Path, AfterValidator(Path.expanduser)]  # ~ is one's own folder
+TAKEN = ("base", "joint", "scratch", "student", "teachers")  # names that mean something else
 
 
 def check_name(teacher: str) -> None:
@@ -59,7 +60,7 @@ class TeacherSpec(Part):
 class Source(Part):
     """One place that images come from: a folder, a parquet file, tar shards, or a function of your own."""
 
-    path: Path | None = Field(None, description="folder, .parquet or .tar file")
+    path: Home | None = Field(None, description="folder, .parquet or .tar file")
     module: str | None = Field(None, description="package.module:function that returns an ImageSource")
     args: dict[str, Any] = Field({}, description="module only: keyword arguments of the function")
     share: float | None = Field(None, gt=0, description="share of each epoch; default proportional to sqrt(count)")
@@ -77,7 +78,7 @@ class Source(Part):
 class Images(Part):
     """Unlabelled images and the views taken of them."""
 
-    path: Path | None = Field(None, description="one source")
+    path: Home | None = Field(None, description="one source")
     sources: dict[str, Source] = Field({}, description="several sources by name")
     size: int | tuple[int, int] = Field(224, description="of the student's input in px, or [h, w]")
     views: Literal["fresh"] | Annotated[int, Field(ge=1)] = Field("fresh", description="an image's; cached: a number")
@@ -152,7 +153,7 @@ class Train(Part):
 class Cache(Part):
     """Teachers' features on disk: asked once, for all runs that see the same views of the same images."""
 
-    path: Path | None = Field(None, description="folder of the cache; default: none, the teachers are asked live")
+    path: Home | None = Field(None, description="folder of the cache; default: none, the teachers are asked live")
     mode: Literal["auto", "require", "off"] = Field("auto", description="auto: where it is whole and fits, else live")
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field("float16", description="int8: a scale per token")
     pool: int = Field(1, ge=1, description="grids are averaged over squares of so many places a side")
@@ -175,7 +176,7 @@ class Recipe(Part):
     train: Train = Train()
     cache: Cache = Cache()
     keep_heads: list[str] = Field([], description="teachers whose heads the student keeps and runs")
-    out: Path = Field(description="folder of the run")
+    out: Home = Field(description="folder of the run")
 
     @property
     def homes(self) -> dict[str, list[str]]:

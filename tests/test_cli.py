@@ -174,3 +174,10 @@ def test_world_is_written_once(tmp_path: Path) -> None:
     refused = shoulders(*asked, "--seed", 1)
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"shoulders: {tmp_path / 'ink'}: holds the world")
+
+
+def test_of_several_processes_one_tells_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert shoulders("teachers", "--families").stdout == ""
+    monkeypatch.setenv("RANK", "0")
+    assert "dinov2" in shoulders("teachers", "--families").stdout

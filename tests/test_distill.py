@@ -25,6 +25,7 @@ from shoulders.distill import distill
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
 from shoulders.images import ImageSet, open_source
+from shoulders.ranks import Rank
 from shoulders.recipe import check_recipe
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
@@ -383,3 +384,49 @@ def test_gradients_that_are_not_finite_stop_the_run_before_they_are_saved(world:
         run(world, tmp_path / "run", train__lr=1e30, train__clip=1e30, transfer__distance="mse")
     for path in checkpoints(tmp_path / "run" / "checkpoints"):
         assert all(torch.isfinite(t).all() for t in load_file(path / "tensors.safetensors").values())
+
+
+def test_what_was_put_right_is_not_held_against_a_new_try(world: Path, tmp_path: Path) -> None:
+    images = save_images(tmp_path / "images", 60)
+    whole = (images / "0001.jpg").read_bytes()
+    held = set(ImageSet({"images": open_source(images)}, {"images": None}, 0, 8).heldout.tolist())
+    (images / f"{min(held):04d}.jpg").write_bytes(b"not an image")
+    changes: dict[str, Any] = {"images__path": str(images), "images__holdout": 8}
+    with pytest.raises(DataError, match=r"images.max_bad"):
+        run(world, tmp_path / "run", **changes)
+    (images / f"{min(held):04d}.jpg").write_bytes(whole)
+    run(world, tmp_path / "run", **changes)
+    assert not (tmp_path / "run" / "skipped.jsonl").exists()
+
+
+def test_a_part_that_no_teacher_has_does_not_stop_a_run_from_going_on(world: Path, tmp_path: Path) -> None:
+    maps_alone = {"segmenter": {"model": str(world / "segmenter"), "taps": ["stage0"]}}
+    changes: dict[str, Any] = {
+        "teachers": maps_alone, "transfer__preserve": 0.0, "train__precision": "fp32",
+        "student__adapter": {"kind": "conv", "width": 32},
+    }  # fmt: skip
+    run(world, tmp_path / "run", **changes)
+    shutil.rmtree(tmp_path / "run" / "student")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(max(newest))
+    run(world, tmp_path / "run", resume=True, **changes)
+
+
+def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path) -> None:
+    few = save_images(tmp_path / "few", 6)
+    with pytest.raises(
+        DataError, match=r"images.holdout: .* 3 held-out images, and 4 are needed; raise it, or give more images"
+    ):
+        run(world, tmp_path / "run", images__path=str(few), images__holdout=8)
+
+
+def test_a_term_is_averaged_over_the_ranks_that_have_it() -> None:
+    class Two(Rank):
+        def mean(self, value: torch.Tensor) -> torch.Tensor:
+            other = torch.tensor([[4.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # the other rank has the first alone
+            return (value + other) / 2
+
+    told = Two(0, 2, torch.device("cpu")).means(
+        {"both": torch.tensor(2.0), "mine": torch.tensor(5.0), "nobody": torch.tensor(torch.nan)}
+    )
+    assert told["both"] == 3.0 and told["mine"] == 5.0 and told["nobody"] != told["nobody"]

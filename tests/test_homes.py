@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoulders.cache import build_cache
 from shoulders.distill import distill, prepare
-from shoulders.errors import RecipeError
+from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features
 from shoulders.images import ImageSet, open_source
 from shoulders.ranks import Rank
@@ -232,6 +232,15 @@ def test_every_source_gives_its_share_of_held_out_images(world: Path) -> None:
     assert (np.diff(images.images.ids[images.heldout]) > 0).all()
     trained = np.concatenate(list(images.training.values()))
     assert sorted([*trained.tolist(), *images.heldout.tolist()]) == list(range(80))
+
+
+def test_a_teacher_whose_images_are_not_among_the_first_is_named(world: Path, tmp_path: Path) -> None:
+    often = {"path": str(world / "photos"), "share": 0.97}
+    rare = {"sources": {"photos": often, "streets": {"path": str(world / "streets")}}}
+    with pytest.raises(
+        DataError, match=r"teachers.segmenter.sources: none of the 16 images .* raise transfer.calibration"
+    ):
+        distill(recipe(world, tmp_path / "run", ["streets"], images=rare))
 
 
 def test_an_unknown_source_is_refused_with_those_that_there_are(world: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shoulders.errors import RecipeError
+from shoulders.errors import DataError, RecipeError
 from shoulders.evaluate import evaluate_heads
 from shoulders.grafts import load_graft
 from shoulders.heads import Fed, task_of
@@ -92,6 +92,18 @@ def test_top1_and_miou_are_those_counted_by_hand(world: Path) -> None:
         right, total = right + int((logits[0].argmax(0) == truth).sum()), total + truth.numel()
     assert told_maps["pixel_accuracy"] == pytest.approx(right / total)
     assert 0 < told_maps["mIoU"] < 1 and f"IoU/{CLASSES[0]}" in told_maps
+
+
+@pytest.mark.parametrize(("name", "folder"), [("segmenter", "paper/semantic"), ("detector", "neon/instances")])
+def test_labels_of_another_size_than_their_image_are_refused(
+    name: str, folder: str, world: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(world / folder, tmp_path / "data")
+    some = min(path for path in (tmp_path / "data").rglob("test/*.png") if "annotations" not in path.parts)
+    Image.open(some).convert("RGB").resize((48, 40)).save(some)
+    task = "semantic" if name == "segmenter" else "detection"
+    with pytest.raises(DataError, match=f"{some.name}: the image is 48 x 40 px, its labels are for 96 x 96 px"):
+        HEADS[task](fed(name), TASKS[task].find(tmp_path / "data", "image"), 20, 0)
 
 
 def test_a_run_scores_its_kept_heads(run: Path, world: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from shoulders.features import Features
 from shoulders.grafts import taps_of
 from shoulders.model import load
 from shoulders.pictures import pca_pictures, picture
-from shoulders.predict import ask_heads, predict
+from shoulders.predict import _stems, ask_heads, predict
 from shoulders.world import draw
 from tests.test_heads import run  # noqa: F401
 
@@ -88,3 +89,15 @@ def test_equal_features_have_equal_colours() -> None:
     assert first.tobytes() == again[0].tobytes() != second.tobytes()
     top, bottom = np.asarray(first)[:2], np.asarray(first)[2:4]
     assert (top == bottom).all()
+
+
+def test_pictures_of_images_with_like_names_do_not_overwrite_each_other() -> None:
+    names = ["a/1.png", "a/2.JPG", "b.png", "b.jpg", "x.parquet#0", "x.parquet#1"]
+    assert list(_stems(names).values()) == ["a-1", "a-2", "b.png", "b.jpg", "x.parquet#0", "x.parquet#1"]
+
+
+def test_an_image_whose_name_is_no_text_is_answered(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    odd = tmp_path / os.fsdecode(b"\xff.png")
+    Image.fromarray(draw("paper", 0, 0).image).save(odd)
+    (answers,) = predict(run, odd).values()
+    assert answers.keys() == {"segformer", "rt_detr_v2"}

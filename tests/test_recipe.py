@@ -34,6 +34,11 @@ def test_what_is_written_is_complete_and_reads_back_the_same(recipe: Path, tmp_p
     assert set(yaml.safe_load(again.read_text())["train"]) == set(type(first.train).model_fields)
 
 
+def test_ones_own_folder_may_be_called_by_its_short_name(recipe: Path) -> None:
+    told = read_recipe(recipe, ["out=~/run", "cache.path=~/cache"])
+    assert (told.out, told.cache.path) == (Path.home() / "run", Path.home() / "cache")
+
+
 @pytest.mark.parametrize(("override", "message"), [
     ("train.stepss=3", "train.stepss: unknown key; did you mean steps?"),
     ("student.adapter.widht=3", "student.adapter.widht: unknown key; did you mean width?"),
@@ -44,6 +49,7 @@ def test_what_is_written_is_complete_and_reads_back_the_same(recipe: Path, tmp_p
     ("transfer.t2s=both", "transfer.t2s: Input should be 'none', 'each' or 'joint' (got 'both')"),
     ("student.adapter.kind=houlsby", "student.adapter: Input tag 'houlsby'"),
     ("teachers.base.model=a/b", "teacher name 'base'"),
+    ("teachers.joint.model=a/b", "teacher name 'joint'"),
     ("teachers.one.module=a:b", "teachers.one: give either model (hub id or folder) or module"),
     ("teachers.one.weight=2", "teachers.one.weight only counts with transfer.balance: fixed"),
     ("student.adapter={width: 4}", "student.adapter: give its kind, one of bottleneck, lora"),

@@ -160,6 +160,8 @@ class Builder:
                 mine = ((part, batch) for (_, part), batch in islice(stream, len(self._parts(shard))))
                 if name in lacking:
                     size = self.counts[shard] * shelf.shards.record
+                    # a shard that was removed may come back with other last digits
+                    (self.folders[name] / store.MANIFEST).unlink(missing_ok=True)
                     store.write_shard(shelf.shards.path(shard), self._records(shelf, asking, mine, bar), size)
                 else:
                     deque(mine, maxlen=0)

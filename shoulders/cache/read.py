@@ -167,6 +167,8 @@ class CachedTeachers(nn.Module):
         super().__init__()
         self.shelves, self.index, self.asked, self.sizes = dict(shelves), index, dict(asked), sizes
         self.bf16, self.load = bf16, load
+        for shelf in self.shelves.values():
+            shelf.shards.most = max(1, store.MOST_OPEN // len(self.shelves))
         # one that saw images at the very size that the student sees them at, if there is one
         self.seeing = next((shelf for shelf in self.shelves.values() if shelf.size == size), None)
         salts = torch.tensor([shelf.salt for shelf in self.shelves.values()])

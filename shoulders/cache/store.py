@@ -115,11 +115,15 @@ class Shards:
         folder: of one teacher.
         record: bytes of a record with its trailer.
         counts: records in each shard.
+
+    Attributes:
+        most: files that are held open; shards that are read side by side share `MOST_OPEN`.
     """
 
     def __init__(self, folder: Path, record: int, counts: list[int]) -> None:
         self.folder, self.record, self.counts = folder, record, counts
         self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.most = MOST_OPEN
         self._open: dict[int, int] = {}
 
     def path(self, shard: int) -> Path:
@@ -153,7 +157,7 @@ class Shards:
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
-            while len(self._open) >= MOST_OPEN:
+            while len(self._open) >= self.most:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[shard] = os.open(self.path(shard), os.O_RDONLY | os.O_CLOEXEC)
         return self._open[shard]
@@ -163,7 +167,7 @@ class Shards:
             os.close(descriptor)
 
 
-MOST_OPEN = 200  # files that one teacher's shards hold open: a process may have 1,024
+MOST_OPEN = 256  # files that shards hold open: a process may have 1,024
 
 
 def write_json(path: Path, tree: dict[str, Any]) -> None:

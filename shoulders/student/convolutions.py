@@ -81,7 +81,8 @@ class Convolutions(Adapter):
         x = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, W, h / 8, w / 8)
         grid = said["latent"].grid
         if x.shape[2:] != grid:
-            x = F.interpolate(x, grid, mode="bilinear", antialias=True)
+            # in fp32: a CPU has no other for it
+            x = F.interpolate(x.float(), grid, mode="bilinear", antialias=True).to(x.dtype)
         found = dict(said)
         for place, rung in self.rungs.items():
             x, found[place] = rung(x, said[place])

@@ -159,8 +159,9 @@ def find_objects(path: Path | str, column: str = "image", masks: bool = False) -
                 raise DataError(f"{file}: {picture.file} has objects without masks; give each a segmentation")
         indices = np.array([index_of[picture.file] for picture in annotations.pictures], dtype=np.int64)
         found[name] = DenseSplit(images, indices, annotations.pictures)
-    if not any((~picture.crowd).any() for picture in found["train"].truths):
-        raise DataError(f"{path / 'train.json'}: no object in it to learn from")
+    for name, what in (("train", "learn from"), ("test" if "test" in found else "val", "find")):
+        if not any((~picture.crowd).any() for picture in found[name].truths):
+            raise DataError(f"{path / name}.json: no object in it to {what}")
     return _splits(found, classes)
 
 

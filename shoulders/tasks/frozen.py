@@ -142,12 +142,21 @@ def read(split: DenseSplit[T], position: int, at_least: int) -> Tensor | Skipped
         pixels, full_size = split.images.pixels(index, MAX_PIXELS, at_least)
     except Undecodable as error:
         return Skipped(name, str(error))
-    if full_size != size:
-        raise DataError(
-            f"{name}: the image is {full_size[1]} x {full_size[0]} px, its labels are for "
-            f"{size[1]} x {size[0]} px; make them agree, or leave it out"
-        )
+    check_size(name, full_size, size)
     return pixels
+
+
+def check_size(name: str, image: tuple[int, int], labels: tuple[int, int]) -> None:
+    """Refuse labels of another size (h, w) than their image.
+
+    Raises:
+        DataError: naming it.
+    """
+    if image != labels:
+        raise DataError(
+            f"{name}: the image is {image[1]} x {image[0]} px, its labels are for {labels[1]} x {labels[0]} px; make "
+            f"them agree, or leave it out"
+        )
 
 
 def hold_out(train: Frozen[T]) -> tuple[Frozen[T], Frozen[T]]:

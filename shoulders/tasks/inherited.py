@@ -24,7 +24,8 @@ from shoulders.images import Collection, Undecodable, View, render
 from shoulders.tasks import semantic
 from shoulders.tasks.average_precision import Found, average_precision, interval, match
 from shoulders.tasks.coco import Annotations, Picture, encode
-from shoulders.tasks.dense import IGNORED, DenseSplits, MaskFile, read_mask
+from shoulders.tasks.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
+from shoulders.tasks.frozen import check_size
 from shoulders.tasks.labelled import Splits
 from shoulders.tasks.rows import Row
 
@@ -71,6 +72,7 @@ def semantic_segmentation(head: Head, splits: DenseSplits[MaskFile], batch: int,
     theirs, n_classes = torch.tensor(_indices(head.classes, splits.classes)), len(splits.classes)
     counted = torch.zeros(n_classes**2, dtype=torch.int64)
     for rows, sizes, output in _show(head, splits.test.images, splits.test.indices, batch, workers):
+        _agree(splits.test, rows, sizes)
         maps = head.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
         for row, predicted in zip(rows, maps, strict=True):
             truth = torch.from_numpy(read_mask(splits.test.truths[row].path, n_classes)).long()
@@ -120,7 +122,8 @@ def _objects(
     begun = time.perf_counter()
     theirs = np.array(_indices(head.classes, splits.classes), dtype=np.int64)
     answers: list[Found] = []
-    for _, sizes, output in _show(head, splits.test.images, splits.test.indices, batch, workers):
+    for rows, sizes, output in _show(head, splits.test.images, splits.test.indices, batch, workers):
+        _agree(splits.test, rows, sizes)
         answers += [replace(one, classes=theirs[one.classes]) for one in found(head.processor, output, sizes)]
     truth = Annotations(splits.classes, tuple(splits.test.truths))
     told: dict[str, float] = {}
@@ -149,6 +152,11 @@ def _show(head: Head, images: Collection, indices: NDArray[np.int64], batch: int
             pairs = list((pool.map if pool else map)(drawn, few))
             output = head.say(torch.stack([pixels for pixels, _ in pairs]).float() / 255)
             yield list(range(start, start + len(few))), [size for _, size in pairs], output
+
+
+def _agree(split: DenseSplit[Any], rows: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
+    for row, size in zip(rows, sizes, strict=True):
+        check_size(split.images.name(int(split.indices[row])), size, split.truths[row].size)
 
 
 def _indices(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:

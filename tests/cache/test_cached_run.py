@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from shoulders.cache import build_cache, info_cache, open_cache
+from shoulders.cache import build_cache, info_cache, open_cache, store
 from shoulders.checkpoint import checkpoints
 from shoulders.distill import Run, distill
 from shoulders.errors import DataError, RecipeError
@@ -135,6 +135,7 @@ def test_features_are_those_of_live_teachers(world: Path) -> None:
     assert cached is not None
     live = Teachers({name: load_teacher(name, spec) for name, spec in asked.teachers.items()})
     assert cached.taps == live.taps and cached.whose() == live.whose()
+    assert sum(shelf.shards.most for shelf in cached.shelves.values()) <= store.MOST_OPEN
     sizes = [(32, 32), (64, 64)]
     training = list(batches(images, sizes, asked.images, batch=8, seed=0, steps=7))  # the second epoch and the third
     assert {int(view) for batch in training for view in batch.views} == {0, 1}  # type: ignore[union-attr]

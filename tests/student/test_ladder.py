@@ -13,10 +13,11 @@ from transformers import AutoModel
 
 from shoulders.distill import Run, prepare
 from shoulders.errors import RecipeError
-from shoulders.features import Batch
+from shoulders.features import Batch, Features
 from shoulders.ranks import Rank
 from shoulders.recipe import Student, check_recipe
 from shoulders.student.base import asked_of_base, check_base
+from shoulders.student.convolutions import Convolutions
 from shoulders.student.encoder import Encoder
 from shoulders.student.kinds import places_read
 from tests.tiny import BASE_CONFIGS, MEAN, STD, save_base, save_convnext, save_images
@@ -133,3 +134,11 @@ def test_a_step_asks_the_base_once_and_not_at_all_where_somebody_else_did(tmp_pa
     asked.clear()
     again = going.step(1, batch())
     assert not asked and torch.equal(live[0], again[0])
+
+
+def test_maps_of_any_base_are_refined_in_bf16_too() -> None:
+    beside = Convolutions(("latent",), 8, 32, 1)
+    said = {"latent": Features(torch.zeros(2, 8), torch.zeros(2, 16, 8), (4, 4))}  # patches of 16 px, the stem has 8
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = beside.refine(said, torch.rand(2, 3, 64, 64))["latent"]
+    assert latent.grid == (4, 4)

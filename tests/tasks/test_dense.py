@@ -91,6 +91,10 @@ def no_masks(content: dict[str, Any]) -> None:
         annotation.pop("segmentation")
 
 
+def no_objects(content: dict[str, Any]) -> None:
+    content["annotations"].clear()
+
+
 OBJECT_FAULTS = {
     "no annotations": (lambda root: (root / "val.json").unlink(), "val.json: No such file"),
     "no images": (lambda root: (root / "val").rename(root / "elsewhere"), "val: missing"),
@@ -103,7 +107,8 @@ OBJECT_FAULTS = {
         lambda root: change_json(root / "val.json", lambda told: told["categories"].reverse()), "but train has",
     ),
     "masks": (lambda root: change_json(root / "test.json", no_masks), "test.json: 0.png has objects without masks"),
-    "nothing": (lambda root: change_json(root / "train.json", lambda told: told["annotations"].clear()), "no object"),
+    "nothing to learn from": (lambda root: change_json(root / "train.json", no_objects), "train.json: no object in it"),
+    "nothing to find": (lambda root: change_json(root / "test.json", no_objects), "test.json: no object in it"),
 }  # fmt: skip
 
 
