@@ -6,7 +6,8 @@ The job: a ViT-S/16 at 224 px that learns from three ViT-B teachers, one of them
 teachers for a frozen ViT-B with an adapter. Weights and images are random. Each variant runs in a process of its own,
 and every round runs all of them, so that drift of the machine hits all alike; each process measures the machine's own
 rate of matrix products too. Only ratios mean anything. What is measured already is kept in ``--work``: started again,
-the command goes on. Writes results.json and table.md here, unless --quick; what they hold of other batches stays.
+the command goes on. Writes results.json and table.md here, unless --quick; what they hold of other batches and variants
+stays.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def main() -> None:
     rows = rounds(asked, list(asked.variants or VARIANTS))
     fresh = [{"threads": asked.threads, "clock": asked.clock, **row} for row in summarize(rows)]
     print(table(fresh))
-    if not asked.quick and not asked.variants:
-        before = json.loads((HERE / "results.json").read_text())["rows"]
-        both = [row for row in before if row["batch"] not in asked.batch] + fresh
-        both.sort(key=lambda row: row["batch"])
-        (HERE / "results.json").write_text(json.dumps({"machine": machine(), "rows": both}, indent=1) + "\n")
-        (HERE / "table.md").write_text(table(both))
+    if not asked.quick:
+        order = list(VARIANTS)
+        newest = {(row["batch"], order.index(row["variant"])): row for row in [*published(), *fresh]}
+        told = [newest[key] for key in sorted(newest)]
+        (HERE / "results.json").write_text(json.dumps({"machine": machine(), "rows": told}, indent=1) + "\n")
+        (HERE / "table.md").write_text(table(told))
 
 
 def arguments() -> argparse.Namespace:
@@ -60,9 +61,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that others use")
     parser.add_argument("--quick", action="store_true", help="one short round, and nothing is written here")
-    parser.add_argument("--variants", nargs="+", help="only these; nothing is written here")
+    parser.add_argument("--variants", nargs="+", help="only these; plain and plain_bf16 among them, for the ratios")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speed", help="models, cache and measurements")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--gflop", type=float, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.quick:
         asked.rounds, asked.seconds = 1, 0.0
@@ -77,11 +79,13 @@ def rounds(asked: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
     turns = range(asked.rounds)
     wanted = [(number, batch, variant) for number in turns for batch in asked.batch for variant in variants]
     measured = []
+    gflop = {row["variant"]: row["gflop_per_image"] for row in [*published(), *rows]}  # the same for every batch
     for number, batch, variant in wanted:
         what = {"variant": variant, "batch": batch, "round": number, **setting}
         row = next((row for row in rows if what.items() <= row.items()), None)
         if row is None:
-            row = what | ask_child(asked, variant, batch)
+            row = what | ask_child(asked, variant, batch, gflop.get(variant))
+            gflop[variant] = row["gflop_per_image"]
             if not asked.quick:
                 with kept.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -90,9 +94,16 @@ def rounds(asked: argparse.Namespace, variants: list[str]) -> list[dict[str, Any
     return measured
 
 
-def ask_child(asked: argparse.Namespace, variant: str, batch: int) -> dict[str, Any]:
+def published() -> list[dict[str, Any]]:
+    """The rows of results.json."""
+    rows: list[dict[str, Any]] = json.loads((HERE / "results.json").read_text())["rows"]
+    return rows
+
+
+def ask_child(asked: argparse.Namespace, variant: str, batch: int, gflop: float | None) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "run.py"), "--child", variant, "--batch", str(batch), "--clock", asked.clock]
     command += ["--threads", str(asked.threads), "--seconds", str(asked.seconds), "--work", str(asked.work)]
+    command += [] if gflop is None else ["--gflop", str(gflop)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
@@ -130,7 +141,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     a @ b
     gemm = 2 * 2048**3 / statistics.median(timed(lambda: a @ b) for _ in range(5))
     images_per_s = batch / statistics.median(taken)
-    arithmetic = count_arithmetic(step) / batch
+    arithmetic = count_arithmetic(step) / batch if asked.gflop is None else asked.gflop * 1e9
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu", "images_per_s": images_per_s, "peak_mb": peak,
         "gflop_per_image": arithmetic / 1e9, "gemm_gflops": gemm / 1e9,
