@@ -81,16 +81,12 @@ def one_way(way: str, given: argparse.Namespace) -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    fvu = [name for name in rows[0] if name.startswith("fvu/")]
+    fvu = [name for name in rows[0] if name.startswith("fvu/") and name.count("/") == 1]  # the means of teachers
     titles = ("teachers", "minutes to train", "and to make the cache", *fvu, "k-NN", "linear", "10-shot")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        making = row.get("making_s", 0.0)
-        cells = [
-            f"{(making + row['training_s']) / 60:.1f}",
-            f"{making / 60:.1f}",
-            *(f"{row[name]:.3f}" for name in fvu),
-        ]
+        making = f"{row['making_s'] / 60:.1f}" if "making_s" in row else "-"
+        cells = [f"{row['training_s'] / 60:.1f}", making, *(f"{row[name]:.3f}" for name in fvu)]
         cells += [f"{100 * row[f'student/{metric}']:.1f}" for metric in METRICS]
         lines.append(f"| {' | '.join([row['way'], *cells])} |")
     base = [f"{100 * rows[0][f'base/{metric}']:.1f}" for metric in METRICS]
