@@ -406,10 +406,12 @@ def test_a_part_that_no_teacher_has_does_not_stop_a_run_from_going_on(world: Pat
         "student__adapter": {"kind": "conv", "width": 32},
     }  # fmt: skip
     run(world, tmp_path / "run", **changes)
+    whole = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
     newest = checkpoints(tmp_path / "run" / "checkpoints")
     shutil.rmtree(max(newest))
     run(world, tmp_path / "run", resume=True, **changes)
+    assert same(weights(tmp_path / "run"), whole)
 
 
 def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path) -> None:
