@@ -35,7 +35,7 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "the student's grid": ["train.steps=800", "transfer.own_grids=false"],
     },
     # with each 800 steps; then as many as fit the time of the first, which takes 290 ms a step on one core, the others
-    # 341, 225 and 259
+    # 341, 225 and 259 (processor time, medians of six steps taken in turns; `shoulders plan` says the like)
     "adapters": {
         "bottleneck, 800 steps": [INSIDE, "train.steps=800"],
         "lora, 800": [LOW_RANK, "train.steps=800"],
