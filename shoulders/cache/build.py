@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice, tee
 
 import numpy as np
@@ -26,7 +27,7 @@ from shoulders.cache.fingerprint import asked_of, fingerprints, sizes_of
 from shoulders.cache.index import Index, Numbers
 from shoulders.cache.locks import Claims
 from shoulders.cache.plan import write_plan
-from shoulders.cache.read import Shelf, check_fingerprint, command, folder_of, views_of
+from shoulders.cache.read import Shelf, check_fingerprint, command, folder_of, indices_of, views_of
 from shoulders.cache.verify import finish
 from shoulders.checks import check_teaching
 from shoulders.errors import Stopped
@@ -60,22 +61,27 @@ class Builder:
         self.recipe, self.own, self.say = recipe, dict(own), say
         check_teaching(recipe, self.own)
         self.path = folder_of(recipe)
-        views = views_of(recipe)
         self.images = open_images(recipe.images, recipe.train.seed)
         asked = asked_of(recipe, self.own)
         self.prints = fingerprints(recipe, asked, self.images)
         self.folders = {name: self.path / one.folder for name, one in asked.items()}
         self.sizes = sizes_of(recipe, asked)
-        self.index = Index(self.images, views)
+        self.indices = indices_of(recipe, asked, self.images)
+        self.index = Index(self.images, views_of(recipe))  # of all images: what its shards hold is drawn together
         self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
         self.bf16 = use_bf16(recipe.train.precision, self.device)
-        full, rest = divmod(len(self.index), SHARD_RECORDS)
-        self.counts = [SHARD_RECORDS] * full + [rest] * (rest > 0)
+        self.shards = -(-len(self.index) // SHARD_RECORDS)
+        self.counts = {name: self._counts(index) for name, index in self.indices.items()}
         for name, fields in self.prints.items():
             if (plan := self.folders[name] / store.PLAN).exists():
                 check_fingerprint(plan.parent, store.read_json(plan).get("fingerprint", {}), fields)
         self.claims = Claims(self.path / ".locks")
         self.asked_to_stop: list[int] = []
+
+    def _counts(self, index: Index) -> list[int]:
+        """The records of a teacher in each shard: of one that is asked about some sources alone, fewer."""
+        rows, _ = index.counting(self.index.wanted(np.arange(len(self.index))))
+        return np.bincount(rows // SHARD_RECORDS, minlength=self.shards).tolist()
 
     def unfinished(self) -> list[str]:
         """The teachers whose cache is not whole."""
@@ -83,15 +89,15 @@ class Builder:
 
     def shelf(self, name: str) -> Shelf:
         """What there is of a teacher, once it is planned."""
-        return Shelf(self.folders[name], self.prints[name], command(self.recipe), whole=False)
+        return Shelf(self.folders[name], self.prints[name], command(self.recipe), self.indices[name], whole=False)
 
     def load(self, name: str) -> Asking:
         """A live teacher."""
         return Asking(name, self.recipe, self.own, self.bf16, self.device)
 
-    def draw(self, parts: list[Numbers]) -> Iterator[Batch]:
+    def draw(self, index: Index, parts: list[Numbers]) -> Iterator[Batch]:
         """The views of records, at the sizes of all teachers."""
-        wanted = (self.index.wanted(numbers) for numbers in parts)
+        wanted = (index.wanted(numbers) for numbers in parts)
         return listed_batches(self.images, wanted, self.sizes, self.recipe.images, self.recipe.train.seed)
 
     def work(self) -> None:
@@ -101,7 +107,7 @@ class Builder:
             Stopped: after SIGTERM or SIGINT.
         """
         names, told = self.unfinished(), False
-        views = sum(self.counts[shard] for name in names for shard in self.lacks(name))
+        views = sum(map(self.missing, names))
         with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, signals() as self.asked_to_stop:
             while left := self._shards_left(names):
                 with ExitStack() as held:
@@ -126,16 +132,27 @@ class Builder:
 
     def lacks(self, name: str) -> list[int]:
         """The shards of a teacher that are not there."""
-        every = range(len(self.counts))
         if not (self.folders[name] / store.PLAN).exists():
-            return list(every)
+            return [shard for shard, count in enumerate(self.counts[name]) if count]
         shards = self.shelf(name).shards
-        return [shard for shard in every if not shards.has(shard)]
+        return [shard for shard in range(self.shards) if not shards.has(shard)]
+
+    def to_draw(self, names: list[str]) -> int:
+        """Views in the shards that some of the teachers lack."""
+        return sum(len(part) for shard in self._shards_left(names) for part in self._parts(shard))
+
+    def missing(self, name: str) -> int:
+        """Records of the shards that a teacher lacks."""
+        return sum(self.counts[name][shard] for shard in self.lacks(name))
 
     def block_shards(self) -> int:
         """How many shards are worked on together."""
         pixels = sum(3 * h * w for h, w in self.sizes)
         return max(1, min(BLOCK_SHARDS, BLOCK_BYTES // (pixels * SHARD_RECORDS)))
+
+    def block_views(self) -> int:
+        """How many views wait in memory, decoded, for the next teacher."""
+        return min(len(self.index), self.block_shards() * SHARD_RECORDS)
 
     def _claim(self, left: dict[int, list[str]], held: ExitStack) -> dict[int, list[str]]:
         """As many of the shards as fit into memory and nobody else is at work on."""
@@ -150,7 +167,7 @@ class Builder:
     def _fill(self, ours: dict[int, list[str]], bar: tqdm) -> None:
         """Write the shards: decode once, and take one teacher after the other through what was decoded."""
         parts = [(shard, part) for shard in ours for part in self._parts(shard)]
-        decoded = zip(parts, self.draw([part for _, part in parts]), strict=True)
+        decoded = zip(parts, self.draw(self.index, [part for _, part in parts]), strict=True)
         names = _in_order(ours)
         streams = list(tee(decoded, len(names)))
         for name in names:
@@ -159,7 +176,7 @@ class Builder:
             for shard, lacking in ours.items():
                 mine = ((part, batch) for (_, part), batch in islice(stream, len(self._parts(shard))))
                 if name in lacking:
-                    size = self.counts[shard] * shelf.shards.record
+                    size = self.counts[name][shard] * shelf.shards.record
                     # a shard that was removed may come back with other last digits
                     (self.folders[name] / store.MANIFEST).unlink(missing_ok=True)
                     store.write_shard(shelf.shards.path(shard), self._records(shelf, asking, mine, bar), size)
@@ -168,7 +185,7 @@ class Builder:
 
     def _parts(self, shard: int) -> list[Numbers]:
         first = shard * SHARD_RECORDS
-        numbers = np.arange(first, first + self.counts[shard])
+        numbers = np.arange(first, min(first + SHARD_RECORDS, len(self.index)))
         return [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
 
     def _records(
@@ -178,15 +195,17 @@ class Builder:
         for numbers, batch in stream:
             if self.asked_to_stop:
                 raise Stopped(self.asked_to_stop[0])
-            payload = np.zeros((len(numbers), shelf.codec.bytes), np.uint8)
-            seen: list[int | None] = [None] * len(numbers)
-            if len(batch):
-                rows = self.index.of(batch) - numbers[0]
-                payload[rows] = self._encode(shelf.codec, asking, batch).cpu().numpy()
-                for row, pixels in zip(rows, batch.rendered[asking.size].numpy(), strict=True):
+            _, mine = shelf.index.counting(self.index.wanted(numbers))
+            theirs = shelf.index.among(batch)
+            payload = np.zeros((len(mine), shelf.codec.bytes), np.uint8)
+            seen: list[int | None] = [None] * len(mine)
+            if len(theirs):
+                rows = shelf.index.of(theirs) - mine[0]
+                payload[rows] = self._encode(shelf.codec, asking, theirs).cpu().numpy()
+                for row, pixels in zip(rows, theirs.rendered[asking.size].numpy(), strict=True):
                     seen[row] = zlib_ng.crc32(pixels)
-            yield store.seal(payload, seen, self.index.keys(numbers), shelf.salt)
-            bar.update(len(numbers))
+            yield store.seal(payload, seen, shelf.index.keys(mine), shelf.salt)
+            bar.update(len(mine))
 
     def _encode(self, codec: Codec, asking: Asking, batch: Batch) -> Tensor:
         try:
@@ -199,26 +218,28 @@ class Builder:
         while not (self.folders[name] / store.PLAN).exists():
             with self.claims.claim(f"plan-{name}") as ours:
                 if ours and not (self.folders[name] / store.PLAN).exists():
-                    views = self.index.first_heldout
-                    plan = write_plan(self.folders[name], asking, self._draw_range, views, self.counts,
-                                      self.prints[name], self.recipe.cache)  # fmt: skip
+                    index = self.indices[name]
+                    plan = write_plan(self.folders[name], asking, partial(self._draw_range, index),
+                                      index.first_heldout, self.counts[name], self.prints[name],
+                                      self.recipe.cache)  # fmt: skip
                     for part, lost in plan["lost"].items():
                         self.say(f"  {name}/{part}: storing loses {lost:.2e} of the variance (fvu)")
             if not ours:
                 time.sleep(WAIT_S)
         return self.shelf(name)
 
-    def _draw_range(self, first: int, end: int) -> Iterator[Batch]:
-        return self.draw([np.arange(start, min(start + BATCH, end)) for start in range(first, end, BATCH)])
+    def _draw_range(self, index: Index, first: int, end: int) -> Iterator[Batch]:
+        return self.draw(index, [np.arange(start, min(start + BATCH, end)) for start in range(first, end, BATCH)])
 
     def finish(self) -> None:
         """Read everything back and write the manifests; one process does it, the others wait."""
         while names := self.unfinished():
             with self.claims.claim("finish") as ours:
                 if ours:
-                    with tqdm(total=len(names) * len(self.index), unit=" records", leave=False, disable=None) as bar:
+                    views = sum(len(self.indices[name]) for name in names)
+                    with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:
                         for name in names:
-                            finish(self.shelf(name), self.index, bar.update)
+                            finish(self.shelf(name), bar.update)
             if not ours:
                 time.sleep(WAIT_S)
 

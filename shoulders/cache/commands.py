@@ -63,10 +63,11 @@ def verify_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[s
     started = time.perf_counter()
     builder = Builder(recipe, own, say)
     faults: list[str] = []
-    with tqdm(total=len(builder.prints) * len(builder.index), unit=" records", leave=False, disable=None) as bar:
+    views = sum(map(len, builder.indices.values()))
+    with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:
         for name, fields in builder.prints.items():
-            shelf = Shelf(builder.folders[name], fields, command(recipe))
-            faults += verify(shelf, builder.index, bar.update)
+            shelf = Shelf(builder.folders[name], fields, command(recipe), builder.indices[name])
+            faults += verify(shelf, bar.update)
     if faults:
         raise DataError("\n".join(faults))
     return info_cache(recipe) | {"seconds": time.perf_counter() - started}

@@ -43,9 +43,9 @@ def plan_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str
     """
     builder = Builder(recipe, own, lambda line: None)
     check_writable("cache.path", builder.path)
-    left = {name: missing_views(builder, name) for name in builder.unfinished()}
+    left = {name: builder.missing(name) for name in builder.unfinished()}
     batch, seconds_to_draw = _draw(builder)
-    teachers, needed, seconds = [], 0, seconds_to_draw * max(left.values(), default=0)
+    teachers, needed, seconds = [], 0, seconds_to_draw * builder.to_draw(list(left))
     for name, views in left.items():
         asking = builder.load(name)
         size, seconds_to_ask = _record_bytes(asking, recipe), _time(asking, batch)
@@ -66,18 +66,13 @@ def needed_bytes(builder: Builder) -> int:
     """Bytes of all shards that are still to be written; a teacher without a plan is loaded to know its widths."""
     needed = 0
     for name in builder.unfinished():
-        views = missing_views(builder, name)
+        views = builder.missing(name)
         if (builder.folders[name] / store.PLAN).exists():
             record = builder.shelf(name).shards.record
         else:
             record = _record_bytes(builder.load(name), builder.recipe)
         needed += record * views
     return needed
-
-
-def missing_views(builder: Builder, name: str) -> int:
-    """Records of the shards that a teacher lacks."""
-    return sum(builder.counts[shard] for shard in builder.lacks(name))
 
 
 def check_room(path: Path, needed: int) -> None:
@@ -111,7 +106,7 @@ def _draw(builder: Builder) -> tuple[Batch, float]:
     parts = [numbers[start::DRAWN] for start in range(min(DRAWN, len(numbers)))]
     clock = [time.perf_counter()]
     batches = []
-    for batch in builder.draw(parts):
+    for batch in builder.draw(builder.index, parts):
         batches.append(batch)
         clock.append(time.perf_counter())
     first = next((batch for batch in batches if len(batch)), None)
@@ -134,8 +129,7 @@ def _time(asking: Asking, batch: Batch) -> float:
 
 def _block_bytes(builder: Builder) -> int:
     """Decoded pixels that wait in memory for the next teacher."""
-    views = min(sum(builder.counts), builder.block_shards() * max(builder.counts))
-    return views * sum(3 * h * w for h, w in builder.sizes)
+    return builder.block_views() * sum(3 * h * w for h, w in builder.sizes)
 
 
 def _peak_bytes() -> int:

@@ -62,7 +62,7 @@ def asked_of(recipe: Recipe, own: dict[str, Teacher]) -> dict[str, Asked]:
 
 
 def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet) -> dict[str, Fields]:
-    """The fingerprint of each teacher's features of the images' views: plain data by field."""
+    """The fingerprint of each teacher's features of the views of the images it is asked about: plain data by field."""
     sizes = sizes_of(recipe, asked)
     how, cache = recipe.images, recipe.cache
     ids, training = images.images.ids, np.concatenate(list(images.training.values()))
@@ -84,7 +84,8 @@ def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet) -> d
         "cache.pool": cache.pool,
         "cache.pca": cache.pca,
     }
-    return {name: {"teacher": name, **one.fields, **common} for name, one in asked.items()}
+    homes = {name: {"sources": sorted(home)} for name, home in recipe.homes.items()}
+    return {name: {"teacher": name, **one.fields, **homes.get(name, {}), **common} for name, one in asked.items()}
 
 
 def sizes_of(recipe: Recipe, asked: dict[str, Asked]) -> list[Size]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shoulders.errors import DataError
@@ -18,31 +21,51 @@ class Index:
     Args:
         images: of the run.
         views: K.
+        home: the sources whose images alone count; None: all.
     """
 
-    def __init__(self, images: ImageSet, views: int) -> None:
-        self.images, self.views = images, views
-        training = np.concatenate(list(images.training.values()))
-        self.training = training[np.argsort(images.images.ids[training])]
-        self.heldout = images.heldout[np.argsort(images.images.ids[images.heldout])]
-        self.first_heldout = len(self.training) * views
+    def __init__(self, images: ImageSet, views: int, home: Sequence[str] | None = None) -> None:
+        self.images, self.views, self.home = images, views, home
+        training = self._in_order(np.concatenate(list(images.training.values())))
+        self.indices = np.concatenate([training, self._in_order(images.heldout)])
+        self.ids = images.images.ids[self.indices]
+        self.trained = len(training)  # images, the first of these
+        self.first_heldout = self.trained * views
+
+    def _in_order(self, indices: Numbers) -> Numbers:
+        ids = self.images.images.ids[indices]
+        ours = self._rows(ids)
+        return indices[ours[np.argsort(ids[ours])]]
+
+    def _rows(self, ids: Numbers) -> Numbers:
+        """Which of some images count, as indices into ``ids`` (n,)."""
+        return np.arange(len(ids)) if self.home is None else self.images.images.rows_of(self.home, ids)
 
     def __len__(self) -> int:
         """Records in all."""
-        return self.first_heldout + len(self.heldout)
+        return self.first_heldout + len(self.indices) - self.trained
 
     def wanted(self, numbers: Numbers) -> Numbers:
         """(B, 2) index of the image and number of its view, for records (B,)."""
         trained = numbers < self.first_heldout
-        place, view = np.divmod(np.where(trained, numbers, 0), self.views)
-        kept_out = np.where(trained, 0, numbers - self.first_heldout)
-        index = np.where(trained, self.training[place], self.heldout[kept_out])
-        return np.stack([index, np.where(trained, view, CENTRAL)], axis=1)
+        place, view = np.divmod(numbers, self.views)
+        place = np.where(trained, place, numbers - self.first_heldout + self.trained)
+        return np.stack([self.indices[place], np.where(trained, view, CENTRAL)], axis=1)
 
     def keys(self, numbers: Numbers) -> list[tuple[int, int]]:
         """(image id, view) of records (B,)."""
         wanted = self.wanted(numbers)
         return list(zip(self.images.images.ids[wanted[:, 0]].tolist(), wanted[:, 1].tolist(), strict=True))
+
+    def counting(self, wanted: Numbers) -> tuple[Numbers, Numbers]:
+        """Which of some views (B, 2), as `wanted` gives them, count here, and the records that hold those."""
+        ids = self.images.images.ids[wanted[:, 0]]
+        rows = self._rows(ids)
+        return rows, self._find(ids[rows], wanted[rows, 1])
+
+    def among(self, batch: Batch) -> Batch:
+        """Those images of a batch that count here."""
+        return batch if self.home is None else batch.take(torch.from_numpy(self._rows(batch.ids.numpy())))
 
     def of(self, batch: Batch) -> Numbers:
         """The records (B,) of a batch.
@@ -52,13 +75,15 @@ class Index:
         """
         if batch.views is None:
             raise DataError("cache: this batch does not say which views of its images it holds")
-        ids, views = batch.ids.numpy(), batch.views.numpy()
+        return self._find(batch.ids.numpy(), batch.views.numpy())
+
+    def _find(self, ids: Numbers, views: Numbers) -> Numbers:
         central = views == CENTRAL
         if (views[~central] >= self.views).any():
             raise DataError(f"cache: asked for view {views.max()}, but only {self.views} of each image were made")
         found = np.where(central, self.first_heldout, 0)
-        for indices, here, step in ((self.training, ~central, self.views), (self.heldout, central, 1)):
-            known = self.images.images.ids[indices]
+        training, heldout = self.ids[: self.trained], self.ids[self.trained :]
+        for known, here, step in ((training, ~central, self.views), (heldout, central, 1)):
             place = np.searchsorted(known, ids[here]).clip(max=max(0, len(known) - 1))
             if here.any() and (known[place] != ids[here]).any():
                 raise DataError("cache: asked for an image that is not among those it was made of; make it anew")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,15 @@ class Shelf:
         folder: of this teacher.
         fingerprint: what the features must depend on.
         command: that makes the cache, for messages.
+        index: of the images that this teacher is asked about.
         whole: refuse one that is not finished; else its finished shards can be read.
 
     Raises:
         DataError: not there, not finished, damaged, or made for something else.
     """
 
-    def __init__(self, folder: Path, fingerprint: Fields, command: str, whole: bool = True) -> None:
-        self.folder, self.command = folder, command
+    def __init__(self, folder: Path, fingerprint: Fields, command: str, index: Index, whole: bool = True) -> None:
+        self.folder, self.command, self.index = folder, command, index
         if not (folder / store.PLAN).exists():
             raise DataError(f"{folder}: no cache of this teacher is here; make it with: {command}")
         self.plan = store.read_json(folder / store.PLAN)
@@ -67,9 +68,7 @@ class Shelf:
             if not self.shards.has(shard):
                 raise DataError(f"{self.shards.path(shard)}: missing, or of another size; make it anew: {self.command}")
 
-    def told(
-        self, numbers: Numbers, index: Index, device: torch.device
-    ) -> tuple[dict[str, Features], list[int | None]]:
+    def told(self, numbers: Numbers, device: torch.device) -> tuple[dict[str, Features], list[int | None]]:
         """``{tap: Features}`` of records (B,), and the crc32 of the pixels of each.
 
         Raises:
@@ -80,13 +79,13 @@ class Shelf:
 
         def parts() -> Iterator[Tensor]:
             for start in range(0, len(numbers), few):
-                records = self.records(numbers[start : start + few], index)
+                records = self.records(numbers[start : start + few])
                 seen.extend(store.pixels_seen(records.numpy()))
                 yield records.to(device, non_blocking=True)
 
         return self.codec.decode_parts(parts(), len(numbers)), seen
 
-    def records(self, numbers: Numbers, index: Index, absent_too: bool = False) -> Tensor:
+    def records(self, numbers: Numbers, absent_too: bool = False) -> Tensor:
         """Records (B, bytes) uint8, each checked against its checksum.
 
         Args:
@@ -100,7 +99,7 @@ class Shelf:
             records = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         else:
             records = torch.from_numpy(np.empty(shape, np.uint8))  # in huge pages
-        keys = index.keys(numbers)
+        keys = self.index.keys(numbers)
         for record, key, (shard, row) in zip(records.numpy(), keys, self.shards.where(numbers), strict=True):
             self.shards.read(shard, row, record)
             if not store.is_sound(record, key, self.salt):
@@ -108,10 +107,10 @@ class Shelf:
                     f"{self.shards.path(shard)}: record {row} is damaged; remove this file, then: {self.command}"
                 )
         if not absent_too and None in (seen := store.pixels_seen(records.numpy())):
-            identity, _ = keys[seen.index(None)]
+            name = self.index.images.images.name_of(keys[seen.index(None)][0])
             raise DataError(
-                f"{index.images.images.name_of(identity)!r} could not be decoded when {self.folder} was made; remove "
-                f"{self.folder.parent}, then: {self.command}"
+                f"{name!r} could not be decoded when {self.folder} was made; remove {self.folder.parent}, then: "
+                f"{self.command}"
             )
         return records
 
@@ -153,7 +152,6 @@ class CachedTeachers(nn.Module):
 
     Args:
         shelves: by teacher; ``base`` among them where the base is to be preserved.
-        index: of the run's images.
         asked: by teacher, as the recipe says.
         sizes: all that images are decoded for; ``size``: the student's.
         bf16: whether the run computes in bfloat16.
@@ -162,15 +160,16 @@ class CachedTeachers(nn.Module):
 
     fingerprint: Tensor
 
-    def __init__(self, shelves: Mapping[str, Shelf], index: Index, asked: Mapping[str, Asked],
-                 sizes: list[Size], size: Size, bf16: bool, load: Callable[[str], Teacher]) -> None:  # fmt: skip
+    def __init__(self, shelves: Mapping[str, Shelf], asked: Mapping[str, Asked], sizes: list[Size], size: Size,
+                 bf16: bool, load: Callable[[str], Teacher]) -> None:  # fmt: skip
         super().__init__()
-        self.shelves, self.index, self.asked, self.sizes = dict(shelves), index, dict(asked), sizes
+        self.shelves, self.asked, self.sizes = dict(shelves), dict(asked), sizes
         self.bf16, self.load = bf16, load
         for shelf in self.shelves.values():
             shelf.shards.most = max(1, store.MOST_OPEN // len(self.shelves))
-        # one that saw images at the very size that the student sees them at, if there is one
-        self.seeing = next((shelf for shelf in self.shelves.values() if shelf.size == size), None)
+        # one that saw images at the very size that the student sees them at, if there is one, and as many as possible
+        seeing = [shelf for shelf in self.shelves.values() if shelf.size == size]
+        self.seeing = max(seeing, key=lambda shelf: len(shelf.index), default=None)
         salts = torch.tensor([shelf.salt for shelf in self.shelves.values()])
         self.register_buffer("fingerprint", salts)  # stands for the weights, wherever those are compared
 
@@ -193,17 +192,14 @@ class CachedTeachers(nn.Module):
         Raises:
             DataError: a record is damaged, or the pixels are not those that the teacher saw.
         """
-        numbers = self.index.of(batch)
         device = next(iter(batch.rendered.values())).device
         told: dict[str, Features] = {}
         for name, shelf in self.shelves.items():
-            theirs, records = batch, numbers
-            if name in asked:
-                theirs, records = batch.take(asked[name]), numbers[asked[name].cpu().numpy()]
+            theirs = batch.take(asked[name]) if name in asked else batch
             if not len(theirs):
                 told |= {f"{name}/{tap}": silence(facts, device) for tap, facts in shelf.codec.taps.items()}
                 continue
-            features, seen = shelf.told(records, self.index, device)
+            features, seen = shelf.told(shelf.index.of(theirs), device)
             if shelf is self.seeing:
                 self._check_pixels(shelf, seen, theirs)
             told |= {f"{name}/{tap}": said for tap, said in features.items()}
@@ -216,7 +212,7 @@ class CachedTeachers(nn.Module):
             return
         for identity, checksum, pixels in zip(batch.ids.tolist(), seen, drawn.cpu().numpy(), strict=True):
             if checksum != zlib_ng.crc32(pixels):
-                name = self.index.images.images.name_of(identity)
+                name = shelf.index.images.images.name_of(identity)
                 raise DataError(
                     f"{name!r} does not look as it did when {shelf.folder} was made (a changed file, or another "
                     f"decoder); remove {shelf.folder.parent}, then: {shelf.command}"
@@ -255,17 +251,30 @@ def open_cache(
 
 
 def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool) -> CachedTeachers:
-    path, views = folder_of(recipe), views_of(recipe)
+    path = folder_of(recipe)
     asked = asked_of(recipe, own)
     prints = fingerprints(recipe, asked, images)
-    shelves = {name: Shelf(path / asked[name].folder, fields, command(recipe)) for name, fields in prints.items()}
+    indices = indices_of(recipe, prints, images)
+    shelves = {
+        name: Shelf(path / asked[name].folder, fields, command(recipe), indices[name])
+        for name, fields in prints.items()
+    }
 
     def load(name: str) -> Teacher:
         return own[name] if name in own else load_teacher(name, recipe.teachers[name])
 
-    index = Index(images, views)
-    size = as_size(recipe.images.size)
-    return CachedTeachers(shelves, index, asked, sizes_of(recipe, asked), size, bf16, load)
+    return CachedTeachers(shelves, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load)
+
+
+def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet) -> dict[str, Index]:
+    """The index of the images that each teacher is asked about.
+
+    Raises:
+        RecipeError: views without end.
+    """
+    views = views_of(recipe)
+    every = Index(images, views)
+    return {name: Index(images, views, recipe.homes[name]) if name in recipe.homes else every for name in names}
 
 
 def folder_of(recipe: Recipe) -> Path:

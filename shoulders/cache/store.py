@@ -136,7 +136,9 @@ class Shards:
         return list(zip(shards.tolist(), (numbers - self.starts[shards]).tolist(), strict=True))
 
     def has(self, shard: int) -> bool:
-        """Whether a shard is there, at its full size."""
+        """Whether a shard is there, at its full size; one of no records needs no file."""
+        if not self.counts[shard]:
+            return True
         try:
             return os.stat(self.path(shard)).st_size == self.counts[shard] * self.record
         except FileNotFoundError:

@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from shoulders.cache import store
-from shoulders.cache.index import Index
 from shoulders.cache.read import Shelf
 from shoulders.errors import DataError
 
 AT_ONCE = 2**24  # bytes
 
 
-def finish(shelf: Shelf, index: Index, on_records: Callable[[int], object]) -> None:
+def finish(shelf: Shelf, on_records: Callable[[int], object]) -> None:
     """Read back what was written and write the manifest: from now on the teacher's cache is whole.
 
     Raises:
@@ -25,21 +24,21 @@ def finish(shelf: Shelf, index: Index, on_records: Callable[[int], object]) -> N
     """
     shards = []
     for shard in range(len(shelf.shards.counts)):
-        absent, sha256 = check_shard(shelf, shard, index)
+        absent, sha256 = check_shard(shelf, shard)
         shards.append({"bytes": shelf.shards.counts[shard] * shelf.shards.record, "sha256": sha256, "absent": absent})
         on_records(shelf.shards.counts[shard])
     manifest = {"plan": _sha256(shelf.folder / store.PLAN), "shards": shards}
     store.write_json(shelf.folder / store.MANIFEST, manifest)
 
 
-def verify(shelf: Shelf, index: Index, on_records: Callable[[int], object]) -> list[str]:
+def verify(shelf: Shelf, on_records: Callable[[int], object]) -> list[str]:
     """Everything that is wrong with a teacher's cache; nothing where all is as it was written."""
     faults = []
     if shelf.manifest["plan"] != _sha256(shelf.folder / store.PLAN):
         faults.append(f"{shelf.folder / store.PLAN}: not the one that the manifest is about")
     for shard, said in enumerate(shelf.manifest["shards"]):
         try:
-            absent, sha256 = check_shard(shelf, shard, index)
+            absent, sha256 = check_shard(shelf, shard)
             if (sha256, absent) != (said["sha256"], said["absent"]):
                 faults.append(f"{shelf.shards.path(shard)}: not the bytes that were written")
         except DataError as error:
@@ -48,7 +47,7 @@ def verify(shelf: Shelf, index: Index, on_records: Callable[[int], object]) -> l
     return faults
 
 
-def check_shard(shelf: Shelf, shard: int, index: Index) -> tuple[int, str]:
+def check_shard(shelf: Shelf, shard: int) -> tuple[int, str]:
     """How many of a shard's images could not be decoded, and its sha256.
 
     Raises:
@@ -59,7 +58,7 @@ def check_shard(shelf: Shelf, shard: int, index: Index) -> tuple[int, str]:
     step = max(1, AT_ONCE // shards.record)
     for start in range(first, end, step):
         numbers = np.arange(start, min(start + step, end))
-        records = shelf.records(numbers, index, absent_too=True).numpy()
+        records = shelf.records(numbers, absent_too=True).numpy()
         digest.update(records.data)
         absent += store.pixels_seen(records).count(None)
     return absent, digest.hexdigest()

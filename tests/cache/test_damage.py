@@ -53,15 +53,16 @@ class Reader:
         self.everything = np.arange(len(self.builder.index))
 
     def open(self) -> list[Shelf]:
-        return [Shelf(self.builder.folders[name], fields, "make it") for name, fields in self.builder.prints.items()]
+        builder, prints = self.builder, self.builder.prints.items()
+        return [Shelf(builder.folders[name], fields, "make it", builder.indices[name]) for name, fields in prints]
 
     def read(self) -> None:
         for shelf in self.open():
-            shelf.records(self.everything, self.builder.index)
+            shelf.records(self.everything)
 
     def verify(self) -> None:
         for shelf in self.open():
-            if faults := verify(shelf, self.builder.index, lambda records: None):
+            if faults := verify(shelf, lambda records: None):
                 raise DataError(faults[0])
 
 
@@ -152,7 +153,7 @@ def test_shards_of_teachers_that_look_alike_are_not_mistaken(tmp_path: Path, sma
     builder = Builder(recipe, twins, print)
     for name in twins:
         with pytest.raises(DataError, match="record 0 is damaged"):
-            builder.shelf(name).records(np.arange(2), builder.index)
+            builder.shelf(name).records(np.arange(2))
 
 
 def test_a_removed_shard_is_made_anew_to_the_same_bytes(made: Recipe) -> None:

@@ -47,6 +47,22 @@ def test_every_record_is_asked_for_by_what_it_holds(images: ImageSet) -> None:
     assert index.keys(np.arange(2)) == [(int(images.images.ids[i]), int(view)) for i, view in wanted[:2]]
 
 
+def test_of_some_sources_it_numbers_their_images_alone_in_the_same_order(images: ImageSet, settings: Images) -> None:
+    every, two = Index(images, VIEWS), Index(images, VIEWS, ["two"])
+    wanted = every.wanted(np.arange(len(every)))
+    rows, numbers = two.counting(wanted)
+    assert [images.images.name(index)[:3] == "two" for index, _ in wanted] == [i in rows for i in range(len(wanted))]
+    assert numbers.tolist() == list(range(len(two)))
+    assert two.wanted(numbers).tolist() == wanted[rows].tolist()
+    batch = next(batches(images, SIZES, settings, batch=12, seed=5, steps=1))
+    theirs = two.among(batch)
+    assert 0 < len(theirs) < len(batch) and two.keys(two.of(theirs)) == [
+        key for key in every.keys(every.of(batch)) if key[0] in theirs.ids.tolist()
+    ]
+    with pytest.raises(DataError, match="not among those it was made of"):
+        two.of(batch)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_listed_views_are_those_of_runs(workers: int, images: ImageSet, settings: Images) -> None:
     index, how = Index(images, VIEWS), settings.model_copy(update={"workers": workers})

@@ -77,7 +77,8 @@ def build(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> dict[str,
 def shelves(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> tuple[list[Shelf], Builder]:
     """A finished cache, opened."""
     builder = Builder(recipe, teachers() if own is None else own, print)
-    return [Shelf(builder.folders[name], fields, "make it") for name, fields in builder.prints.items()], builder
+    prints, indices = builder.prints.items(), builder.indices
+    return [Shelf(builder.folders[name], fields, "make it", indices[name]) for name, fields in prints], builder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
