@@ -1,12 +1,13 @@
 """What it costs to answer four tasks: one encoder with all inherited heads, against all the teachers.
 
-    OMP_NUM_THREADS=1 python benchmarks/four_tasks/serving.py [--work runs/four_tasks] [--only world|real] [--rounds 5]
+    OMP_NUM_THREADS=1 python benchmarks/four_tasks/serving.py [--only world|real|large] [--rounds 5]
 
-Asks the students that run.py left in WORK; how long they were trained changes nothing here. Both sides go from pixels
-in [0, 1], drawn at the size that each model wants, to the outputs of the heads; the student runs its encoder once, then
+Asks the students that run.py left in its --work, and for `large` one that is made here, of teachers as large as those
+of a hub, with random weights (large.py); how long they were trained changes nothing here. Both sides go from pixels in
+[0, 1], drawn at the size that each model wants, to the outputs of the heads; the student runs its encoder once, then
 all projectors and heads. What comes after the heads is the same for both and told apart. They take turns in one
-process, round by round; peak memory is that of a process of its own for each. Writes serving.json and serving.md beside
-this file, and the table in docs/four_tasks.md.
+process, round by round; peak memory is that of a process of its own for each. Writes serving.json and serving.md
+beside this file, and the table in docs/four_tasks.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from jobs import SETTINGS
 from kept import Row, publish
+from large import large_run
 from tables import DOC, insert, line_of
 from torch import Tensor
 
@@ -37,6 +39,8 @@ from shoulders.recipe import as_size, read_recipe
 from shoulders.teachers import load_teacher
 
 HERE = Path(__file__).resolve().parent
+LARGE = "large"
+NAMES = (*SETTINGS, LARGE)
 BATCHES = (1, 8)
 LEAST = 1.0  # seconds of a measurement
 
@@ -168,7 +172,7 @@ def table(rows: Sequence[Row]) -> str:
     titles = ["students of", "images at a time", "side", "images/s", "CPU ms per image", "against all teachers",
               "peak MiB", "of it models and activations"]  # fmt: skip
     lines = [line_of(titles), "|---" * len(titles) + "|"]
-    for setting in SETTINGS:
+    for setting in NAMES:
         for batch in BATCHES:
             of_batch = [row for row in rows if (row["dataset"], row["batch"]) == (setting, batch)]
             theirs = [row["cpu_ms"] for row in of_batch if row["side"] == TEACHERS and "round" in row]
@@ -192,7 +196,7 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/four_tasks"))
-    parser.add_argument("--only", choices=SETTINGS)
+    parser.add_argument("--only", choices=NAMES)
     parser.add_argument("--seed", type=int, default=0, help="of the student")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE)
@@ -203,8 +207,8 @@ def main() -> None:
         side, run, batch = given.peak
         return peak(side, Path(run), int(batch))
     rows: list[Row] = []
-    for name in [given.only] if given.only else SETTINGS:
-        run = given.work / name / f"seed-{given.seed}"
+    for name in [given.only] if given.only else NAMES:
+        run = large_run(given.work) if name == LARGE else given.work / name / f"seed-{given.seed}"
         rows += measure(name, run, given.rounds) + peaks(name, run)
     told = table(publish(rows, given.out / "serving.json"))
     write_text(given.out / "serving.md", told)

@@ -197,7 +197,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         cells = [row["variant"], str(row["batch"]), f"{row['images_per_s']:.2f}", f"{row['spread']:.0%}",
-                 f"{row['ratio_plain']:.2f}", f"{row['ratio_plain_bf16']:.2f}", f"{row['peak_mb']:.0f}",
+                 *(f"{row[ratio]:.2f}" if row[ratio] else "-" for ratio in ("ratio_plain", "ratio_plain_bf16")),
+                 f"{row['peak_mb']:.0f}",
                  f"{row['gflop_per_image']:.1f}", f"{row['fraction_of_gemm']:.0%}"]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

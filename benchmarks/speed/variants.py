@@ -44,10 +44,11 @@ INSIDE = {"kind": "bottleneck", "width": 64}
 SIDE = {"kind": "side", "width": 192, "blocks": 4}
 
 # name: does all of the student learn, its adapter, its projectors, what comes from the cache (else asked live), how
-# many teachers
+# many teachers; of `teachers` nothing but what they say
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_bf16": {},
+    "teachers": {"whole": True, "transfer": LEAN, "forward": True},
     "online": {"whole": True, "transfer": LADDER},
     "online_int8": {"whole": True, "transfer": LADDER, "int8": True},
     "online_lean": {"whole": True, "transfer": LEAN},
@@ -113,6 +114,8 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
         return partial(plain.step, torch.randn(batch, 3, SIZE, SIZE, device=device))
     run = prepare(recipe_of(variant, folder, batch), {}, Rank(0, 1, device))
     how = VARIANTS[variant]
+    if how.get("forward"):
+        return partial(run.teachers, next(run._batches(0, 1, 0, 1)))
     if how.get("whole"):
         learn_all(run)
     if how.get("cached") == "teachers" and isinstance(run.teachers, CachedTeachers):

@@ -1,0 +1,65 @@
+"""A run whose teachers are as large as those that people take from a hub, with random weights: what serving costs.
+
+Two steps on noise: what is not trained costs as much. The student is a ViT-S/16 with an adapter beside it; all models
+see 256 px, though hub teachers of objects are mostly asked at twice that and more.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from PIL import Image
+
+from shoulders.checkpoint import write_text
+from shoulders.distill import distill
+from shoulders.recipe import check_recipe
+
+SIZE, IMAGES = 256, 40
+VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16, "image_size": SIZE}
+B2 = {"depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 320, 512], "decoder_hidden_size": 768}
+BASE = "base"
+MODELS: dict[str, tuple[Callable[[], Any], str]] = {  # model and image processor
+    BASE: (lambda: hf.Dinov2Model(hf.Dinov2Config(**VIT_S)), "ViTImageProcessor"),
+    # ResNet-50
+    "classifier": (lambda: hf.ResNetForImageClassification(hf.ResNetConfig(num_labels=1000)), "ViTImageProcessor"),
+    # R50
+    "detector": (lambda: hf.RTDetrV2ForObjectDetection(hf.RTDetrV2Config(num_labels=80)), "RTDetrImageProcessor"),
+    # MiT-B2
+    "segmenter": (lambda: hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**B2, num_labels=150)),
+                  "SegformerImageProcessor"),
+    # Swin-T
+    "instances": (lambda: hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(num_labels=80)),
+                  "Mask2FormerImageProcessor"),
+}  # fmt: skip
+
+
+def large_run(work: Path) -> Path:
+    """The run's folder; what is missing of it is made."""
+    folder = work / "large"
+    for name, (make, processor) in MODELS.items():
+        if not (folder / name / "preprocessor_config.json").exists():
+            torch.manual_seed(0)
+            make().save_pretrained(folder / name)
+            write_text(folder / name / "preprocessor_config.json", json.dumps({"image_processor_type": processor}))
+    (folder / "images").mkdir(exist_ok=True)
+    dice = np.random.default_rng(0)
+    for i in range(IMAGES):
+        Image.fromarray(dice.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
+    run = folder / "seed-0"
+    teachers = [name for name in MODELS if name != BASE]
+    recipe = check_recipe({
+        "student": {"base": str(folder / BASE), "adapter": {"kind": "conv", "width": 128}},
+        "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in teachers},
+        "images": {"path": str(folder / "images"), "size": SIZE, "holdout": 8, "workers": 0},
+        "transfer": {"calibration": 16, "reads": ["block3", "block7", "latent"]},
+        "train": {"steps": 2, "batch": 4, "save_every": 2},
+        "keep_heads": teachers, "out": str(run),
+    })  # fmt: skip
+    distill(recipe, resume=True)
+    return run
