@@ -60,14 +60,14 @@ class Builder:
     def __init__(self, recipe: Recipe, own: Mapping[str, Teacher], say: Callable[[str], None]) -> None:
         self.recipe, self.own, self.say = recipe, dict(own), say
         check_teaching(recipe, self.own)
-        self.path = folder_of(recipe)
+        self.path, views = folder_of(recipe), views_of(recipe)
         self.images = open_images(recipe.images, recipe.train.seed)
         asked = asked_of(recipe, self.own)
         self.prints = fingerprints(recipe, asked, self.images)
         self.folders = {name: self.path / one.folder for name, one in asked.items()}
         self.sizes = sizes_of(recipe, asked)
-        self.indices = indices_of(recipe, asked, self.images)
-        self.index = Index(self.images, views_of(recipe))  # of all images: what its shards hold is drawn together
+        self.indices = indices_of(recipe, asked, self.images, views)
+        self.index = Index(self.images, views)  # of all images: what its shards hold is drawn together
         self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
         self.bf16 = use_bf16(recipe.train.precision, self.device)
         self.shards = -(-len(self.index) // SHARD_RECORDS)
@@ -80,7 +80,9 @@ class Builder:
 
     def _counts(self, index: Index) -> list[int]:
         """The records of a teacher in each shard: of one that is asked about some sources alone, fewer."""
-        rows, _ = index.counting(self.index.wanted(np.arange(len(self.index))))
+        rows = np.arange(len(self.index))
+        if index.home is not None:
+            rows, _ = index.counting(self.index.wanted(rows))
         return np.bincount(rows // SHARD_RECORDS, minlength=self.shards).tolist()
 
     def unfinished(self) -> list[str]:
@@ -196,6 +198,8 @@ class Builder:
             if self.asked_to_stop:
                 raise Stopped(self.asked_to_stop[0])
             _, mine = shelf.index.counting(self.index.wanted(numbers))
+            if not len(mine):
+                continue
             theirs = shelf.index.among(batch)
             payload = np.zeros((len(mine), shelf.codec.bytes), np.uint8)
             seen: list[int | None] = [None] * len(mine)

@@ -98,15 +98,15 @@ def _describe(folder: Path) -> dict[str, Any]:
     made_for = plan["fingerprint"]
     codec = open_codec(folder, plan)
     shards = store.Shards(folder, codec.bytes + store.TRAILER, plan["shards"])
-    there = [shard for shard in range(len(shards.counts)) if shards.has(shard)]
+    there = [shard for shard in shards.needed if shards.has(shard)]
     manifest = store.read_json(folder / store.MANIFEST) if (folder / store.MANIFEST).exists() else None
     return {
         "teacher": made_for["teacher"],
         "folder": folder.name,
-        "finished": manifest is not None and len(there) == len(shards.counts),
+        "finished": manifest is not None and len(there) == len(shards.needed),
         "undecodable": None if manifest is None else sum(shard["absent"] for shard in manifest["shards"]),
         "views": sum(shards.counts),
-        "shards": len(shards.counts),
+        "shards": len(shards.needed),
         "shards_there": len(there),
         "bytes": sum(shards.counts[shard] for shard in there) * shards.record,
         "bytes_per_view": shards.record,

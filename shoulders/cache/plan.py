@@ -50,7 +50,10 @@ def write_plan(
     measured = min(MEASURED, max(records // 4, min(records, FEWEST)))
     said = [asking(batch) for batch in draw(0, measured) if len(batch)]
     if not said:
-        raise DataError(f"none of {measured} views could be decoded; check that images.path leads to whole image files")
+        raise DataError(
+            f"{asking.name}: none of the first {measured} views of its images could be decoded; check that the "
+            "path of its images leads to whole image files"
+        )
     told = {tap: together([one[tap] for one in said]) for tap in asking.taps}
     plain = _lost(asking.name, Codec(asking.taps, cache.model_copy(update={"pca": None})), told)
     loud = {part for part, lost in plain.items() if cache.dtype == "int8" and lost > TOLERABLE}

@@ -59,12 +59,11 @@ class Shelf:
 
     def _check_whole(self) -> None:
         if not (self.folder / store.MANIFEST).exists():
-            done = sum(self.shards.has(shard) for shard in range(len(self.shards.counts)))
-            raise DataError(
-                f"{self.folder}: {done} of {len(self.shards.counts)} shards are there; finish it with: {self.command}"
-            )
+            needed = self.shards.needed
+            done = sum(map(self.shards.has, needed))
+            raise DataError(f"{self.folder}: {done} of {len(needed)} shards are there; finish it with: {self.command}")
         self.manifest = store.read_json(self.folder / store.MANIFEST)
-        for shard in range(len(self.shards.counts)):
+        for shard in self.shards.needed:
             if not self.shards.has(shard):
                 raise DataError(f"{self.shards.path(shard)}: missing, or of another size; make it anew: {self.command}")
 
@@ -251,10 +250,10 @@ def open_cache(
 
 
 def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool) -> CachedTeachers:
-    path = folder_of(recipe)
+    path, views = folder_of(recipe), views_of(recipe)
     asked = asked_of(recipe, own)
     prints = fingerprints(recipe, asked, images)
-    indices = indices_of(recipe, prints, images)
+    indices = indices_of(recipe, prints, images, views)
     shelves = {
         name: Shelf(path / asked[name].folder, fields, command(recipe), indices[name])
         for name, fields in prints.items()
@@ -266,13 +265,8 @@ def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool)
     return CachedTeachers(shelves, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load)
 
 
-def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet) -> dict[str, Index]:
-    """The index of the images that each teacher is asked about.
-
-    Raises:
-        RecipeError: views without end.
-    """
-    views = views_of(recipe)
+def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet, views: int) -> dict[str, Index]:
+    """The index of the images that each teacher is asked about."""
     every = Index(images, views)
     return {name: Index(images, views, recipe.homes[name]) if name in recipe.homes else every for name in names}
 

@@ -126,6 +126,11 @@ class Shards:
         self.most = MOST_OPEN
         self._open: dict[int, int] = {}
 
+    @property
+    def needed(self) -> list[int]:
+        """The shards that hold anything."""
+        return [shard for shard, count in enumerate(self.counts) if count]
+
     def path(self, shard: int) -> Path:
         """Where a shard lies or will lie."""
         return self.folder / SHARD.format(shard)
