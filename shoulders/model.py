@@ -162,8 +162,8 @@ class ShouldersModel(ShouldersPreTrainedModel):
             kept = ", ".join(self.heads) or "none; name some in keep_heads: of the recipe"
             raise RecipeError(f"head {name!r}: not kept by this student; it has {kept}")
         if name not in self.grafts:
-            self.grafts[name] = [open_head(self.heads[name]).to(self.device)]
-        return self.grafts[name][0]
+            self.grafts[name] = [open_head(self.heads[name])]
+        return self.grafts[name][0].to(self.device)  # which may have moved since
 
     @torch.no_grad()
     def predict(

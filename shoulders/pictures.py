@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -78,7 +79,7 @@ def overlay(image: Image.Image, mask: Tensor, colour: tuple[int, int, int], edge
     tinted = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
     painted = Image.composite(tinted, image, cover)
     if edge:
-        inside = torch.tensor(list(cover.get_flattened_data())).view(image.height, image.width) > 127
+        inside = torch.from_numpy(np.array(cover)) > 127
         border = inside & ~(inside.roll(2, 0) & inside.roll(-2, 0) & inside.roll(2, 1) & inside.roll(-2, 1))
         line = Image.fromarray((border.numpy() * 255).astype("uint8"))
         painted.paste(Image.new("RGB", image.size, colour), mask=line)

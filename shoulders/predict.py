@@ -128,13 +128,13 @@ def _open(path: Path) -> Collection:
 def _decoded(images: Collection, max_pixels: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Names and whole images (3, H, W) uint8, a few at a time."""
     for start in range(0, len(images), BATCH):
-        few = range(start, min(start + BATCH, len(images)))
-        try:
-            yield [(images.name(at), images.pixels(at, max_pixels, None)[0]) for at in few]
-        except Undecodable as error:
-            raise DataError(
-                f"{images.name(few[0])} or one of the next {len(few) - 1}: {error}; leave it out"
-            ) from error
+        few = []
+        for at in range(start, min(start + BATCH, len(images))):
+            try:
+                few.append((images.name(at), images.pixels(at, max_pixels, None)[0]))
+            except Undecodable as error:
+                raise DataError(f"{images.name(at)}: {error}; leave it out") from error
+        yield few
 
 
 def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict[str, list[Any]]) -> None:
@@ -151,11 +151,18 @@ def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict
 def _stems(names: Sequence[str]) -> dict[str, str]:
     """{name of an image: what its pictures are called by}; without its extension, unless that says too little."""
 
-    def short(name: str) -> str:
-        return name.rpartition(".")[0] if name.lower().endswith(EXTENSIONS) else name
+    def flat(name: str) -> str:
+        return name.replace("/", "-")
 
-    times = Counter(map(short, names))
-    return {name: (name if times[short(name)] > 1 else short(name)).replace("/", "-") for name in names}
+    def short(name: str) -> str:
+        return flat(name.rpartition(".")[0] if name.lower().endswith(EXTENSIONS) else name)
+
+    shorts, longs = Counter(map(short, names)), Counter(map(flat, names))
+    stems = {name: short(name) if shorts[short(name)] == 1 else flat(name) for name in names}
+    # a/b.jpg and a-b.jpg: told apart by their numbers
+    return {
+        name: f"{stem}-{number}" if longs[flat(name)] > 1 else stem for number, (name, stem) in enumerate(stems.items())
+    }
 
 
 def _plain(answer: Any) -> Any:

@@ -148,14 +148,14 @@ def found(probe: Probe, features: Features, sizes: Sizes, threshold: float) -> l
     """Objects with boxes, or with masks."""
     answer, told = probe.head(_maps(features)), []
     for image, size in enumerate(sizes):
-        objects_there = pick(answer, image)
-        boxes, masks = objects.in_pixels(objects_there, size, features.grid)
+        sure = pick(answer, image)
+        sure = sure.take(sure.scores >= threshold)  # before masks are drawn as large as the image
+        boxes, masks = objects.in_pixels(sure, size, features.grid)
         several = []
-        for row, score in enumerate(objects_there.scores.tolist()):
-            if score >= threshold:
-                corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), boxes[row].tolist(), strict=True))
-                where = {"box": corners} if masks is None else {"mask": masks[row]}
-                several.append({"label": probe.classes[int(objects_there.classes[row])], "score": score, **where})
+        for row, score in enumerate(sure.scores.tolist()):
+            corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), boxes[row].tolist(), strict=True))
+            where = {"box": corners} if masks is None else {"mask": masks[row]}
+            several.append({"label": probe.classes[int(sure.classes[row])], "score": score, **where})
         told.append(several)
     return told
 

@@ -91,7 +91,8 @@ def equal_flops(folder: Path | str, goal: Goal, size: tuple[int, int]) -> Equal:
     """
     recipe = check_countable(folder)
     per_image = _distillation(folder, recipe)
-    supervised = counted_flops(_supervise(load(folder).config, goal, size)) / COUNTED
+    step, images = _supervise(load(folder).config, goal, size)
+    supervised = counted_flops(step) / images
     return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
 
@@ -148,8 +149,8 @@ def _distil(folder: Path | str, recipe: Recipe, asked: Mapping[str, Tensor]) -> 
     return step
 
 
-def _supervise(config: ShouldersConfig, goal: Goal, size: tuple[int, int]) -> Callable[[], None]:
-    """One supervised step, but for the optimizer."""
+def _supervise(config: ShouldersConfig, goal: Goal, size: tuple[int, int]) -> tuple[Callable[[], None], int]:
+    """One supervised step, but for the optimizer, and its number of images: one that cannot be read is not there."""
     learns = newborn(config, goal, 0, this_device())
     plan = Plan(1, COUNTED, TRIES)
     views = Views(goal, goal.splits.train, size, plan.scale, 0)
@@ -158,4 +159,4 @@ def _supervise(config: ShouldersConfig, goal: Goal, size: tuple[int, int]) -> Ca
     def step() -> None:
         goal.loss(learns.head, learns.see(pixels.to(learns.device)), targets).backward()
 
-    return step
+    return step, len(pixels)

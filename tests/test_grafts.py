@@ -115,6 +115,9 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
     with pytest.raises(RecipeError, match="also reads its convolutional stem"):
         check_graft("t", TeacherSpec(model=str(tmp_path / "hybrid")))
+    hf.SegformerForImageClassification(hf.SegformerConfig()).save_pretrained(tmp_path / "mit")
+    with pytest.raises(RecipeError, match=r"saved with its head \(ForSemanticSegmentation, not SegformerForImageClass"):
+        check_graft("t", TeacherSpec(model=str(tmp_path / "mit")))
     own = TeacherSpec(module="package.module:function")
     with pytest.raises(RecipeError, match="module of your own"):
         load_graft("t", own, teacher=None)  # type: ignore[arg-type]

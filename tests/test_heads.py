@@ -87,6 +87,13 @@ def test_a_head_that_was_not_kept_is_refused(run: Path) -> None:
         shoulders.load(run).predict("resnet", torch.rand(1, 3, 32, 32))
 
 
+def test_heads_go_where_the_student_goes(run: Path) -> None:
+    student = shoulders.load(run)
+    student.head("segformer")
+    student.to("meta")
+    assert {p.device.type for p in student.head("segformer").parameters()} == {"meta"}
+
+
 def test_taps_that_a_kept_head_reads_are_inherited_on_their_own_grids(run: Path) -> None:
     student = shoulders.load(run)
     told = student.inherit(torch.rand(2, 3, 32, 32))

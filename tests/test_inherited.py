@@ -16,7 +16,7 @@ from shoulders.evaluate import evaluate_heads
 from shoulders.grafts import load_graft
 from shoulders.heads import Fed, task_of
 from shoulders.tasks import TASKS
-from shoulders.tasks.inherited import HEADS
+from shoulders.tasks.inherited import HEADS, _indices
 from shoulders.teachers import load_teacher
 from shoulders.world import CLASSES, TEACHERS, write_world
 from tests.test_heads import run, save_teacher  # noqa: F401
@@ -92,6 +92,12 @@ def test_top1_and_miou_are_those_counted_by_hand(world: Path) -> None:
         right, total = right + int((logits[0].argmax(0) == truth).sum()), total + truth.numel()
     assert told_maps["pixel_accuracy"] == pytest.approx(right / total)
     assert 0 < told_maps["mIoU"] < 1 and f"IoU/{CLASSES[0]}" in told_maps
+
+
+def test_classes_of_one_name_are_told_apart() -> None:
+    assert _indices(["cat", "crane", "dog", "crane"], ["cat", "crane", "crane", "dog"]) == [0, 1, 3, 2]
+    with pytest.raises(RecipeError, match="tells 2 classes apart, the data 3"):
+        _indices(["cat", "dog"], ["cat", "dog", "dog"])
 
 
 @pytest.mark.parametrize(("name", "folder"), [("segmenter", "paper/semantic"), ("detector", "neon/instances")])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -44,6 +46,9 @@ def test_equal_steps_cost_what_the_distillation_cost() -> None:
 def test_an_image_of_supervised_training_costs_what_its_matrices_say(world: Path) -> None:  # noqa: F811
     goal = TASKS["semantic"].tune(TASKS["semantic"].find(world / "masks", "image"))
     told = equal_flops(world / "run", goal, SIZE)
+    splits = replace(goal.splits, train=goal.splits.train.take(np.array([0])))
+    one = equal_flops(world / "run", TASKS["semantic"].tune(splits), SIZE)
+    assert one.supervised == told.supervised  # however many images a step has
     tokens, places, d, hidden, rank, layers, k = 17, 16, 32, 128, 2, 2, 3
     patches = 2 * places * (3 * 8 * 8) * d
     linears = [(d, d)] * 4 + [(d, hidden), (hidden, d)]  # query, key, value, output, MLP

@@ -25,6 +25,7 @@ class Cut:
         silent: submodules before it, of whose answers only the shapes matter.
         elsewhere: paths of the encoder in models of other classes of the family.
         refusal: (config, size in px) -> why the head cannot be cut off such a checkpoint, or "".
+        heads: how the names of the classes end whose heads read this; empty: all of the family.
     """
 
     encoder: str
@@ -32,6 +33,7 @@ class Cut:
     silent: tuple[str, ...] = ()
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     refusal: Callable[[Any, tuple[int, int]], str] = lambda config, size: ""
+    heads: tuple[str, ...] = ()
 
     def encoder_of(self, model: Any) -> str:
         """The path of the encoder in a model."""
@@ -134,7 +136,7 @@ def _maps(taps: Iterable[Features], blank: Iterable[Tensor]) -> tuple[Tensor, ..
 
 
 def _detector(write: Write) -> Cut:
-    return Cut("model.encoder", write, silent=("model.backbone",))
+    return Cut("model.encoder", write, silent=("model.backbone",), heads=("ForObjectDetection",))
 
 
 def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
@@ -144,6 +146,7 @@ def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
     return "" if size[0] == size[1] else f"its head takes square images alone, not {size[0]} x {size[1]} px; set size:"
 
 
+CLASSES = ("ForImageClassification",)
 _PIXEL_ENCODER = Cut("model.pixel_level_module.encoder", write_feature_maps)
 
 # row of the table of families -> where to cut.
@@ -151,7 +154,7 @@ _PIXEL_ENCODER = Cut("model.pixel_level_module.encoder", write_feature_maps)
 CUTS: dict[str, Cut] = {
     "vit": Cut("vit", write_tokens),
     "deit": Cut("deit", write_tokens),
-    "beit": Cut("beit", write_pooled),
+    "beit": Cut("beit", write_pooled, heads=CLASSES),
     "dinov2": Cut("dinov2", write_tokens),
     "dinov2_with_registers": Cut("dinov2_with_registers", write_tokens),
     # before the pooling: a student tells the map better than its mean, for it has a target at each place
@@ -162,8 +165,8 @@ CUTS: dict[str, Cut] = {
     "swin": Cut("swin.layernorm", write_places, silent=("swin.embeddings", "swin.encoder")),
     "swinv2": Cut("swinv2.layernorm", write_places, silent=("swinv2.embeddings", "swinv2.encoder")),
     "hiera": Cut("hiera", write_pooled),
-    "mobilenet_v2": Cut("mobilenet_v2", write_pooled),
-    "segformer": Cut("segformer", write_hidden_maps),
+    "mobilenet_v2": Cut("mobilenet_v2", write_pooled, heads=CLASSES),
+    "segformer": Cut("segformer", write_hidden_maps, heads=("ForSemanticSegmentation",)),
     "upernet": Cut("backbone", write_feature_maps),
     "mask2former": _PIXEL_ENCODER,
     "maskformer": _PIXEL_ENCODER,

@@ -34,12 +34,12 @@ def check_graft(name: str, spec: TeacherSpec) -> None:
         return
     if spec.classes or spec.prompts:
         raise fault(name, "classes", f"{spec.model!r} has classes of its own; leave classes and prompts out")
-    if checkpoint.row not in CUTS or head_class(checkpoint.config) is None:
+    if not _has_head(checkpoint):
         raise fault(
             name,
             "model",
             f"{spec.model!r} ({checkpoint.config.model_type}) has no head that can be inherited; give a checkpoint of "
-            f"one of {', '.join(sorted((*CUTS, *PADDING)))}, saved with its head",
+            f"one of {', '.join(sorted((*CUTS, *PADDING)))}, saved with its head{_other_kind(checkpoint)}",
         )
     refusal = CUTS[checkpoint.row].refusal(checkpoint.config, checkpoint.preprocessing.size)
     if refusal:
@@ -76,6 +76,18 @@ def read_processor(source: str, revision: str | None = None) -> Any:
         told = read_json(Pretrained("", source, revision), "preprocessor_config.json") or {}
         stand_in = STAND_INS.get(str(told.get("image_processor_type")).removesuffix("Fast"))
         return getattr(transformers, stand_in)() if stand_in else None
+
+
+def _other_kind(checkpoint: Checkpoint) -> str:
+    """What is said where there is a head, but of another kind."""
+    kind, cut = head_class(checkpoint.config), CUTS.get(checkpoint.row)
+    return f" ({cut.heads[0]}, not {kind.__name__})" if kind and cut and cut.heads else ""
+
+
+def _has_head(checkpoint: Checkpoint) -> bool:
+    """Whether it was saved with a head of a kind that can be cut off."""
+    kind, cut = head_class(checkpoint.config), CUTS.get(checkpoint.row)
+    return kind is not None and cut is not None and kind.__name__.endswith(cut.heads or HEADED)
 
 
 def head_class(config: Any) -> Any:

@@ -6,6 +6,7 @@ import json
 import os
 from collections import OrderedDict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,13 @@ class Parquet:
         known = [label for label in labels if label is not None]
         self.labels = np.concatenate(known) if known and len(known) == len(labels) else None
         self.kept: OrderedDict[int, Any] = OrderedDict()
+        self.lock = Lock()  # several threads may read
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": OrderedDict()}
+        return {**self.__dict__, "kept": OrderedDict(), "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=Lock())
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -68,7 +73,9 @@ class Parquet:
     def read(self, index: int) -> bytes:
         """The image in one row."""
         group = int(np.searchsorted(self.ends, index, side="right"))
-        cell = self._rows(group)[index - int(self.ends[group] - self.groups[group, 2])].as_py()
+        with self.lock:
+            rows = self._rows(group)
+        cell = rows[index - int(self.ends[group] - self.groups[group, 2])].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
             raise Undecodable("no bytes in this row")

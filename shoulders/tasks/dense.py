@@ -90,7 +90,7 @@ def find_masks(path: Path | str, column: str = "image") -> DenseSplits[MaskFile]
     path = Path(path)
     names = _present(path, lambda name: (path / "images" / name).exists(), MASKS)
     listed = _read_classes(path / "classes.json")
-    highest = -1
+    indices: dict[str, set[int]] = {name: set() for name in names}  # that the masks of a split hold
     found: dict[str, DenseSplit[MaskFile]] = {}
     for name in names:
         images = _collection(path / "images" / name, column)
@@ -100,12 +100,17 @@ def find_masks(path: Path | str, column: str = "image") -> DenseSplits[MaskFile]
             if not file.is_file():
                 raise DataError(f"{file}: missing; the image {images.name(index)} of {name} needs a mask here")
             mask = read_mask(file, IGNORED if listed is None else len(listed))  # (H, W)
-            highest = max(highest, max(np.unique(mask[mask != IGNORED]).tolist(), default=-1))
+            indices[name].update(np.unique(mask[mask != IGNORED]).tolist())
             masks.append(MaskFile(file, (mask.shape[0], mask.shape[1])))
         found[name] = DenseSplit(images, np.arange(len(images)), masks)
+    highest = max(set().union(*indices.values()), default=-1)
     classes = tuple(str(number) for number in range(highest + 1)) if listed is None else listed
-    if len(classes) < 2 or highest < 0:
-        raise DataError(f"{path}: {len(classes)} classes, the highest index {highest}; a probe needs at least two")
+    there = indices["train" if "train" in indices else names[0]]
+    if len(there) < 2:
+        raise DataError(
+            f"{path}: the masks to fit on hold {len(there)} of {len(classes)} classes; a probe needs at least two "
+            f"(pixels of {IGNORED} belong to none: where they are meant as a class, write its index)"
+        )
     return _splits(found, classes)
 
 

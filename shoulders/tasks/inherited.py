@@ -57,8 +57,10 @@ Shown = tuple[list[int], list[tuple[int, int]], Any]  # rows of the split, (h, w
 def classification(head: Head, splits: Splits, batch: int, workers: int) -> list[Row]:
     """Top-1 on the test images."""
     begun = time.perf_counter()
-    names = splits.test.images.classes or head.classes
-    theirs = torch.tensor(_indices(head.classes, names))
+    names = splits.test.images.classes
+    if names is None and splits.n_classes > len(head.classes):
+        raise RecipeError(f"the head tells {len(head.classes)} classes apart, the data {splits.n_classes}")
+    theirs = torch.tensor(_indices(head.classes, names) if names else range(len(head.classes)))
     labels = torch.from_numpy(splits.test.labels())
     hits = 0
     for rows, _, output in _show(head, splits.test.images, splits.test.indices, batch, workers):
@@ -168,7 +170,11 @@ def _indices(theirs: Sequence[str], ours: Sequence[str]) -> list[int]:
     if sorted(theirs) != sorted(ours):
         odd = sorted(set(theirs) ^ set(ours))[:5]
         raise RecipeError(f"the head tells {len(theirs)} classes apart, the data {len(ours)}; they differ in {odd}")
-    return [list(ours).index(name) for name in theirs]
+    # the k-th of several classes of one name (ImageNet has two cranes) is the k-th of that name
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(ours):
+        places.setdefault(name, []).append(place)
+    return [places[name].pop(0) for name in theirs]
 
 
 def _rows(task: str, told: dict[str, float], n: int, begun: float) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ LAYOUTS = (
     "PATH/{train,val,test}/CLASS/*.jpg, PATH/{train,val,test}.parquet, PATH/{train,val,test}.tar "
     "(val or test may be absent), or without splits PATH/CLASS/*.jpg, one .parquet or one .tar file"
 )
+# such as train-00000-of-00002.parquet, validation.parquet, or a folder called validation
+OTHER_NAMES = re.compile(r"(train|val|valid|validation|dev|test)(?:$|[-_.].*(?:parquet|tar)$)")
 TEST_SHARE = 0.2
 
 
@@ -79,6 +82,7 @@ def find_splits(path: Path | str, column: str = "image") -> Splits:
     found = _named_splits(path, column)
     how = ", ".join(found) + " as given"
     if not found:
+        _refuse_other_names(path)
         try:
             source = open_source(path, column)
         except RecipeError as error:
@@ -123,6 +127,21 @@ def _named_splits(path: Path, column: str) -> dict[str, Split]:
     if "train" not in present:
         raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; allowed are {LAYOUTS}")
     return {name: _labelled(place, name, open_source(place, column)) for name, place in present.items()}
+
+
+def _refuse_other_names(path: Path) -> None:
+    """Splits by other names would be taken for one whole and divided anew.
+
+    Raises:
+        RecipeError: with what they have to be called.
+    """
+    if not path.is_dir():
+        return
+    named = [(entry.name, OTHER_NAMES.match(entry.name)) for entry in sorted(path.iterdir())]
+    splits = {match[1] for _, match in named if match}
+    if len(splits) > 1:
+        names = ", ".join(name for name, match in named if match)
+        raise RecipeError(f"{path}: {names} look like splits, but allowed are {LAYOUTS}; rename them")
 
 
 def _labelled(where: Path, name: str, source: ImageSource) -> Split:

@@ -143,6 +143,11 @@ class Objects:
     boxes: Tensor
     masks: Tensor | None
 
+    def take(self, rows: Tensor) -> Objects:
+        """Some of them: (q,) bool."""
+        masks = None if self.masks is None else self.masks[rows]
+        return Objects(self.classes[rows], self.scores[rows], self.boxes[rows], masks)
+
 
 def pick(answer: Answer, image: int) -> Objects:
     """The objects of one of the B images."""

@@ -118,7 +118,7 @@ def fit(
         follow(averaged, head, min(AVERAGE, step / (step + 10)))
         if look is not None and step in looks:
             value = look(averaged)
-            if best is None or value > best.value:
+            if best is None or value >= best.value:  # a longer fit of the same value is the better guess
                 best = Fitted(copy.deepcopy(averaged), step, value)
     return best or Fitted(averaged, steps)
 

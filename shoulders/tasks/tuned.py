@@ -220,11 +220,17 @@ def run(
     if len(plan.tries) > 1:
         fit_on, choose_on = _parts(splits)
         tried = max(1, round(CHOOSING * plan.steps))
-        values = {}
+        values, failed = {}, None
         for candidate in plan.tries:
             trainee = make()
-            train_end_to_end(trainee, Views(goal, fit_on, size, plan.scale, seed), plan, tried, candidate, workers)
+            try:
+                train_end_to_end(trainee, Views(goal, fit_on, size, plan.scale, seed), plan, tried, candidate, workers)
+            except NumericError as error:  # too fast; the others may not be
+                failed = error
+                continue
             values[candidate] = _measure(goal, trainee, choose_on, size, batch, workers)[0].get(goal.metric, 0.0)
+        if failed and not values:
+            raise failed
         how = max(values, key=values.__getitem__)
     trainee, views = make(), Views(goal, splits.train, size, plan.scale, seed)
     train_end_to_end(trainee, views, plan, plan.steps, how, workers)

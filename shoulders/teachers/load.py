@@ -41,8 +41,7 @@ def check_teacher(name: str, spec: TeacherSpec) -> None:
     Raises:
         RecipeError: in one line that begins with ``teachers.<name>.<key>:``.
     """
-    if spec.int8 and not int8_is_there():
-        raise fault(name, "int8", "needs a CPU with VNNI, a torch that uses it, and no GPU; leave the key out")
+    _check_int8(name, spec)
     if spec.module is None:
         read_checkpoint(name, spec)
         return
@@ -52,6 +51,11 @@ def check_teacher(name: str, spec: TeacherSpec) -> None:
         check_function(spec.module)
     except ValueError as error:
         raise fault(name, "module", str(error)) from error
+
+
+def _check_int8(name: str, spec: TeacherSpec) -> None:
+    if spec.int8 and not int8_is_there():
+        raise fault(name, "int8", "needs a CPU with VNNI, a torch that uses it, and no GPU; leave the key out")
 
 
 def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
@@ -64,6 +68,7 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
     if spec.module is not None:
         check_teacher(name, spec)
         return _build_own(name, spec)
+    _check_int8(name, spec)
     checkpoint = read_checkpoint(name, spec)
     source = checkpoint.pretrained.source
     model = _load_encoder(checkpoint)

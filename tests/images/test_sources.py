@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ def test_folder_of_parquet_files(tmp_path: Path, files: dict[str, bytes]) -> Non
     assert contents(source) == 2 * list(files.values())
     order = np.random.default_rng(0).permutation(10)
     assert [source.read(index) for index in order] == [list(files.values())[index % 5] for index in order]
+
+
+def test_threads_may_read_one_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [b"%03d" % number * 50 for number in range(120)]
+    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "x.parquet", row_group_size=3)
+    monkeypatch.setattr("shoulders.images.parquet._KEEP_BYTES", 1000)  # a few groups: others have to go
+    source = pickle.loads(pickle.dumps(open_source(tmp_path / "x.parquet")))  # noqa: S301  (as workers get it)
+    wanted = np.random.default_rng(0).integers(0, len(cells), 3000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, wanted)) == [cells[number] for number in wanted]
 
 
 def test_tar_shards(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:

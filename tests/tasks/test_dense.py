@@ -33,6 +33,14 @@ def test_without_names_the_highest_index_says_how_many_classes_there_are(tmp_pat
     assert find_masks(save_masks(tmp_path, names=False)).classes == ("0", "1", "2")
 
 
+def test_masks_of_one_class_beside_what_is_ignored_are_refused(tmp_path: Path) -> None:
+    save_masks(tmp_path)
+    for file in (tmp_path / "annotations").rglob("*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(file)) == 1, 255, 0).astype(np.uint8)).save(file)
+    with pytest.raises(DataError, match=r"hold 1 of 3 classes; .*pixels of 255 belong to none"):
+        find_masks(tmp_path)
+
+
 def test_indices_above_the_classes_are_ignored(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 1, 2, 254, 255]], dtype=np.uint8)).save(tmp_path / "x.png")
     assert read_mask(tmp_path / "x.png", 2).tolist() == [[0, 1, 255, 255, 255]]

@@ -123,6 +123,18 @@ def test_test_without_train_is_refused(tmp_path: Path) -> None:
         find_splits(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["validation.parquet", "test-00000-of-00001.parquet", "validation/cat"])
+def test_splits_by_other_names_are_not_taken_for_one_whole(name: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / "train.parquet", [0, 1])
+        write_parquet(tmp_path / name, [0, 1])
+    else:
+        write_classes(tmp_path / "train", ["cat", "dog"], 1)
+        write_classes(tmp_path / "validation", ["cat", "dog"], 1)
+    with pytest.raises(RecipeError, match="train.* look like splits, but allowed are .*rename them"):
+        find_splits(tmp_path)
+
+
 def test_two_forms_of_one_split_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog"], 1)
     write_parquet(tmp_path / "train.parquet", [0, 1])

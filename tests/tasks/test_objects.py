@@ -185,6 +185,12 @@ def test_a_fit_that_stops_early_is_the_beginning_of_a_longer_one(tmp_path: Path)
         assert torch.equal(ours, theirs)
 
 
+def test_where_nothing_tells_the_lengths_apart_the_longest_is_taken(tmp_path: Path) -> None:
+    splits = find_objects(save_objects(tmp_path, {"train": 6, "val": 2}))
+    frozen = Frozen(colours, splits.train, SIZE, 8, 0)
+    assert objects.fit(frozen, splits.classes, False, 0, 40, lambda head: 0.0).steps == 40
+
+
 def test_what_is_not_in_the_annotation_file_is_not_counted(tmp_path: Path) -> None:
     save_objects(tmp_path)
     content = json.loads((tmp_path / "test.json").read_text())

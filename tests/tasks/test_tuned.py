@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from shoulders.tasks.tuned import Movers, Plan, Trainee, Try, Views, run, train_
 from tests.tasks.scenes import COLOURS, SIZE, save_masks, save_objects
 
 GRID = (8, 8)
-FAST = Try("adamw", 1e-2)
+FAST, SLOW = Try("adamw", 1e-2), Try("adamw", 1e-3)
 PLAN = Plan(60, 8, (FAST,))
 
 
@@ -236,6 +237,25 @@ def test_images_that_cannot_be_read_are_left_out_and_told(tmp_path: Path) -> Non
         file.write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of 4 images can be read; the first: .*png"):
         run(partial(trainee, goal), goal, SIZE, Plan(4, 4, (FAST,)))
+
+
+def test_a_try_that_is_too_fast_does_not_stop_the_others(
+    data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal, tries, train = goal_of("classification", data["classification"]), (FAST, SLOW), train_end_to_end
+
+    def diverges(who: Any, views: Any, plan: Any, steps: int, how: Try, workers: int = 0) -> None:
+        if how == FAST or both:
+            raise NumericError("too fast")
+        train(who, views, plan, steps, how, workers)
+
+    monkeypatch.setattr("shoulders.tasks.tuned.train_end_to_end", diverges)
+    both = False
+    rows, _ = run(partial(trainee, goal), goal, SIZE, Plan(5, 4, tries))
+    assert rows[0]["settings"]["lr"] == SLOW.rate
+    both = True
+    with pytest.raises(NumericError, match="too fast"):
+        run(partial(trainee, goal), goal, SIZE, Plan(5, 4, tries))
 
 
 def test_gradients_that_are_not_finite_stop_it(data: dict[str, Path]) -> None:
