@@ -46,7 +46,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     others = [path for path in checkpoints(folder) if path != final]
     older = [path for path in others if path < final]
     # newer than what is saved now can only be one that was damaged and gone back before
-    for path in [*older[: len(older) - keep + 1], *(path for path in others if path > final)]:
+    for path in [*older[: max(0, len(older) - keep + 1)], *(path for path in others if path > final)]:
         shutil.rmtree(path)
     return final
 
@@ -130,7 +130,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         SpaceError: if the disk is full.
     """
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files need not be text
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -158,7 +158,8 @@ def fingerprint(*modules: nn.Module) -> str:
 
 def space_error(error: Exception, path: Path, fix: str = "make room and start again with --resume") -> Exception:
     """The error as a SpaceError that says what is free, where a full disk is what it means; else as it is."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # of safetensors
     if not full:
         return error
     free = shutil.disk_usage(path.parent).free // 2**20

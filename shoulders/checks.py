@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,6 +49,8 @@ def check_training(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> No
     if recipe.train.parallel == "fsdp" and rank.world > 1:
         check_parts(recipe)
     check_reads(recipe)
+    if recipe.train.tensorboard and find_spec("tensorboard") is None:
+        raise RecipeError("train.tensorboard: tensorboard is not installed: pip install 'shoulders[tensorboard]'")
     for name in recipe.keep_heads:
         check_graft(name, recipe.teachers[name])
 

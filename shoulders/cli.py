@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from shoulders.errors import RecipeError, ShouldersError, SpaceError
+from shoulders.errors import DataError, RecipeError, ShouldersError, SpaceError
 from shoulders.printing import brief, cell, print_table
 
 app = typer.Typer(
@@ -215,7 +216,7 @@ def teachers(
         rows = [describe(name, load_teacher(name, spec)) for name, spec in checked.teachers.items()]
     if as_json:
         print(json.dumps(rows, indent=1))
-    else:
+    elif rows:
         print_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])
 
 
@@ -274,6 +275,8 @@ def world(
 def main() -> None:
     """The console script: runs a command and turns our errors into one line and their exit code."""
     main_rank = os.environ.get("RANK", "0") == "0"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         with nullcontext() if main_rank else redirect_stdout(None):  # of several processes one tells the outcome
             app()
@@ -293,7 +296,8 @@ def main() -> None:
         sys.exit(LOST[lost][0])
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            print(f"shoulders: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+            sys.exit(DataError.exit_code)
         print(
             f"shoulders: {error.filename or 'the disk'}: no space left; make room and go on with --resume",
             file=sys.stderr,

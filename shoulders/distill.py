@@ -6,6 +6,7 @@ a run that was killed needs one integer and the tensors that learn to go on bit 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import time
@@ -14,13 +15,14 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoulders.cache import AnyTeachers, open_cache
-from shoulders.checkpoint import checkpoints, fingerprint, load_newest, save_checkpoint, write_folder, write_text
+from shoulders.checkpoint import fingerprint, load_newest, save_checkpoint, write_folder, write_text
 from shoulders.checks import check
-from shoulders.errors import DataError, NumericError, Stopped
+from shoulders.errors import DataError, NumericError, RecipeError, Stopped
 from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped
 from shoulders.grafts import load_graft
 from shoulders.heldout import HeldOut
@@ -34,7 +36,7 @@ from shoulders.recipe import Recipe, as_size, dump_recipe
 from shoulders.student.base import load_base
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Widths, coarser, finer, teacher_of
+from shoulders.transfer.projectors import Widths, coarser, finer, key, teacher_of
 from shoulders.transfer.standardize import Moments
 
 
@@ -93,6 +95,12 @@ def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
     return Run(recipe, learner, teachers, images, rank)
 
 
+BEGAN_WITH = {
+    "frozen": "the base, a teacher, or whether teachers are asked live or out of a cache (cache.mode) is not as when",
+    "images": "the images are not those that there were when",
+    "bf16": "the precision that this machine computes in (train.precision) is not the one it was when",
+}
+FEWEST = 4  # that a statistic is taken of
 ASKED_AT_ONCE = 16  # images that teachers see together outside of training steps: few, for the largest of them
 
 
@@ -237,11 +245,13 @@ class Run:
                 for part, x in features.parts().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
         for tap in self.student.taps:
-            if min(one.count for one in moments[tap].values()) == 0:
+            if (fewest := min(one.count for one in moments[tap].values())) < FEWEST:
                 raise DataError(
-                    f"teachers.{teacher_of(tap)}.sources: none of the {steps * train.batch} images that the statistics "
-                    f"are estimated on is of those; raise transfer.calibration, or the share of these sources"
+                    f"teachers.{teacher_of(tap)}.sources: {fewest or 'none'} of the {steps * train.batch} images that "
+                    "the statistics are estimated on come from there; raise transfer.calibration, or the share of these"
                 )
+            if not all(one.mean.isfinite().all() for one in moments[tap].values()):
+                raise NumericError(f"{tap}: what is said of some images is not finite; check its weights and its size")
             self.student.standardizer(tap).fit(moments[tap])
 
     def _evaluate(self, heldout: HeldOut, journal: Journal, step: int) -> dict[str, float]:
@@ -262,7 +272,14 @@ class Run:
         tensors = gathered(self.optimization.tensors(), self.rank)
         if self.rank.is_main:
             folder = self.recipe.out / "checkpoints"
-            save_checkpoint(folder, step, tensors, {"frozen": self.frozen}, self.recipe.train.keep)
+            save_checkpoint(folder, step, tensors, self._began_with(), self.recipe.train.keep)
+        self.rank.barrier()
+
+    def _began_with(self) -> dict[str, Any]:
+        """What a run that goes on must find again, beside its recipe."""
+        ids = self.images.images.ids
+        images = hashlib.sha256(np.sort(ids).tobytes()).hexdigest()
+        return {"frozen": self.frozen, "images": images, "bf16": self.teachers.bf16}
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
@@ -270,8 +287,10 @@ class Run:
         if saved is None:
             return 0
         tensors, state = saved
-        if state["frozen"] != self.frozen:
-            raise DataError(f"{self.recipe.out}: the base or a teacher is not the one that this run began with")
+        now = self._began_with()
+        for what, words in BEGAN_WITH.items():
+            if state.get(what, now[what]) != now[what]:
+                raise DataError(f"{self.recipe.out}: {words} this run began")
         self.optimization.restore(tensors)
         return int(state["step"])
 
@@ -285,6 +304,8 @@ def student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
     kept = recipe.keep_heads if recipe.transfer.own_grids else []
     fine = finer((h, w), {tap: grid for tap, grid in grids.items() if teacher_of(tap) in kept})
     coarse = coarser((h, w), grids)
+    if twins := [tap for tap in taps if [key(other) for other in taps].count(key(tap)) > 1]:
+        raise RecipeError(f"{', '.join(twins)}: these taps are told apart by a point or a stroke alone; rename one")
     whose = teachers.whose()
     if recipe.transfer.preserve:
         taps[f"{BASE}/latent"] = Widths(base.model.config.hidden_size, base.model.config.hidden_size)
@@ -301,12 +322,18 @@ def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _finished(recipe: Recipe) -> bool:
-    steps = [int(path.name.removeprefix("step-")) for path in checkpoints(recipe.out / "checkpoints")]
-    return recipe.train.steps in steps and all((recipe.out / left).exists() for left in ("student", "results.json"))
+    """A student is written after the last step alone, and its rows after it."""
+    return (recipe.out / "student").exists() and bool(_inherited(recipe))
+
+
+def _inherited(recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows that the end of a run left."""
+    file = recipe.out / "results.json"
+    return [row for row in json.loads(file.read_text()) if row["task"] == "inheritance"] if file.exists() else []
 
 
 def _summary_of(recipe: Recipe) -> dict[str, Any]:
     """The summary of a finished run, out of what it left."""
-    rows = [r for r in json.loads((recipe.out / "results.json").read_text()) if r["task"] == "inheritance"]
+    rows = _inherited(recipe)
     summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": rows[0]["seconds"]}
     return summary | {"heldout": rows[0]["n"]} | {row["metric"]: row["value"] for row in rows}

@@ -77,7 +77,7 @@ class Journal:
             if train.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step)
+                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
         self._write({"step": first_step, "kind": "run", **surroundings()})
 
     def advance(self, images: int) -> None:
@@ -104,7 +104,8 @@ class Journal:
 
     def last_evaluation(self) -> dict[str, float]:
         """The newest held-out measures that are logged; {} where there are none."""
-        rows = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        rows = [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
         measured = [row for row in rows if row["kind"] == "evaluation"]
         return {name: value for name, value in measured[-1].items() if name.startswith("fvu")} if measured else {}
 

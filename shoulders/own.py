@@ -21,8 +21,12 @@ def check_function(path: str) -> None:
     with _current_folder_importable():
         try:
             found = find_spec(module)
-        except (ImportError, ValueError):
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name or ""):
+                raise ValueError(f"importing what {module} is in fails: {error}") from error
             found = None
+        except Exception as error:  # finding it runs the packages that it is in
+            raise ValueError(f"importing what {module} is in fails: {type(error).__name__}: {error}") from error
     if found is None:
         raise ValueError(f"no Python module {module!r} here or among the installed packages")
 

@@ -16,6 +16,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+WRITING = timedelta(hours=2)
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -25,6 +27,7 @@ class Rank:
     world: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # ranks talk here of what is not on the device, without waiting for it
+    patient: dist.ProcessGroup | None = None  # and wait here for one that writes
 
     @property
     def is_main(self) -> bool:
@@ -68,9 +71,9 @@ class Rank:
         return everything
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait for all ranks, as long as writing a large model to a slow disk may take."""
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
 
 
 @contextmanager
@@ -86,7 +89,8 @@ def join(timeout_s: int = 120) -> Iterator[Rank]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
-        yield Rank(dist.get_rank(), world, device, dist.new_group(backend="gloo"))
+        control, patient = dist.new_group(backend="gloo"), dist.new_group(timeout=WRITING, backend="gloo")
+        yield Rank(dist.get_rank(), world, device, control, patient)
     finally:
         dist.destroy_process_group()
 

@@ -14,7 +14,16 @@ from shoulders.recipe_faults import explain
 from shoulders.recipe_student import Conv, Part, Student
 
 PROMPT = re.compile(r"[^{}]*\{\}[^{}]*")
-Home = Annotated[Path, AfterValidator(Path.expanduser)]  # ~ is one's own folder
+
+
+def _at_home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: nobody of this name has a home here; write the whole path") from error
+
+
+Home = Annotated[Path, AfterValidator(_at_home)]  # ~ is one's own folder
 TAKEN = ("base", "joint", "scratch", "student", "teachers")  # names that mean something else
 
 
@@ -142,7 +151,7 @@ class Train(Part):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     compile: bool = Field(False, description="the step; the student alone where teachers have sources of their own")
     parallel: Literal["ddp", "fsdp"] = Field("ddp", description="each of several ranks holds all, or its part")
-    seed: int = Field(0, ge=0, description="of weights, order, views and coins")
+    seed: int = Field(0, ge=0, le=2**40, description="of weights, order, views and coins")
     log_every: int = Field(10, ge=1, description="steps")
     evaluate_every: int = Field(500, ge=1, description="steps; fvu on the held-out images")
     save_every: int = Field(500, ge=1, description="steps")
@@ -215,6 +224,17 @@ class Recipe(Part):
         return self
 
 
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in dict.fromkeys(keys) if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} is given twice, the second time before {node.end_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe file and apply overrides such as ``train.steps=2000``.
 
@@ -223,10 +243,10 @@ def read_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(), _Once)  # noqa: S506  (a safe one)
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, got {type(tree).__name__}")
@@ -294,7 +314,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{override!r}: an override is written key.subkey=value, e.g. train.steps=2000")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{override!r}: the value is not YAML") from error
     *parents, last = key.split(".")
     here = tree

@@ -27,6 +27,13 @@ def test_what_is_saved_is_what_is_loaded_and_only_the_newest_are_kept(tmp_path: 
     assert load_newest(tmp_path / "nothing", print) is None
 
 
+@pytest.mark.parametrize("keep", [1, 3, 5])
+def test_as_many_are_kept_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+    for number in range(1, 8):
+        save_checkpoint(tmp_path, number, {"a": torch.ones(1)}, {}, keep=keep)
+        assert len(checkpoints(tmp_path)) == min(number, keep)
+
+
 def test_one_that_was_damaged_and_gone_back_before_does_not_push_out_the_sound(tmp_path: Path) -> None:
     for step in (4, 12):
         save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)

@@ -25,8 +25,9 @@ from shoulders.distill import distill
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
 from shoulders.images import ImageSet, open_source
+from shoulders.journal import Journal
 from shoulders.ranks import Rank
-from shoulders.recipe import check_recipe
+from shoulders.recipe import Train, check_recipe
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
 STEPS = 12
@@ -195,6 +196,13 @@ def test_a_finished_run_is_left_as_it_is(world: Path, quiet_run: Path, capsys: p
     assert summary["fvu_spread"] == metrics(quiet_run, "evaluation")[-1]["fvu_spread"]
 
 
+def test_a_finished_run_needs_no_checkpoint(world: Path, quiet_run: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(quiet_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run(world, tmp_path / "run", resume=True)
+    assert "finished already" in capsys.readouterr().err
+
+
 def python(code: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=240)
@@ -310,6 +318,16 @@ def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -
     assert "type/mean.rgb" in shoulders.load(tmp_path / "run").inherit(torch.rand(1, 3, 32, 32))
 
 
+def test_taps_that_would_be_one_in_the_students_weights_are_refused(world: Path, tmp_path: Path) -> None:
+    class Twins(Colours):
+        def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+            (said,) = super().forward(pixels).values()
+            return {"a.b": said, "a_b": said}
+
+    with pytest.raises(RecipeError, match=r"type/a.b, type/a_b: these taps are told apart by a point"):
+        distill(check_recipe(tree(world, tmp_path / "run")), own={"type": shoulders.Teacher(Twins(), size=(32, 32))})
+
+
 @pytest.mark.parametrize("name", ["base", "student", "my.net", "classifier"])
 def test_own_teachers_have_names_of_their_own(name: str, world: Path, tmp_path: Path) -> None:
     own = {name: shoulders.Teacher(Colours(), size=(32, 32))}
@@ -324,8 +342,26 @@ def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_
     run(tmp_path / "world", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
     save_convnext(tmp_path / "world" / "classifier", seed=9)
-    with pytest.raises(DataError, match="not the one that this run began with"):
+    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not as when this run began"):
         run(tmp_path / "world", tmp_path / "run", resume=True)
+
+
+def test_a_run_goes_on_only_with_the_images_that_it_began_with(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    for name in ("base", "classifier", "segmenter", "images"):
+        shutil.copytree(world / name, tmp_path / "world" / name)
+    run(tmp_path / "world", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "student")
+    save_images(tmp_path / "world" / "images" / "more", 3)
+    with pytest.raises(DataError, match="the images are not those that there were when this run began"):
+        run(tmp_path / "world", tmp_path / "run", resume=True)
+
+
+def test_a_half_line_of_a_killed_run_is_no_measure(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": 3, "kind": "evaluation", "fvu/one": 0.5}), '{"step": 6, "ki']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    journal = Journal(tmp_path, 3, Train(), is_main=False)
+    assert journal.last_evaluation() == {"fvu/one": 0.5}
 
 
 @pytest.mark.slow

@@ -53,6 +53,18 @@ def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[st
             assert all(torch.equal(x, expected[tap][part]) for part, x in features.parts().items())
 
 
+def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
+    ours = student(standardize="phi_s")
+    ours.save_pretrained(tmp_path / "student")
+    half = AutoModel.from_pretrained(tmp_path / "student", dtype=torch.bfloat16).eval()
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, told = ours.inherit(pixels), half.inherit(pixels.bfloat16())
+    for tap, features in told.items():
+        for part, x in features.parts().items():
+            assert torch.allclose(x.float(), expected[tap].parts()[part], atol=0.1, rtol=0.1)
+
+
 def test_auto_model_knows_it_in_a_fresh_process_in_whichever_order_packages_are_imported(tmp_path: Path) -> None:
     ours = student()
     ours.save_pretrained(tmp_path / "student")

@@ -70,6 +70,8 @@ def test_faults_are_one_line_with_the_key_and_the_fix(recipe: Path, override: st
 
 @pytest.mark.parametrize(("text", "message"), [
     ("a: [", "not YAML"),
+    ("out: 2024-13-45", "not YAML"),
+    ("train: {steps: 3}\nout: x\ntrain: {lr: 1.0}", "not YAML (train is given twice"),
     ("- 1", "a recipe is a mapping of keys to values, got list"),
     ("!!python/object/apply:os.system ['true']", "not YAML"),
     ("out: x", "student: missing; give it in the recipe or as student=..."),

@@ -25,6 +25,7 @@ class Cut:
         silent: submodules before it, of whose answers only the shapes matter.
         elsewhere: paths of the encoder in models of other classes of the family.
         refusal: (config, size in px) -> why the head cannot be cut off such a checkpoint, or "".
+        needs: a package without which the head cannot be built.
         heads: how the names of the classes end whose heads read this; empty: all of the family.
     """
 
@@ -34,6 +35,7 @@ class Cut:
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     refusal: Callable[[Any, tuple[int, int]], str] = lambda config, size: ""
     heads: tuple[str, ...] = ()
+    needs: str = ""
 
     def encoder_of(self, model: Any) -> str:
         """The path of the encoder in a model."""
@@ -147,7 +149,8 @@ def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
 
 
 CLASSES = ("ForImageClassification",)
-_PIXEL_ENCODER = Cut("model.pixel_level_module.encoder", write_feature_maps)
+# transformers builds their loss with them
+_PIXEL_ENCODER = Cut("model.pixel_level_module.encoder", write_feature_maps, needs="scipy")
 
 # row of the table of families -> where to cut.
 # YOLOS, EoMT: queries are tokens of the encoder itself, there is no place to cut.

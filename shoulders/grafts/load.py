@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import transformers
@@ -41,6 +42,9 @@ def check_graft(name: str, spec: TeacherSpec) -> None:
             f"{spec.model!r} ({checkpoint.config.model_type}) has no head that can be inherited; give a checkpoint of "
             f"one of {', '.join(sorted((*CUTS, *PADDING)))}, saved with its head{_other_kind(checkpoint)}",
         )
+    needs = CUTS[checkpoint.row].needs
+    if needs and find_spec(needs) is None:
+        raise fault(name, "model", f"{spec.model!r}: its head needs {needs}: pip install {needs}")
     refusal = CUTS[checkpoint.row].refusal(checkpoint.config, checkpoint.preprocessing.size)
     if refusal:
         raise fault(name, "model", f"{spec.model!r}: {refusal}")

@@ -106,12 +106,12 @@ def licence_of(pretrained: Pretrained) -> str:
     front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
         tree = yaml.safe_load(front.group(1)) if front else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return "unknown"
     licence = tree.get("license") if isinstance(tree, dict) else None
     if licence == "other" and isinstance(tree, dict):
         licence = tree.get("license_name", licence)
-    return ", ".join(licence) if isinstance(licence, list) else str(licence or "unknown")
+    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "unknown")
 
 
 def _parse(where: str, path: Path) -> dict[str, Any]:

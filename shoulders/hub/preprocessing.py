@@ -17,7 +17,7 @@ PixelStats = tuple[Triple, Triple]  # mean and std
 
 IMAGENET: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-FILES = ("preprocessor_config.json", "processor_config.json")
+FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ def read_preprocessing(pretrained: Pretrained, default: Preprocessing) -> Prepro
     Raises:
         RecipeError: if it cannot be understood.
     """
-    trees = (read_json(pretrained, file) for file in FILES)
+    whole, image = (read_json(pretrained, file) or {} for file in FILES)
     try:
-        return parse_preprocessing(next((tree for tree in trees if tree), {}), default)
+        # the older of the two files may be left over: transformers 5 writes and reads the other one
+        return parse_preprocessing(whole if "image_processor" in whole else image or whole, default)
     except ValueError as error:
         raise pretrained.fault(f"has a {' or '.join(FILES)} that cannot be used: {error}") from error
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from shoulders.errors import DataError
 from shoulders.hub.files import Pretrained
 
+FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)  # the last two of a model's own code
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -29,7 +30,7 @@ def read_config(pretrained: Pretrained, *, remote_code: bool = False) -> PreTrai
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=remote_code)
-    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except (*FAULTS, StrictDataclassError) as error:
         raise pretrained.fault(f"has a config.json that is not valid: {_line(error)}") from error
 
 
@@ -81,7 +82,7 @@ def load_strict(
                 trust_remote_code=remote_code,
                 **options,
             )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (*FAULTS, RuntimeError, SafetensorError) as error:
         raise DataError(f"{where}: weights cannot be read as {model_class.__name__}: {_line(error)}") from error
     needed = (key for key in report["missing_keys"] if key.startswith(inside))
     missing = sorted(key for key in needed if not key.startswith(apart_from))

@@ -152,10 +152,10 @@ def _refuse_paths_alone(path: str, metadata: Any, leaf: str) -> None:
 
 def _labels(opened: Any) -> NDArray[np.int64] | None:
     schema = opened.schema_arrow
-    if "label" not in schema.names or "int" not in str(schema.field("label").type):
+    if "label" not in schema.names or not str(schema.field("label").type).removeprefix("u").startswith("int"):
         return None
     column = opened.read(columns=["label"], use_threads=False).column(0)
-    return column.fill_null(-1).to_numpy().astype(np.int64)
+    return column.cast("int64").fill_null(-1).to_numpy()
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:

@@ -150,10 +150,17 @@ class JointToStudent(nn.Module):
 
 
 def shrink(features: Features, factor: int) -> Features:
-    """The same with ``factor`` x ``factor`` places averaged to one; fewer at the right and lower edges."""
+    """The same with ``factor`` x ``factor`` places averaged to one.
+
+    Where ``factor`` does not divide the grid, windows overlap: narrower ones at the edges would be told out of place.
+    """
     if factor == 1 or features.spatial is None:
         return features
-    return Features.from_map(F.avg_pool2d(features.to_map(), factor, ceil_mode=True), features.summary)
+    h, w = features.grid
+    maps, grid = features.to_map(), (math.ceil(h / factor), math.ceil(w / factor))
+    fits = h % factor == w % factor == 0
+    few = F.avg_pool2d(maps, factor) if fits else F.adaptive_avg_pool2d(maps, grid)
+    return Features.from_map(few, features.summary)
 
 
 def finer(own: tuple[int, int], grids: Mapping[str, tuple[int, int]]) -> dict[str, int]:

@@ -73,14 +73,14 @@ class Standardizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # statistics want fp32
-            standardized = (x.float() - self.mean) / self.std
-            return standardized if self.rotation is None else standardized @ self.rotation.T
+            standardized = (x.float() - self.mean.float()) / self.std.float()
+            return standardized if self.rotation is None else standardized @ self.rotation.float().T
 
     def inverse(self, y: Tensor) -> Tensor:
         """Back to the teacher's own space, for its heads."""
         with torch.autocast(y.device.type, enabled=False):
-            unrotated = y.float() if self.rotation is None else y.float() @ self.rotation
-            return unrotated * self.std + self.mean
+            unrotated = y.float() if self.rotation is None else y.float() @ self.rotation.float()
+            return unrotated * self.std.float() + self.mean.float()
 
 
 class TapStandardizer(nn.Module):

@@ -219,6 +219,15 @@ def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path, files: dict[str, 
             open_source(path)
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint64", "list"])
+def test_labels_of_any_type_are_read_or_left_alone(kind: str, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    labels = pyarrow.array([[1], [2]]) if kind == "list" else pyarrow.array([1, None], kind)
+    parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "label": labels}), tmp_path / "x.parquet")
+    found = open_source(tmp_path / "x.parquet").labels
+    assert found is None if kind == "list" else found is not None and found.tolist() == [1, -1]
+
+
 def test_parquet_faults_say_what_to_do(tmp_path: Path, files: dict[str, bytes]) -> None:
     path = write_parquet(tmp_path / "a.parquet", files)
     with pytest.raises(RecipeError, match=r"no column 'photo'; set column to one of \['image'\]"):

@@ -27,7 +27,7 @@ def test_a_coarse_tap_is_told_of_averaged_places() -> None:
     told = projector({"latent": seen})
     assert told.summary is None and told.spatial is not None and told.grid == (2, 3)
     maps = seen.to_map()
-    whole, edge = maps[:, :, 2:, 2:4].mean((2, 3)), maps[:, :, :2, 4].mean(2)  # places of row 1, and of the last column
+    whole, edge = maps[:, :, 2:, 1:4].mean((2, 3)), maps[:, :, :2, 3:].mean((2, 3))  # of row 1, and of the last column
     mlp = projector.parts["spatial"]
     assert torch.allclose(told.spatial[:, 4], mlp({"latent": whole[:, None]}, (1, 1))[:, 0], atol=1e-6)
     assert torch.allclose(told.spatial[:, 2], mlp({"latent": edge[:, None]}, (1, 1))[:, 0], atol=1e-6)
