@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -124,8 +125,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure the student, its base and its teachers on a task."""
-    if heads and probe:
-        raise RecipeError("--probe: with --heads nothing is fitted; leave one of the two out")
+    fits = {"--probe": probe, "--tune": tune, "--scratch-steps": scratch_steps}
+    if heads and (given := [option for option, value in fits.items() if value is not None]):
+        raise RecipeError(f"{', '.join(given)}: with --heads nothing is fitted; leave one or the other out")
     seen_at, asked = _sides(size), models.split(",") if models else None
     from shoulders.evaluate import WHO, evaluate, evaluate_heads
 
@@ -277,6 +279,7 @@ def main() -> None:
     main_rank = os.environ.get("RANK", "0") == "0"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    warnings.formatwarning = lambda message, *where: f"shoulders: {message}\n"  # a line, as of errors
     try:
         with nullcontext() if main_rank else redirect_stdout(None):  # of several processes one tells the outcome
             app()

@@ -33,6 +33,7 @@ from shoulders.trainees import adapted
 
 BATCH = 8
 WHOLE = View(0, 0, 1, 1)
+LONGEST = 180  # bytes of the name of a picture before that of its head; file systems allow 255 in all
 
 
 def predict(
@@ -159,9 +160,10 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
 
     shorts, longs = Counter(map(short, names)), Counter(map(flat, names))
     stems = {name: short(name) if shorts[short(name)] == 1 else flat(name) for name in names}
-    # a/b.jpg and a-b.jpg: told apart by their numbers
+    # a/b.jpg and a-b.jpg: told apart by their numbers; so are those that no file could be called by
     return {
-        name: f"{stem}-{number}" if longs[flat(name)] > 1 else stem for number, (name, stem) in enumerate(stems.items())
+        name: f"{stem[: LONGEST // 4]}-{number}" if longs[flat(name)] > 1 or len(os.fsencode(stem)) > LONGEST else stem
+        for number, (name, stem) in enumerate(stems.items())
     }
 
 

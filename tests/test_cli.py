@@ -130,6 +130,7 @@ def test_it_says_what_teachers_are(world: Path) -> None:
     (["distill", "recipe.yaml", "transfer.reads=[block9]", "out=runs/y"], "transfer.reads: "),
     (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
     (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
+    (["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--heads", "--tune", "adapter"], "--tune: "),
     (["teachers"], "give a recipe, or --families"),
 ])  # fmt: skip
 def test_refusals_are_one_line_and_exit_2(args: list[str], message: str, world: Path) -> None:

@@ -94,6 +94,9 @@ def test_equal_features_have_equal_colours() -> None:
 def test_pictures_of_images_with_like_names_do_not_overwrite_each_other() -> None:
     names = ["a/1.png", "a/2.JPG", "b.png", "b.jpg", "x.parquet#0", "x.parquet#1"]
     assert list(_stems(names).values()) == ["a-1", "a-2", "b.png", "b.jpg", "x.parquet#0", "x.parquet#1"]
+    far = ["/".join(["folder"] * 40) + f"/{name}.jpg" for name in "ab"]
+    assert [len(stem) for stem in _stems(far).values()] == [47, 47]
+    assert len(set(_stems(far).values())) == 2
     assert len(set(_stems(["a/b.jpg", "a-b.jpg", "a/b.png", "c.png"]).values())) == 4
 
 

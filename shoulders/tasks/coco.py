@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def decode(masks: Sequence[Rle], size: tuple[int, int]) -> NDArray[np.bool_]:
 def read_annotations(path: Path) -> Annotations:
     """Read a COCO file: boxes, polygons, run lengths as a list or compressed, groups (``iscrowd``).
 
+    Objects whose box is 0 px wide or high are left out with a warning: COCO's own train2017 has some.
+
     Raises:
         DataError: the file, the annotation and the reason, for the first that cannot be used.
         RecipeError: it holds masks, and the package that reads them is absent.
@@ -98,16 +101,24 @@ def read_annotations(path: Path) -> Annotations:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
     objects: defaultdict[Any, list[_Object]] = defaultdict(list)
+    flat: list[Any] = []
     for number, annotation in enumerate(annotations):
         try:
             image = annotation["image_id"]
             if image not in images:
                 raise ValueError(f"image {image} is not in the list of images")
-            objects[image].append(_read_object(annotation, images[image][1], kinds))
+            read = _read_object(annotation, images[image][1], kinds)
+            left, top, right, bottom = read[1]
+            if left < right and top < bottom:
+                objects[image].append(read)
+            else:
+                flat.append(annotation.get("id", number))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             known = isinstance(annotation, dict) and "id" in annotation
             which = f"annotation {annotation['id']}" if known else f"annotation number {number}, without an id"
             raise DataError(f"{path}: {which}: {_reason(error)}; correct it or leave it out") from None
+    if flat:
+        warnings.warn(f"{path}: left out {len(flat)} objects of no width or height, {flat[0]} first", stacklevel=2)
     return Annotations(classes, tuple(_picture(*images[image], objects[image]) for image in images))
 
 
@@ -144,8 +155,8 @@ def _read_object(annotation: dict[str, Any], size: tuple[int, int], kinds: dict[
         box = annotation["bbox"]
     else:
         box = library().mask.toBbox(mask).tolist()
-    if not (_is_numbers(box) and len(box) == 4 and min(box[2:]) > 0):
-        raise ValueError(f"box {box} is not left, top, width, height with a width and a height above 0")
+    if not (_is_numbers(box) and len(box) == 4 and min(box[2:]) >= 0):
+        raise ValueError(f"box {box} is not left, top, width, height with neither width nor height below 0")
     area = annotation.get("area")
     if area is None:
         area = box[2] * box[3] if mask is None else int(library().mask.area(mask))

@@ -88,6 +88,8 @@ def find_splits(path: Path | str, column: str = "image") -> Splits:
         except RecipeError as error:
             raise RecipeError(f"{error} (labelled images: {LAYOUTS})") from error
         found, how = split(_labelled(path, "images", source)), "80/20 by image id"
+        if not len(found["test"].indices):
+            raise DataError(f"{path}: one image of each class leaves none to report on; give more, or a test split")
     n_classes = _count_classes(path, found)
     if "test" not in found:
         found = {"train": found["train"], "test": found["val"]}

@@ -112,7 +112,7 @@ def test_run_lengths_are_read_and_written(share: float) -> None:
         ({"image_id": None}, "no 'image_id'"),
         ({"category_id": 1}, "category 1 is not in the list"),
         ({"bbox": None}, "no 'bbox'"),
-        ({"bbox": [1, 2, 0, 5]}, "above 0"),
+        ({"bbox": [1, 2, -1, 5]}, "below 0"),
         ({"bbox": [1, 2, 5]}, "left, top, width, height"),
         ({"bbox": [1, 2, float("nan"), 5]}, "left, top, width, height"),
         ({"bbox": ["a", 2, 3, 5]}, "left, top, width, height"),
@@ -136,6 +136,14 @@ def test_a_broken_annotation_is_named(tmp_path: Path, changes: dict[str, Any], r
         read_annotations(file)
     assert str(refused.value).startswith(f"{file}: annotation 77: ")
     assert "\n" not in str(refused.value)
+
+
+def test_objects_of_no_extent_are_left_out(tmp_path: Path) -> None:
+    """Two of COCO's train2017 are 0 px high."""
+    flat = [annotation(id=77, bbox=[1, 2, 0, 5]), annotation(id=78, bbox=[1, 2, 5, 0])]
+    with pytest.warns(UserWarning, match=r"left out 2 objects of no width or height, 77 first"):
+        read = read_annotations(write(tmp_path, flat[0], annotation(id=1), flat[1]))
+    assert [len(picture.boxes) for picture in read.pictures] == [1, 0]
 
 
 def test_a_file_that_is_no_annotation_file_is_refused(tmp_path: Path) -> None:

@@ -154,6 +154,12 @@ def test_one_class_is_refused(tmp_path: Path) -> None:
         find_splits(tmp_path)
 
 
+def test_one_image_of_each_class_is_refused(tmp_path: Path) -> None:
+    write_classes(tmp_path, ["cat", "dog"], 1)
+    with pytest.raises(DataError, match="leaves none to report on"):
+        find_splits(tmp_path)
+
+
 def test_other_classes_in_test_than_in_train_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog"], 1)
     write_classes(tmp_path / "test", ["cat", "fox"], 1)
