@@ -295,4 +295,4 @@ def views_of(recipe: Recipe) -> int:
 
 def command(recipe: Recipe) -> str:
     """What makes the cache of a recipe."""
-    return f"shoulders cache RECIPE cache.path={recipe.cache.path}"
+    return f"shoulders cache RECIPE cache.path={recipe.cache.path} images.views={recipe.images.views}"
