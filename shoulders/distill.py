@@ -24,7 +24,8 @@ from shoulders.checkpoint import fingerprint, load_newest, save_checkpoint, writ
 from shoulders.checks import check
 from shoulders.errors import DataError, NumericError, RecipeError, Stopped
 from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped
-from shoulders.grafts import load_graft
+from shoulders.grafts import Head, load_graft
+from shoulders.heads import check_processor
 from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
 from shoulders.journal import Journal, keep_rows
@@ -68,12 +69,14 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
             rank.say(f"{recipe.out} is finished already")
             return _summary_of(recipe)
         run = prepare(recipe, own or {}, rank)
+        heads = kept_heads(
+            recipe, run.teachers, rank
+        )  # one that cannot be kept is found out now, not after the last step
         measures = run.train(resume)
         summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
         summary |= measures
         weights = gathered(run.student.state_dict(), rank)
         if rank.is_main:
-            heads = {name: load_graft(name, recipe.teachers[name], run.teachers[name]) for name in recipe.keep_heads}
             write_folder(recipe.out / "student", partial(save_student, run.student, heads=heads, weights=weights))
             keep_rows(recipe.out / "results.json", _rows(summary))
         rank.barrier()
@@ -293,6 +296,22 @@ class Run:
                 raise DataError(f"{self.recipe.out}: {words} this run began")
         self.optimization.restore(tensors)
         return int(state["step"])
+
+
+def kept_heads(recipe: Recipe, teachers: AnyTeachers, rank: Rank) -> dict[str, Head]:
+    """The heads that the student will keep, from their teachers' own checkpoints.
+
+    Raises:
+        RecipeError: a head cannot be cut off.
+        DataError: weights of a head are missing or broken.
+    """
+    heads = {name: load_graft(name, recipe.teachers[name], teachers[name]) for name in recipe.keep_heads}
+    for name, head in heads.items():
+        try:
+            check_processor(head)
+        except RecipeError as error:  # the head itself can be kept and asked in Python
+            rank.say(f"keep_heads: {name}: {error}")
+    return heads
 
 
 def student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:

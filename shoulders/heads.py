@@ -128,8 +128,10 @@ def task_of(graft: Head) -> str | None:
 
 
 def classified(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
-    """Classes, the best five first; the threshold does not apply."""
-    return _best(output.logits.softmax(-1), graft.classes)
+    """Classes, the best five first, each by itself where several can be right; the threshold does not apply."""
+    config = graft.model.config
+    alone = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    return _best(output.logits.sigmoid() if alone else output.logits.softmax(-1), graft.classes)
 
 
 def matched(graft: ZeroShot, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
@@ -146,12 +148,11 @@ def _best(scores: Tensor, names: Sequence[str]) -> list[Any]:
 
 def detected(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """Objects with boxes."""
-    names = graft.model.config.id2label
     found = graft.processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
     corners = ("xmin", "ymin", "xmax", "ymax")
     return [
         [
-            {"label": names[kind], "score": score, "box": dict(zip(corners, box, strict=True))}
+            {"label": graft.label(kind), "score": score, "box": dict(zip(corners, box, strict=True))}
             for score, kind, box in zip(*(one[part].tolist() for part in ("scores", "labels", "boxes")), strict=True)
         ]
         for one in found
@@ -160,21 +161,19 @@ def detected(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold:
 
 def segmented(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """A mask for each class that is there; the threshold does not apply."""
-    names = graft.model.config.id2label
     maps = graft.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
     return [
-        [{"label": names[kind], "score": None, "mask": image == kind} for kind in image.unique().tolist()]
+        [{"label": graft.label(kind), "score": None, "mask": image == kind} for kind in image.unique().tolist()]
         for image in maps
     ]
 
 
 def instances(graft: Graft, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """Objects with masks."""
-    names = graft.model.config.id2label
     found = graft.processor.post_process_instance_segmentation(output, threshold=threshold, target_sizes=sizes)
     return [
         [
-            {"label": names[one["label_id"]], "score": one["score"], "mask": image["segmentation"] == one["id"]}
+            {"label": graft.label(one["label_id"]), "score": one["score"], "mask": image["segmentation"] == one["id"]}
             for one in image["segments_info"]
         ]
         for image in found

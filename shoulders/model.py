@@ -6,6 +6,9 @@ know the type ``shoulders_student``.
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +75,8 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         for part in model.modules():
             if isinstance(part, encoder.Encoder):
                 part.base.requires_grad_(False)  # transformers makes every loaded weight trainable
+            if isinstance(part, ShouldersModel) and args:
+                part.heads = {path.parent.name: path.parent for path in sorted(Path(args[0]).glob("heads/*/head.json"))}
         return (model, info) if want_info else model
 
 
@@ -83,7 +88,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
 
     def __init__(self, config: ShouldersConfig):
         super().__init__(config)
-        base = AutoModel.from_config(config.base_config(), **encoder.BASES[config.base_config().model_type].build)
+        built = config.base_config()
+        # in the precision asked for, not in the one that the base was stored in
+        base = AutoModel.from_config(built, dtype=torch.get_default_dtype(), **encoder.BASES[built.model_type].build)
         self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
         widths = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
         project = partial(Projector, self.encoder.width, reads=config.reads, hidden=config.projector_width)
@@ -151,6 +158,14 @@ class ShouldersModel(ShouldersPreTrainedModel):
         """{tap: Features} in each teacher's own space, with no teacher present: what its head can be fed with."""
         told = self.tell(self.places(pixels))
         return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As in transformers, with the kept heads."""
+        super().save_pretrained(save_directory, **kwargs)
+        for name, folder in self.heads.items():
+            there = Path(save_directory) / "heads" / name
+            if there.resolve() != folder.resolve():
+                shutil.copytree(folder, there, dirs_exist_ok=True)
 
     def head(self, name: str) -> Head:
         """A kept head, loaded when it is first asked for.
@@ -270,11 +285,16 @@ def load(path: Path | str) -> ShouldersModel:
     if not (folder / "config.json").is_file():
         raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
     try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: not a sound student: its config.json says no model_type") from error
+    if kind != ShouldersConfig.model_type:
+        raise DataError(f"{folder}: holds a model of type {kind}, not a student; give a run folder or its student/")
+    try:
         with quiet():
             student: ShouldersModel = ShouldersModel.from_pretrained(folder).eval()
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: not a sound student: {' '.join(str(error).split())[:300]}") from error
-    student.heads = {path.parent.name: path.parent for path in sorted(folder.glob("heads/*/head.json"))}
     return student
 
 

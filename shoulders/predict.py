@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -43,6 +44,8 @@ def predict(
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """What each head and probe says of each image: ``{image: {head: answer}}``, masks as COCO run lengths.
 
+    Depth is float32 (h, w) in a ``.npy`` file below ``out``, of which the answer holds the name; without ``out``, rows.
+
     Args:
         run: a run folder, or a student's folder.
         images: an image, or a folder, parquet or tar file of images.
@@ -74,7 +77,10 @@ def predict(
         said = {name: answers(student.head(name), output, sizes, threshold) for name, output in outputs.items()}
         said |= {probe.name: _answers(probe, features_of, few, threshold) for probe, features_of in asked}
         for at, (image, _) in enumerate(few):
-            told[image] = {name: _plain(answer[at]) for name, answer in said.items()}
+            told[image] = {
+                name: _plain(answer[at], None if out is None else Path(out) / _file(stems[image], name, "npy"))
+                for name, answer in said.items()
+            }
             on_image()
         if out is not None:
             _draw(Path(out), latent, [(stems[name], image) for name, image in few], said)
@@ -146,7 +152,7 @@ def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict
         original = Image.fromarray(decoded.permute(1, 2, 0).numpy())
         shades[at].resize(enlarged(original.size)).save(out / f"{stem}-latent.png")
         for head, answer in said.items():
-            picture(original, answer[at]).save(out / f"{stem}-{head.replace('/', '-')}.png")
+            picture(original, answer[at]).save(out / _file(stem, head, "png"))
 
 
 def _stems(names: Sequence[str]) -> dict[str, str]:
@@ -167,10 +173,20 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _plain(answer: Any) -> Any:
-    """An answer as JSON: masks as run lengths, depth as rows of numbers."""
+def _file(stem: str, head: str, kind: str) -> str:
+    """The name of what a head says of an image."""
+    return f"{stem}-{head.replace('/', '-')}.{kind}"
+
+
+def _plain(answer: Any, file: Path | None) -> Any:
+    """An answer as JSON: masks as run lengths, depth as the file that it is written to, or rows of numbers."""
     if isinstance(answer, dict):
-        return {"predicted_depth": answer["predicted_depth"].tolist()}
+        depth = answer["predicted_depth"].float().cpu()
+        if file is None:
+            return {"predicted_depth": depth.tolist()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, depth.numpy())
+        return {"predicted_depth": file.name}
     return [{key: _rle(value) if key == "mask" else value for key, value in one.items()} for one in answer]
 
 

@@ -98,6 +98,17 @@ def test_features_on_another_grid_are_brought_to_the_heads_own(tmp_path: Path) -
     assert graft(flat).logits.shape == (2, 2, 16, 16)
 
 
+@pytest.mark.parametrize("model_type", ["vit", "deit", "beit", "convnext", "swin"])
+def test_at_another_size_than_the_configs_too(model_type: str, tmp_path: Path) -> None:
+    model, spec = grown(model_type, tmp_path)
+    teacher = load_teacher("t", spec.model_copy(update={"size": (96, 64)}))
+    graft = load_graft("t", spec.model_copy(update={"size": (96, 64)}), teacher)
+    pixels = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        whole = model(pixel_values=(pixels - teacher.mean) / teacher.std, interpolate_pos_encoding=True).logits
+    assert torch.equal(graft(teacher(pixels)).logits, whole)
+
+
 def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     hf.Dinov2Model(hf.Dinov2Config(**{**VIT, "intermediate_size": None})).save_pretrained(tmp_path / "bare")
     bare = TeacherSpec(model=str(tmp_path / "bare"))
@@ -112,6 +123,9 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     _, spec = grown("dpt", tmp_path / "dpt")
     with pytest.raises(RecipeError, match="its head takes square images alone, not 32 x 48 px; set size:"):
         check_graft("t", TeacherSpec(model=spec.model, size=(32, 48)))
+    _, spec = grown("sam2", tmp_path / "sam2")
+    with pytest.raises(RecipeError, match="its head takes images of 64 x 64 px alone; set size: 64"):
+        check_graft("t", spec.model_copy(update={"size": 96}))
     hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
     with pytest.raises(RecipeError, match="also reads its convolutional stem"):
         check_graft("t", TeacherSpec(model=str(tmp_path / "hybrid")))

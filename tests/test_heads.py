@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 
 import shoulders
 from shoulders.distill import distill
@@ -18,8 +20,9 @@ from shoulders.grafts import load_graft, taps_of
 from shoulders.heads import answers, open_head, save_head
 from shoulders.recipe import Recipe, TeacherSpec
 from shoulders.teachers import load_teacher
-from tests.teachers.conftest import RF_DETR, TINY
+from tests.teachers.conftest import RF_DETR, TINY, VIT
 from tests.tiny import save_base, save_images
+from tests.towers import save_dual
 
 KINDS = ("resnet", "rt_detr_v2", "rf_detr", "segformer", "maskformer", "depth_anything", "dpt", "sam")
 PROCESSORS = {
@@ -80,6 +83,65 @@ def test_kept_heads_run_where_the_teachers_are_absent(run: Path) -> None:
     assert found != student.predict("rt_detr_v2", 1 - pixels, threshold=0.0)
     again = shoulders.load(run).predict("rt_detr_v2", pixels, threshold=0.0)
     assert again == found
+
+
+def test_heads_are_copied_with_the_student_and_known_to_auto_model(run: Path, tmp_path: Path) -> None:
+    pixels = torch.rand(1, 3, 32, 32)
+    student = hf.AutoModel.from_pretrained(run / "student").eval()
+    said = student.predict("rt_detr_v2", pixels, threshold=0.0)
+    student.save_pretrained(tmp_path / "copy")
+    student.save_pretrained(tmp_path / "copy")  # over itself
+    assert shoulders.load(tmp_path / "copy").predict("rt_detr_v2", pixels, threshold=0.0) == said
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 3, "problem_type": "multi_label_classification"},
+                                      {"num_labels": 1}, {"num_labels": 3}])  # fmt: skip
+def test_classes_are_scored_as_by_the_transformers_pipeline(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, **settings)).save_pretrained(tmp_path)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    spec = TeacherSpec(model=str(tmp_path))
+    teacher = load_teacher("t", spec)
+    graft = load_graft("t", spec, teacher)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    (ours,) = answers(graft, graft(teacher(pixels)), [(32, 32)])
+    theirs = hf.pipeline("image-classification", model=str(tmp_path))(Image.fromarray(image))
+    assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+    assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
+
+
+def test_a_class_without_a_name_shifts_no_other(tmp_path: Path) -> None:
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, id2label={1: "cat", 2: "dog"})).save_pretrained(tmp_path)
+    spec = TeacherSpec(model=str(tmp_path))
+    assert load_graft("t", spec, load_teacher("t", spec)).classes == ["LABEL_0", "cat", "dog"]
+
+
+@pytest.mark.parametrize("fault", ["no weights", "no name told from another"])
+def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    save_images(tmp_path / "images", 24)
+    teacher: dict[str, Any] = {"model": str(tmp_path / "teacher")}
+    if fault == "no weights":
+        hf.ViTModel(hf.ViTConfig(**VIT)).save_pretrained(tmp_path / "teacher")
+        config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+        config["architectures"] = ["ViTForImageClassification"]
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    else:
+        save_dual("clip", tmp_path / "teacher")
+        teacher["classes"] = ["zzzz", "qqqq"]
+    tree = {
+        "student": {"base": str(tmp_path / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
+        "teachers": {"t": teacher},
+        "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8, "workers": 0},
+        "transfer": {"calibration": 16},
+        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
+        "keep_heads": ["t"],
+        "out": str(tmp_path / "run"),
+    }
+    with pytest.raises((DataError, RecipeError), match=r"the weights lack classifier|cannot tell some of the classes"):
+        distill(Recipe.model_validate(tree))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_head_that_was_not_kept_is_refused(run: Path) -> None:

@@ -16,7 +16,7 @@ from shoulders.errors import DataError
 from shoulders.features import Features
 from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, build_student
 from shoulders.student.encoder import BASES
-from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD
+from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD, save_base
 
 TAPS = {"one/last": {"summary": 5, "spatial": 6}, "two/stage0": {"summary": None, "spatial": 12}}
 
@@ -55,6 +55,7 @@ def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[st
 
 def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
     ours = student(standardize="phi_s")
+    ours.config.base["dtype"] = "float32"  # as bases on the hub were stored
     ours.save_pretrained(tmp_path / "student")
     half = AutoModel.from_pretrained(tmp_path / "student", dtype=torch.bfloat16).eval()
     pixels = torch.rand(2, 3, 32, 32)
@@ -124,6 +125,18 @@ def test_a_damaged_student_is_named(name: str, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no student here; give a run folder"):
+        shoulders.load(tmp_path)
+    save_base(tmp_path, "vit")
+    with pytest.raises(DataError, match="holds a model of type vit, not a student"):
+        shoulders.load(tmp_path)
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "bottleneck", "wid": 3}, {"kind": "nothing"}, "bottleneck"])
+def test_settings_of_another_version_are_named(adapter: Any, tmp_path: Path) -> None:
+    student().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": adapter}))
+    with pytest.raises(DataError, match="not a sound student"):
         shoulders.load(tmp_path)
 
 

@@ -16,7 +16,7 @@ from shoulders.features import Features
 from shoulders.grafts import taps_of
 from shoulders.model import load
 from shoulders.pictures import pca_pictures, picture
-from shoulders.predict import _stems, ask_heads, predict
+from shoulders.predict import _plain, _stems, ask_heads, predict
 from shoulders.world import draw
 from tests.test_heads import run  # noqa: F401
 
@@ -52,6 +52,14 @@ def test_the_encoder_runs_once_for_all_heads(run: Path) -> None:  # noqa: F811
     for name, output in outputs.items():
         alone = student.head(name)(taps_of(name, told))
         assert torch.equal(output.logits, alone.logits)
+
+
+def test_depth_is_a_file_beside_the_answers(tmp_path: Path) -> None:
+    """As text the depth of one photo would be hundreds of megabytes."""
+    depth = torch.rand(5, 7)
+    assert _plain({"predicted_depth": depth}, tmp_path / "out" / "a-depth.npy") == {"predicted_depth": "a-depth.npy"}
+    assert np.array_equal(np.load(tmp_path / "out" / "a-depth.npy"), depth.numpy())
+    assert _plain({"predicted_depth": depth}, None) == {"predicted_depth": depth.tolist()}
 
 
 def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -26,6 +26,7 @@ class Cut:
         elsewhere: paths of the encoder in models of other classes of the family.
         refusal: (config, size in px) -> why the head cannot be cut off such a checkpoint, or "".
         needs: a package without which the head cannot be built.
+        call: arguments with which the whole model takes images of any size.
         heads: how the names of the classes end whose heads read this; empty: all of the family.
     """
 
@@ -36,6 +37,7 @@ class Cut:
     refusal: Callable[[Any, tuple[int, int]], str] = lambda config, size: ""
     heads: tuple[str, ...] = ()
     needs: str = ""
+    call: Mapping[str, Any] = field(default_factory=dict)
 
     def encoder_of(self, model: Any) -> str:
         """The path of the encoder in a model."""
@@ -148,15 +150,21 @@ def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
     return "" if size[0] == size[1] else f"its head takes square images alone, not {size[0]} x {size[1]} px; set size:"
 
 
+def _refuse_sam2(config: Any, size: tuple[int, int]) -> str:
+    side = config.prompt_encoder_config.image_size
+    return "" if size == (side, side) else f"its head takes images of {side} x {side} px alone; set size: {side}"
+
+
 CLASSES = ("ForImageClassification",)
+ANY_SIZE = {"interpolate_pos_encoding": True}
 # transformers builds their loss with them
 _PIXEL_ENCODER = Cut("model.pixel_level_module.encoder", write_feature_maps, needs="scipy")
 
 # row of the table of families -> where to cut.
 # YOLOS, EoMT: queries are tokens of the encoder itself, there is no place to cut.
 CUTS: dict[str, Cut] = {
-    "vit": Cut("vit", write_tokens),
-    "deit": Cut("deit", write_tokens),
+    "vit": Cut("vit", write_tokens, call=ANY_SIZE),
+    "deit": Cut("deit", write_tokens, call=ANY_SIZE),
     "beit": Cut("beit", write_pooled, heads=CLASSES),
     "dinov2": Cut("dinov2", write_tokens),
     "dinov2_with_registers": Cut("dinov2_with_registers", write_tokens),
@@ -174,7 +182,7 @@ CUTS: dict[str, Cut] = {
     "mask2former": _PIXEL_ENCODER,
     "maskformer": _PIXEL_ENCODER,
     "sam": Cut("vision_encoder", write_map),
-    "sam2": Cut("vision_encoder", write_fpn),
+    "sam2": Cut("vision_encoder", write_fpn, refusal=_refuse_sam2),
     "detr": _detector(write_sequence),
     "conditional_detr": _detector(write_sequence),
     "deformable_detr": _detector(write_sequence),

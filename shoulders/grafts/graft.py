@@ -59,7 +59,7 @@ class Graft(nn.Module):
         super().__init__()
         self.model, self.cut, self.taps, self.size, self.processor = model, cut, dict(taps), size, processor
         self.encoder = cut.encoder_of(model)
-        blanks = _answers(model, (self.encoder, *cut.silent), size)
+        blanks = _answers(model, (self.encoder, *cut.silent), size, cut.call)
         self.replays = {path: Replay(blank) for path, blank in blanks.items()}
         for path, replay in self.replays.items():
             model.set_submodule(path, replay)
@@ -68,8 +68,11 @@ class Graft(nn.Module):
     @property
     def classes(self) -> list[str]:
         """The names of the classes, by index."""
-        names = self.model.config.id2label
-        return [names[index] for index in sorted(names)]
+        return [self.label(index) for index in range(max(self.model.config.id2label, default=-1) + 1)]
+
+    def label(self, index: int) -> str:
+        """The name of a class; as transformers makes it up where the config has none."""
+        return str(self.model.config.id2label.get(index, f"LABEL_{index}"))
 
     def forward(self, taps: Taps, **prompts: Any) -> Any:
         """The output of the head.
@@ -94,7 +97,9 @@ def taps_of(name: str, told: Taps) -> dict[str, Features]:
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, paths: tuple[str, ...], size: tuple[int, int]) -> dict[str, Any]:
+def _answers(
+    model: nn.Module, paths: tuple[str, ...], size: tuple[int, int], call: Mapping[str, Any]
+) -> dict[str, Any]:
     """What submodules answer when the model sees one blank image."""
     model.eval()
     told: dict[str, Any] = {}
@@ -105,7 +110,7 @@ def _answers(model: nn.Module, paths: tuple[str, ...], size: tuple[int, int]) ->
 
     handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
     try:
-        model(pixel_values=torch.zeros(1, 3, *size))
+        model(pixel_values=torch.zeros(1, 3, *size), **call)
     finally:
         for handle in handles:
             handle.remove()

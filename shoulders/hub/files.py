@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import cached_file, extract_commit_hash
 
@@ -87,6 +88,14 @@ def find(pretrained: Pretrained, file: str) -> Path | None:
     except (OSError, HFValidationError):
         return None
     return Path(found) if found else None
+
+
+def is_unknown(pretrained: Pretrained, file: str) -> bool:
+    """Whether nobody could say if the hub has a file: it is not on this disk, and the hub was not reached."""
+    if Path(pretrained.source).is_dir() or find(pretrained, file):
+        return False
+    # where the hub has said that there is none, its cache remembers that
+    return try_to_load_from_cache(pretrained.source, file, revision=pretrained.revision) is not _CACHED_NO_EXIST
 
 
 def read_json(pretrained: Pretrained, file: str) -> dict[str, Any] | None:

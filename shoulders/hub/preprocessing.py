@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shoulders.hub.files import Pretrained, read_json
+from shoulders.hub.files import Pretrained, is_unknown, read_json
 
 Triple = tuple[float, ...]
 PixelStats = tuple[Triple, Triple]  # mean and std
@@ -36,6 +36,11 @@ def read_preprocessing(pretrained: Pretrained, default: Preprocessing) -> Prepro
         RecipeError: if it cannot be understood.
     """
     whole, image = (read_json(pretrained, file) or {} for file in FILES)
+    if not whole and not image and is_unknown(pretrained, FILES[1]):
+        raise pretrained.fault(
+            f"was found without its {FILES[1]}, and the hub cannot be asked for it; connect once, or give the local "
+            "folder of the model"
+        )
     try:
         # the older of the two files may be left over: transformers 5 writes and reads the other one
         return parse_preprocessing(whole if "image_processor" in whole else image or whole, default)
@@ -76,21 +81,22 @@ def _height_width(size: Any) -> tuple[int, int]:
     if isinstance(size, list) and len(size) == 2:
         return int(size[0]), int(size[1])
     if isinstance(size, Mapping):
-        if "height" in size and "width" in size:
-            return int(size["height"]), int(size["width"])
+        said = {name: int(side) for name, side in size.items() if isinstance(side, int | float)}
+        if "height" in said and "width" in said:
+            return said["height"], said["width"]
         for edge in ("shortest_edge", "longest_edge"):
-            if isinstance(size.get(edge), int):
-                return size[edge], size[edge]
+            if edge in said:
+                return said[edge], said[edge]
     raise ValueError(f"cannot read size {size!r}; known: an int, height and width, or an edge")
 
 
 def _statistics(tree: Mapping[str, Any], default: Preprocessing) -> tuple[Triple, Triple]:
     """Mean and std of pixels in [0, 1], with another rescale than 1/255 folded in."""
-    normalizes = tree.get("do_normalize") is not False
+    normalizes = tree.get("do_normalize", True)  # null is no, as in transformers
     mean = _triple(tree.get("image_mean"), default.mean) if normalizes else (0.0, 0.0, 0.0)
     std = _triple(tree.get("image_std"), default.std) if normalizes else (1.0, 1.0, 1.0)
     # the model was fed (255 x factor - offset - mean) / std for x in [0, 1]
-    factor = 255 * tree.get("rescale_factor", 1 / 255) if tree.get("do_rescale", True) else 255.0
+    factor = 255 * _number(tree.get("rescale_factor") or 1 / 255) if tree.get("do_rescale", True) else 255.0
     offset = 1.0 if tree.get("rescale_offset") else 0.0
     if abs(factor - 1) > 1e-6 or offset:
         mean = tuple((m + offset) / factor for m in mean)
@@ -98,6 +104,12 @@ def _statistics(tree: Mapping[str, Any], default: Preprocessing) -> tuple[Triple
     if min(std) <= 0:
         raise ValueError(f"image_std must be positive, got {std}")
     return mean, std
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise ValueError(f"rescale_factor must be a number, got {value!r}")
+    return float(value)
 
 
 def _triple(value: Any, default: Triple) -> Triple:

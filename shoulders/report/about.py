@@ -139,7 +139,8 @@ def _measurements(told: Told) -> Html:
     rows = [
         [", ".join(str(row[key]) for key in ("model", "head", "kind") if row.get(key)), str(row["task"]),
          str(row["metric"]), element("td", f"{row['value']:.4f}", class_="number"), str(row.get("n", "–"))]
-        for row in told.rows if row.get("task") in METRICS and "/" not in str(row["metric"])
+        for row in told.rows
+        if row.get("task") in METRICS and "/" not in str(row["metric"]) and row.get("value") is not None
     ]  # fmt: skip
     if not rows:
         return Html()

@@ -95,10 +95,16 @@ def kind_of(row: Row) -> str:
 
 
 def data_of(row: Row) -> str:
-    """What a row was measured on, in a word: the last folder that says more than the task."""
+    """What a row was measured on: the last two folders that say more than the task, wherever they lie."""
     parts = [part for part in PurePath(str(row.get("dataset") or row.get("data") or "")).parts if part != "/"]
     telling = [part for part in parts if part not in TASK_FOLDERS]
-    return (telling or parts or [""])[-1]
+    return "/".join((telling or parts)[-2:])
+
+
+def _in_a_word(data: Iterable[str]) -> dict[str, str]:
+    """{data: the last folder of it}; both where that would not tell it from another."""
+    last = {one: one.rpartition("/")[2] for one in data}
+    return {one: word if list(last.values()).count(word) == 1 else one for one, word in last.items()}
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
@@ -108,12 +114,13 @@ def lines(rows: Iterable[Row]) -> list[Line]:
         if row.get("task") in METRICS and _is_number(row.get("value")):
             groups.setdefault((row["task"], data_of(row), row.get("n")), []).append(row)
     found = []
+    names = {task: _in_a_word({data for of, data, _ in groups if of == task}) for task in METRICS}
     for (task, data, _), group in groups.items():
         heads = list(dict.fromkeys(row["head"] for row in group if row.get("head"))) or [None]
         for head in heads:
             cells = _cells(task, [row for row in group if row.get("head") in (None, head)])
             if cells:
-                found.append(Line(task, data, head, cells))
+                found.append(Line(task, names[task][data], head, cells))
     return sorted(found, key=lambda line: list(METRICS).index(line.task))
 
 

@@ -129,8 +129,23 @@ def _open(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:
         allowed = ", ".join(sorted([*BASES, *TOWERS]))
         raise pretrained.fault(f"is of model type {kind!r}, which cannot carry a student; a base is one of {allowed}")
     config = read_config(pretrained)
+    config = getattr(config, TOWERS[kind]) if kind in TOWERS else config
+    if why := _unfit(config):
+        raise pretrained.fault(f"cannot carry a student: {why}")
     check_weights(pretrained)
-    return pretrained, getattr(config, TOWERS[kind]) if kind in TOWERS else config
+    return pretrained, config
+
+
+def _unfit(config: transformers.PreTrainedConfig) -> str:
+    """Why a model of a family that can carry a student cannot, or ""."""
+    if config.num_channels != 3:
+        return f"it takes {config.num_channels} channels; images have red, green and blue"
+    if not getattr(config, "vision_use_head", True):
+        return "it has no pooling head (vision_use_head: false), and so no vector for the whole image"
+    if not isinstance(config.patch_size, int):
+        return f"its config says patch_size {config.patch_size}; a single number is known here"
+    h, w = as_size(config.image_size)
+    return "" if h == w else f"it was made for images of {h} x {w} px; position tables of square ones alone are resized"
 
 
 def _preprocessing(pretrained: Pretrained, config: transformers.PreTrainedConfig) -> Preprocessing:

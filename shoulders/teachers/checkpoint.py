@@ -67,6 +67,12 @@ def read_checkpoint(name: str, spec: TeacherSpec) -> Checkpoint:
     family = _choose_family(name, spec, pretrained.tree)
     config = read_config(pretrained, remote_code=family is REMOTE)
     image_config = getattr(config, family.part) if family.part else config
+    if getattr(image_config, "num_channels", 3) != 3:
+        raise fault(
+            name, "model", f"{model!r} takes {image_config.num_channels} channels; teachers see red, green, blue"
+        )
+    if family is REMOTE and not hasattr(image_config, "patch_size"):
+        raise fault(name, "trust_remote_code", f"{model!r} says no patch_size; give it as a module: of your own")
     check_weights(pretrained)
     return Checkpoint(
         pretrained=pretrained,

@@ -60,7 +60,7 @@ class Family:
         fixed: the size is the config's and no other.
         size: default size in px where the checkpoint does not say; default: the config's.
         stats: default mean and std.
-        absent: weights (by prefix) that checkpoints of this family may lack and that no tap needs.
+        pooled: what checkpoints with a pooling layer were saved as; others are built without; empty: it is not asked.
         options: extra arguments of the model's constructor.
     """
 
@@ -77,7 +77,7 @@ class Family:
     fixed: bool = False
     size: int | None = None
     stats: PixelStats = IMAGENET
-    absent: tuple[str, ...] = ()
+    pooled: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def step(self, config: Any) -> int:
@@ -182,7 +182,9 @@ FAMILIES: dict[str, Family] = {
     # plain ViTs: last = tokens after the final norm, summary = CLS
     "vit": _vit("ViTModel", call=_interpolate, stats=HALF, options={"add_pooling_layer": False}),
     "deit": _vit("DeiTModel", call=_interpolate, options={"add_pooling_layer": False}),
-    "beit": _vit("BeitModel", call=_interpolate, read=_pooled, stats=HALF),
+    "beit": _vit(
+        "BeitModel", call=_interpolate, read=_pooled, stats=HALF, pooled=("BeitModel", "BeitForImageClassification"),
+    ),
     "dinov2": _vit("Dinov2Model"),
     "dinov2_with_registers": _vit("Dinov2WithRegistersModel"),
     "dinov3_vit": _vit("DINOv3ViTModel"),
@@ -206,9 +208,11 @@ FAMILIES: dict[str, Family] = {
     "regnet": _staged_encoder("RegNetModel", size=224),
     "swin": _staged_encoder("SwinModel", call=_swin, read=reads.read_swin, multiple=32),
     "swinv2": _staged_encoder("Swinv2Model", call=reads.ask_swinv2, read=reads.read_swin, multiple=32),
-    "hiera": _staged_encoder("HieraModel", read=reads.read_hiera, fixed=True),
+    "hiera": _staged_encoder(
+        "HieraModel", read=reads.read_hiera, fixed=True, pooled=("HieraModel", "HieraForImageClassification"),
+    ),
     "pvt_v2": _staged_encoder("PvtV2Model", read=_maps_alone, multiple=32),
-    "mobilenet_v2": Family("hierarchical", "MobileNetV2Model", FINAL, reads.read_final_map, multiple=1),
+    "mobilenet_v2": Family("hierarchical", "MobileNetV2Model", FINAL, reads.read_final_map, multiple=1, stats=HALF),
     # segmenters: the maps that the mask head reads
     "segformer": Family(
         "segmenter", "SegformerModel", ALL_STAGES, _maps_alone, _staged, multiple=32, size=512,

@@ -86,6 +86,16 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
         )
     except RecipeError as error:
         raise DataError(f"teachers.{name}.model: {source!r}: {error}") from error
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        KeyError,
+    ) as error:  # whatever a model's forward raises
+        h, w = checkpoint.preprocessing.size
+        why = " ".join(str(error).split())[:300]
+        raise DataError(f"teachers.{name}.model: {source!r} cannot be asked about {h} x {w} px: {why}") from error
 
 
 def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
@@ -97,9 +107,10 @@ def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
         getattr(transformers, family.model_by_architecture.get(architecture, family.model)),
         checkpoint.image_config if family.part and not family.encoder else checkpoint.config,
         inside=f"{family.encoder}." if family.encoder else "",
-        apart_from=(*family.absent, *(f"{path}." for path in family.unused)),
+        apart_from=tuple(f"{path}." for path in family.unused),
         remote_code=family is REMOTE,
         **family.options,
+        **({"add_pooling_layer": False} if family.pooled and architecture not in ("", *family.pooled) else {}),
     )
     for path in family.unused:
         setattr(model, path, nn.Identity())

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from shoulders.errors import RecipeError
-from shoulders.hub import Pretrained, find, licence_of, open_pretrained, read_json
+from shoulders.hub import (
+    IMAGENET,
+    Preprocessing,
+    Pretrained,
+    find,
+    licence_of,
+    open_pretrained,
+    read_json,
+    read_preprocessing,
+)
 
 OLD, NEW = "0123456789" * 4, "abcdef0123" * 4
 
@@ -34,6 +43,21 @@ def test_all_files_come_from_the_commit_of_the_first(hub_cache: Path, revision: 
     assert pretrained == Pretrained("student.base", "someone/something", OLD, {"commit": OLD})
     assert read_json(pretrained, "other.json") == {"commit": OLD}
     assert find(pretrained, "nothing.json") is None and read_json(pretrained, "nothing.json") is None
+
+
+def test_a_file_that_nobody_knows_of_is_not_one_that_is_not_there(hub_cache: Path) -> None:
+    """What was fetched without its preprocessing would be shown wrong pixels."""
+    pretrained = open_pretrained("student.base", "someone/something", None)
+    default = Preprocessing((224, 224), *IMAGENET)
+    with pytest.raises(RecipeError, match=r"found without its preprocessor_config\.json, and the hub cannot be asked"):
+        read_preprocessing(pretrained, default)
+    absent = hub_cache / ".no_exist" / OLD / "preprocessor_config.json"  # where the hub said that there is none
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    assert read_preprocessing(pretrained, default) == default
+    absent.unlink()
+    (hub_cache / "snapshots" / OLD / "preprocessor_config.json").write_text('{"size": 64}')
+    assert read_preprocessing(pretrained, default).size == (64, 64)
 
 
 def test_a_revision_that_is_not_there_is_named(hub_cache: Path) -> None:

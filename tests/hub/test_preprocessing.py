@@ -26,6 +26,7 @@ DEFAULT = Preprocessing((224, 224), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
         ({"size": 256, "crop_size": 224, "do_center_crop": False}, (256, 256)),
         ({"size": 256, "crop_size": 224}, (256, 256)),
         ({"size": 256, "do_resize": False}, (224, 224)),
+        ({"size": {"height": None, "width": None, "shortest_edge": 256.0}}, (256, 256)),
         ({"image_processor": {"size": 112}, "processor_class": "CLIPProcessor"}, (112, 112)),
     ],
 )
@@ -41,6 +42,7 @@ def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
         {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1], "do_normalize": False},
         {"image_mean": 0.5, "image_std": 0.25},
         {"rescale_factor": 1 / 255},
+        {"rescale_factor": None, "do_normalize": None},
         {
             "rescale_factor": 1 / 127.5,
             "rescale_offset": True,
@@ -58,7 +60,7 @@ def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
     # the steps of an image processor, one by one
     expected = bytes_
     if tree.get("do_rescale", True):
-        expected = expected * tree.get("rescale_factor", 1 / 255) - (1 if tree.get("rescale_offset") else 0)
+        expected = expected * (tree.get("rescale_factor") or 1 / 255) - (1 if tree.get("rescale_offset") else 0)
     if tree.get("do_normalize", True):
         mean = torch.as_tensor(tree.get("image_mean", DEFAULT.mean)).expand(3)
         std = torch.as_tensor(tree.get("image_std", DEFAULT.std)).expand(3)
@@ -75,6 +77,7 @@ def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
         ({"size": {"max_side": 3}}, "cannot read size"),
         ({"size": "224"}, "cannot read size"),
         ({"image_mean": [0.5]}, "three numbers"),
+        ({"rescale_factor": "1/255"}, "rescale_factor must be a number"),
         ({"image_std": ["a", "b", "c"]}, "three numbers"),
         ({"image_std": [0, 1, 1]}, "must be positive"),
         ({"image_processor": 3}, "must be a mapping"),

@@ -36,6 +36,19 @@ def test_a_line_holds_every_way_to_measure_a_task() -> None:
     assert line.best == "student_probe"  # the teacher itself does not count
 
 
+def test_data_sets_whose_folders_have_one_name_are_not_mixed() -> None:
+    rows = [
+        *rows_of("student", "classification", Path("/data/cifar10/prepared"), linear_top1=0.9),
+        *rows_of("base", "classification", Path("/data/cifar10/prepared"), linear_top1=0.8),
+        *rows_of("student", "classification", Path("/data/cifar100/prepared"), linear_top1=0.5),
+    ]
+    told = {line.data: {kind: cell.value for kind, cell in line.cells.items()} for line in lines(rows)}
+    assert told == {
+        "cifar10/prepared": {"student_probe": 0.9, "base_probe": 0.8},
+        "cifar100/prepared": {"student_probe": 0.5},
+    }
+
+
 def test_rows_of_benchmarks_say_the_same() -> None:
     (line,) = lines(evaluated())
     said = [

@@ -84,6 +84,19 @@ def test_the_patch_size_is_known_where_the_config_leaves_it_out(tmp_path: Path) 
     assert "patch size 14" in refusal(tmp_path)  # what transformers then builds
 
 
+@pytest.mark.parametrize(("kind", "changes", "reason"), [
+    ("vit", {"num_channels": 1}, "it takes 1 channels"),
+    ("vit", {"patch_size": [8, 8]}, "patch_size"),
+    ("dinov2", {"image_size": [32, 48]}, "made for images of 32 x 48 px"),
+    ("siglip_vision_model", {"vision_use_head": False}, "no pooling head"),
+])  # fmt: skip
+def test_a_base_of_a_known_family_that_does_not_fit(
+    kind: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    edit(save_base(tmp_path, kind) / "config.json", **changes)
+    assert "cannot carry a student: " in refusal(tmp_path) and reason in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
     save_base(tmp_path, kind)

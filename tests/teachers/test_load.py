@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from shoulders.errors import DataError, RecipeError
 from shoulders.recipe import TeacherSpec
 from shoulders.teachers import check_teacher, load_teacher
+from tests.teachers.conftest import VIT
 
 WriteTiny = Callable[..., Path]
 
@@ -163,6 +165,8 @@ def test_the_commit_of_a_hub_model_is_recorded(write_tiny: WriteTiny, tmp_path: 
     folder = write_tiny("dinov2")
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     folder.rename(repository / "snapshots" / commit)
+    (repository / ".no_exist" / commit).mkdir(parents=True)
+    (repository / ".no_exist" / commit / "preprocessor_config.json").touch()  # as the hub said when it was fetched
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", HUB.format(commit=commit)],
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
@@ -210,9 +214,36 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert "not supported" in refusal(TeacherSpec(model=str(folder)))
     teacher = load_teacher("t", TeacherSpec(model=str(folder), trust_remote_code=True))
     assert teacher.taps["last"].grid == (2, 2) and teacher.taps["last"].spatial == 4
+    for ours, theirs, message in (
+        ("return BaseModelOutput(last_hidden_state=", "return (", "cannot be asked about 16 x 16 px"),
+        ("    patch_size: int = 8\n", "", "says no patch_size; give it as a module: of your own"),
+    ):
+        other = tmp_path / f"own{len(ours)}"
+        shutil.copytree(folder, other)
+        (other / "modeling_own.py").write_text(REMOTE.replace(ours, theirs))
+        with pytest.raises((DataError, RecipeError), match=message):
+            load_teacher("t", TeacherSpec(model=str(other), trust_remote_code=True))
     edit(folder / "config.json", auto_map={"AutoModel": "else/where--modeling.Net"})
     line = refusal(TeacherSpec(model=str(folder), trust_remote_code=True))
     assert line.startswith("teachers.t.trust_remote_code: ") and "another repository" in line
+
+
+@pytest.mark.parametrize("model", [
+    transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**VIT, use_mask_token=True)),
+    transformers.HieraForPreTraining(transformers.HieraConfig(
+        embed_dim=8, image_size=[64, 64], depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], decoder_hidden_size=16,
+        decoder_depth=1, decoder_num_heads=2,
+    )),
+], ids=lambda model: type(model).__name__)  # fmt: skip
+def test_what_was_saved_without_its_pooling_layer_has_places_alone(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    taps = load_teacher("t", TeacherSpec(model=str(tmp_path))).taps
+    assert [facts.summary for facts in taps.values()] == [None] and all(facts.spatial for facts in taps.values())
+
+
+def test_images_of_one_channel_are_refused(tmp_path: Path) -> None:
+    transformers.ViTModel(transformers.ViTConfig(**VIT, num_channels=1)).save_pretrained(tmp_path)
+    assert "takes 1 channels" in refusal(TeacherSpec(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("revision", [None, "main", "abc123"])
