@@ -69,9 +69,7 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
             rank.say(f"{recipe.out} is finished already")
             return _summary_of(recipe)
         run = prepare(recipe, own or {}, rank)
-        heads = kept_heads(
-            recipe, run.teachers, rank
-        )  # one that cannot be kept is found out now, not after the last step
+        heads = kept_heads(recipe, run.teachers, rank)  # what cannot be kept is not found out after the last step
         measures = run.train(resume)
         summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
         summary |= measures
