@@ -165,12 +165,13 @@ def predict(
     ] = None,
     out: Annotated[Path, typer.Option(help="Where predictions.json and pictures go.")] = Path("predictions"),
     threshold: Annotated[float, typer.Option(help="Leave out objects of a lower score.", min=0, max=1)] = 0.5,
+    max_pixels: Annotated[int, typer.Option(help="Leave out images of more.", min=1)] = 50_000_000,
     as_json: AsJson = False,
 ) -> None:
     """Run the heads that a student kept, or probes, on images."""
     from shoulders.predict import predict
 
-    told = predict(run, images, head or (), out, probes=probe or (), threshold=threshold)
+    told = predict(run, images, head or (), out, probes=probe or (), threshold=threshold, max_pixels=max_pixels)
     if as_json:
         print(json.dumps(told, indent=1))
         return

@@ -297,7 +297,7 @@ class Run:
 
 
 def kept_heads(recipe: Recipe, teachers: AnyTeachers, rank: Rank) -> dict[str, Head]:
-    """The heads that the student will keep, from their teachers' own checkpoints.
+    """The heads that the student will keep, from their teachers' own checkpoints; on the rank that writes them.
 
     Raises:
         RecipeError: a head cannot be cut off.
@@ -309,7 +309,7 @@ def kept_heads(recipe: Recipe, teachers: AnyTeachers, rank: Rank) -> dict[str, H
             check_processor(head)
         except RecipeError as error:  # the head itself can be kept and asked in Python
             rank.say(f"keep_heads: {name}: {error}")
-    return heads
+    return heads if rank.is_main else {}
 
 
 def student_at_birth(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:

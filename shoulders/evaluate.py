@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -27,7 +28,7 @@ from shoulders.tasks import TASKS, Row, Splits
 from shoulders.tasks.inherited import HEADS
 from shoulders.tasks.transformer_probes import DEFAULT, PROBES, check_probe
 from shoulders.tasks.tuned import run as train_and_score
-from shoulders.teachers import Teacher, load_teacher
+from shoulders.teachers import Teacher, check_teacher, load_teacher
 from shoulders.trainees import tuned, tuning_plan
 from shoulders.transfer.projectors import key, teacher_of
 
@@ -131,7 +132,8 @@ def evaluate_heads(
     is_run = (run / "recipe.yaml").is_file()
     splits = TASKS[task].find(data, column)
     rows: Rows = []
-    specs = read_recipe(run / "recipe.yaml").teachers if is_run else {}
+    unfit: list[str] = []
+    specs = _asked(run, models, heads=True)
     for name, head, fed in _heads(run, specs, models, size):
         if isinstance(fed.graft, ZeroShot) and task == "classification":
             if not knows(fed, splits.test.images.classes):
@@ -140,15 +142,22 @@ def evaluate_heads(
         if task_of(fed.graft) == task:
             check_processor(fed.graft)
             on_model(f"{name}, head of {head}")
-            new = [{"model": name, "head": head, **row} for row in HEADS[task](fed, splits, batch, workers)]
-            rows += [{**row, "data": str(Path(data).resolve()), "seed": 0} for row in new]
+            try:
+                told = HEADS[task](fed, splits, batch, workers)
+            except RecipeError as error:  # of other classes than the data, before anything is shown to it
+                unfit.append(f"{name}, head of {head}: {error}")
+                continue
+            new = [{"model": name, "head": head, **row, "data": str(Path(data).resolve()), "seed": 0} for row in told]
+            if is_run and size is None:
+                keep_rows(run / "results.json", new)
+            rows += new
     if not rows:
         raise RecipeError(
             f"--heads: none of these heads answers {task} with the classes of the data; name teachers in keep_heads: "
-            "of the recipe"
+            "of the recipe" + "".join(f"; {why}" for why in unfit)
         )
-    if is_run and size is None:
-        keep_rows(run / "results.json", rows)
+    for why in unfit:
+        warnings.warn(f"left out: {why}", stacklevel=2)
     return rows
 
 
@@ -168,9 +177,12 @@ def _heads(
             yield name, name, Fed(graft, teacher.size, lambda x, teacher=teacher: teacher(x.to(device)))  # type: ignore[misc]
 
 
-def _asked(run: Path, models: Sequence[str], tune: str | None, scratch_steps: int | None) -> dict[str, TeacherSpec]:
-    """The teachers to measure; refuses who is not there, or cannot be tuned or counted."""
-    specs = read_recipe(run / "recipe.yaml").teachers if (run / "recipe.yaml").is_file() else {}
+def _asked(
+    run: Path, models: Sequence[str], tune: str | None = None, scratch_steps: int | None = None, heads: bool = False
+) -> dict[str, TeacherSpec]:  # fmt: skip
+    """The teachers to measure, or those of kept ``heads``; refuses who is not there, or cannot be tuned or counted."""
+    recipe = read_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    specs = recipe.teachers if recipe else {}
     known = (*WHO, "scratch", *specs)
     if unknown := [name for name in models if name not in known]:
         raise RecipeError(f"--models: {', '.join(unknown)} not here; choose from {', '.join(known)}")
@@ -180,7 +192,17 @@ def _asked(run: Path, models: Sequence[str], tune: str | None, scratch_steps: in
         raise RecipeError(f"--tune: {', '.join(fixed)} without an adapter to tune; choose --models from student, base")
     if "scratch" in models and scratch_steps is None:
         check_countable(run)
-    return {name: spec for name, spec in specs.items() if "teachers" in models or name in models}
+    asked = {name: spec for name, spec in specs.items() if "teachers" in models or name in models}
+    if recipe and heads:
+        asked = {name: spec for name, spec in asked.items() if name in recipe.keep_heads}
+    for name, spec in asked.items():
+        try:
+            check_teacher(name, spec)
+        except RecipeError as error:
+            raise RecipeError(
+                f"{run / 'recipe.yaml'}: {error}; go where the run was started, or leave it out: --models student,base"
+            ) from error
+    return asked
 
 
 def _keep(run: Path | None, data: Path | str, seed: int, name: str, measured: list[Row], probe: Probe | None) -> Rows:

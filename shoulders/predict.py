@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from shoulders.checkpoint import write_text
 from shoulders.errors import DataError, RecipeError
 from shoulders.evaluate import OWN, FeaturesOf, features_of_student, features_of_teacher, inherited_taps
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, Skipped
 from shoulders.heads import answers
 from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
 from shoulders.images.folder import Folder
@@ -53,11 +55,14 @@ def predict(
         probes: names of probes that `shoulders.evaluate` left in the run folder, such as ``student/semantic``.
         out: a folder for ``predictions.json`` and a picture for each image and head, and of the latent.
         threshold: objects of a lower score are left out.
+        max_pixels: images of more are not read.
         on_image: called after each image.
+
+    Images that cannot be read are left out with a warning, and listed in ``out/skipped.jsonl``.
 
     Raises:
         RecipeError: a head that the student does not keep, a probe that is not there, or no images there.
-        DataError: an image cannot be decoded, or the student, a head or a probe is damaged.
+        DataError: no image can be decoded, or the student, a head or a probe is damaged.
     """
     student = load(run).to(this_device())
     names = list(heads) or ([] if probes else list(student.heads))
@@ -66,11 +71,14 @@ def predict(
         raise RecipeError(f"{run}: this student keeps no heads; name some in keep_heads: of the recipe")
     for name in names:
         student.head(name)
+    if out is not None and Path(images).is_dir() and Path(out).resolve().is_relative_to(Path(images).resolve()):
+        raise RecipeError(f"--out: {out} lies in {images}, whose pictures are read; choose another place")
     collection = _open(Path(images))
     stems = _stems([collection.name(at) for at in range(len(collection))])
     told: dict[str, dict[str, Any]] = {}
     size = as_size(tuple(student.config.image_size))
-    for few in _decoded(collection, max_pixels):
+    skipped: list[Skipped] = []
+    for few in _decoded(collection, max_pixels, skipped):
         pixels = torch.stack([render(image, WHOLE, size) for _, image in few]).to(student.device) / 255
         sizes = [(image.shape[1], image.shape[2]) for _, image in few]
         latent, outputs = ask_heads(student, names, pixels)
@@ -84,8 +92,13 @@ def predict(
             on_image()
         if out is not None:
             _draw(Path(out), latent, [(stems[name], image) for name, image in few], said)
+    if skipped:
+        where = "" if out is None else f" ({Path(out) / 'skipped.jsonl'})"
+        warnings.warn(f"{len(skipped)} of {len(collection)} images could not be read{where}, first {skipped[0].name}: "
+                      f"{skipped[0].reason}", stacklevel=2)  # fmt: skip
     if out is not None:
         write_text(Path(out) / "predictions.json", json.dumps(told, indent=1) + "\n")
+        write_text(Path(out) / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
     return told
 
 
@@ -132,16 +145,25 @@ def _open(path: Path) -> Collection:
     return Collection({"images": open_source(path)})
 
 
-def _decoded(images: Collection, max_pixels: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Names and whole images (3, H, W) uint8, a few at a time."""
+def _decoded(
+    images: Collection, max_pixels: int, skipped: list[Skipped]
+) -> Iterator[list[tuple[str, Tensor]]]:  # fmt: skip
+    """Names and whole images (3, H, W) uint8, a few at a time; those that cannot be read go into ``skipped``.
+
+    Raises:
+        DataError: none can be read.
+    """
     for start in range(0, len(images), BATCH):
         few = []
         for at in range(start, min(start + BATCH, len(images))):
             try:
                 few.append((images.name(at), images.pixels(at, max_pixels, None)[0]))
             except Undecodable as error:
-                raise DataError(f"{images.name(at)}: {error}; leave it out") from error
-        yield few
+                skipped.append(Skipped(images.name(at), str(error)))
+        if len(skipped) == len(images):
+            raise DataError(f"{skipped[0].name}: {skipped[0].reason}; leave it out")
+        if few:
+            yield few
 
 
 def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict[str, list[Any]]) -> None:

@@ -138,7 +138,7 @@ def segmented(probe: Probe, features: Features, sizes: Sizes, threshold: float) 
     """A mask for each class that is there; the threshold does not apply."""
     told = []
     for logits, size in zip(probe.head(_maps(features)), sizes, strict=True):
-        image = semantic.enlarge(logits[None], size)[0].argmax(0).cpu()  # (h, w)
+        image = semantic.class_map(logits, size)  # (h, w)
         kinds = image.unique().tolist()
         told.append([{"label": probe.classes[kind], "score": None, "mask": image == kind} for kind in kinds])
     return told
@@ -150,7 +150,8 @@ def found(probe: Probe, features: Features, sizes: Sizes, threshold: float) -> l
     for image, size in enumerate(sizes):
         sure = pick(answer, image)
         sure = sure.take(sure.scores >= threshold)  # before masks are drawn as large as the image
-        boxes, masks = objects.in_pixels(sure, size, features.grid)
+        boxes = objects.in_pixels(sure, size, features.grid)
+        masks = None if sure.masks is None else objects.draw(sure.masks, boxes, size)
         several = []
         for row, score in enumerate(sure.scores.tolist()):
             corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), boxes[row].tolist(), strict=True))

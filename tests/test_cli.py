@@ -39,7 +39,7 @@ FROZEN = {
         "--json",
         "--help",
     ],
-    "predict": ["{run}", "{images}", "--head", "--probe", "--out", "--threshold", "--json", "--help"],
+    "predict": ["{run}", "{images}", "--head", "--probe", "--out", "--threshold", "--max-pixels", "--json", "--help"],
     "report": ["{run}", "--out", "--json", "--help"],
     "teachers": ["[recipe]", "[overrides]...", "--families", "--json", "--help"],
     "demo": ["--out", "--quick", "--json", "--help"],

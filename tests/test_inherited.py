@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
-from shoulders.evaluate import evaluate_heads
+from shoulders.evaluate import evaluate, evaluate_heads
 from shoulders.grafts import load_graft
 from shoulders.heads import Fed, task_of
 from shoulders.tasks import TASKS
@@ -20,6 +20,7 @@ from shoulders.tasks.inherited import HEADS, _indices
 from shoulders.teachers import load_teacher
 from shoulders.world import CLASSES, TEACHERS, write_world
 from tests.test_heads import run, save_teacher  # noqa: F401
+from tests.tiny import save_images
 
 FOLDERS = {
     "classification": "classification",
@@ -128,3 +129,30 @@ def test_a_run_scores_its_kept_heads(run: Path, world: Path, tmp_path: Path) -> 
         evaluate_heads(home, "instance", world / "ink" / "instances", ["student"])
     with pytest.raises(RecipeError, match="--task"):
         evaluate_heads(home, "depth", world, ["student"])
+
+
+def test_a_head_of_other_classes_costs_no_other_its_score(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    home = shutil.copytree(run, tmp_path / "run")
+    other = shutil.copytree(home / "student/heads/segformer", home / "student/heads/other")
+    told = json.loads((other / "config.json").read_text())
+    told |= {"id2label": {"0": "sky", "1": "sea"}, "label2id": {"sky": 0, "sea": 1}}
+    (other / "config.json").write_text(json.dumps(told))
+    for split in ("train", "test"):
+        for folder in ("images", "annotations"):
+            (tmp_path / "data" / folder / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data/images" / split / "a.png")
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "data/annotations" / split / "a.png")
+    (tmp_path / "data/classes.json").write_text('["LABEL_0", "LABEL_1"]')
+    with pytest.warns(UserWarning, match="left out: student, head of other: the head tells 2 classes apart"):
+        rows = evaluate_heads(home, "semantic", tmp_path / "data", ["student"], workers=0)
+    assert {row["head"] for row in rows} == {"segformer"}
+    kept = [row for row in json.loads((home / "results.json").read_text()) if row["task"] == "semantic"]
+    assert len(kept) == len(rows)
+
+
+def test_a_teacher_that_is_gone_is_told_before_anything_is_measured(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    save_images(tmp_path, 12, classes=2)
+    measured: list[str] = []
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: teachers\..* leave it out: --models student,base"):
+        evaluate(run, "classification", tmp_path, workers=0, on_model=measured.append)
+    assert not measured

@@ -62,6 +62,21 @@ def test_depth_is_a_file_beside_the_answers(tmp_path: Path) -> None:
     assert _plain({"predicted_depth": depth}, None) == {"predicted_depth": depth.tolist()}
 
 
+def test_an_image_that_cannot_be_read_costs_no_other(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(draw("paper", 0, 0).image).save(folder / "a.png")
+    Image.new("RGB", (200, 200)).save(folder / "large.png")
+    (folder / "broken.jpg").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match=r"2 of 3 images could not be read .*skipped\.jsonl"):
+        told = predict(run, folder, ["segformer"], out=tmp_path / "out", max_pixels=20_000)
+    assert list(told) == ["a.png"]
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["broken.jpg", "large.png"]
+    with pytest.raises(RecipeError, match="choose another place"):
+        predict(run, folder, ["segformer"], out=folder / "out")
+
+
 def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(RecipeError, match="not kept"):

@@ -41,14 +41,15 @@ class Parquet:
         self.column = column
         groups: list[tuple[int, int, int]] = []
         labels: list[NDArray[np.int64] | None] = []
-        self.classes: list[str] | None = None
+        named: list[list[str] | None] = []
         for number, path in enumerate(self.paths):
             rows, label, classes = _inspect(path, column)
             groups += [(number, group, count) for group, count in enumerate(rows)]
             labels.append(label)
-            self.classes = self.classes or classes
+            named.append(classes)
         self.groups = np.array(groups, dtype=np.int64).reshape(-1, 3)  # (groups, 3): file, group in it, rows
         self.ends = np.cumsum(self.groups[:, 2])
+        self.classes, labels = _one_numbering(named, labels)
         known = [label for label in labels if label is not None]
         self.labels = np.concatenate(known) if known and len(known) == len(labels) else None
         self.kept: OrderedDict[int, Any] = OrderedDict()
@@ -156,6 +157,24 @@ def _labels(opened: Any) -> NDArray[np.int64] | None:
         return None
     column = opened.read(columns=["label"], use_threads=False).column(0)
     return column.cast("int64").fill_null(-1).to_numpy()
+
+
+def _one_numbering(
+    named: list[list[str] | None], labels: list[NDArray[np.int64] | None]
+) -> tuple[list[str] | None, list[NDArray[np.int64] | None]]:
+    """The names of the classes of all files, and labels by them; files may number the same names differently."""
+    lists = [names for names in named if names]
+    if all(names == lists[0] for names in lists):
+        return lists[0] if lists else None, labels
+    classes = list(dict.fromkeys(name for names in lists for name in names))
+    number = {name: at for at, name in enumerate(classes)}
+
+    def renumbered(label: NDArray[np.int64] | None, names: list[str] | None) -> NDArray[np.int64] | None:
+        if label is None or not names or label.max(initial=-1) >= len(names):
+            return None  # what its numbers mean is not known
+        return np.array([*(number[name] for name in names), -1])[label]  # -1: none, the last
+
+    return classes, [renumbered(*pair) for pair in zip(labels, named, strict=True)]
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:

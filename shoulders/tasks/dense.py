@@ -20,8 +20,13 @@ from shoulders.tasks.coco import Picture, read_annotations
 SPLITS = ("train", "val", "test")
 IGNORED = 255
 MASKS = "PATH/images/{train,val,test}/* and PATH/annotations/{train,val,test}/*.png (val or test may be absent)"
-OBJECTS = "PATH/{train,val,test}/* and PATH/{train,val,test}.json (val or test may be absent)"
+OBJECTS = (
+    "PATH/{train,val,test}/* and PATH/{train,val,test}.json or PATH/{train,val,test}/_annotations.coco.json "
+    "(val or test may be absent)"
+)
+OTHER_VALS = ("valid", "validation", "dev")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # of Pillow: one number a pixel
+_STEPS = {"L;2": 85, "L;4": 17}  # greys of 2 and 4 bits, which Pillow spreads over 0 to 255
 
 
 class Truth(Protocol):
@@ -99,18 +104,24 @@ def find_masks(path: Path | str, column: str = "image") -> DenseSplits[MaskFile]
             file = (path / "annotations" / name / images.name(index)).with_suffix(".png")
             if not file.is_file():
                 raise DataError(f"{file}: missing; the image {images.name(index)} of {name} needs a mask here")
-            mask = read_mask(file, IGNORED if listed is None else len(listed))  # (H, W)
+            mask = read_mask(file, IGNORED)  # (H, W)
             indices[name].update(np.unique(mask[mask != IGNORED]).tolist())
             masks.append(MaskFile(file, (mask.shape[0], mask.shape[1])))
         found[name] = DenseSplit(images, np.arange(len(images)), masks)
     highest = max(set().union(*indices.values()), default=-1)
     classes = tuple(str(number) for number in range(highest + 1)) if listed is None else listed
-    there = indices["train" if "train" in indices else names[0]]
+    there = indices["train" if "train" in indices else names[0]] & set(range(len(classes)))
     if len(there) < 2:
         raise DataError(
             f"{path}: the masks to fit on hold {len(there)} of {len(classes)} classes; a probe needs at least two "
             f"(pixels of {IGNORED} belong to none: where they are meant as a class, write its index)"
         )
+    if unnamed := sorted(set().union(*indices.values()) - set(range(len(classes)))):
+        told = ", ".join(map(str, unnamed[:5]))
+        warnings.warn(
+            f"{path}: masks hold {told}, classes.json names 0 to {len(classes) - 1}: such pixels count as none; is its "
+            "first name that of index 0?", stacklevel=2,
+        )  # fmt: skip
     return _splits(found, classes)
 
 
@@ -125,7 +136,8 @@ def read_mask(path: Path, n_classes: int) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters is raised
             if image.mode not in _INDEX_MODES:
                 raise ValueError(f"it holds colours ({image.mode}), not one index for each pixel")
-            indices = np.asarray(image).astype(np.int64)
+            step = _STEPS.get(str(image.tile[0].args), 1) if image.tile else 1
+            indices = np.asarray(image).astype(np.int64) // step
     except Exception as error:  # no list of what decoders raise is ever complete
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not a mask that can be read: {reason}; correct it or leave it out") from error
@@ -145,7 +157,7 @@ def find_objects(path: Path | str, column: str = "image", masks: bool = False) -
     found: dict[str, DenseSplit[Picture]] = {}
     classes: tuple[str, ...] = ()
     for name in names:
-        file = path / f"{name}.json"
+        file = _annotation_file(path, name)
         annotations = read_annotations(file)
         if name == "train":
             classes = annotations.classes
@@ -166,8 +178,14 @@ def find_objects(path: Path | str, column: str = "image", masks: bool = False) -
         found[name] = DenseSplit(images, indices, annotations.pictures)
     for name, what in (("train", "learn from"), ("test" if "test" in found else "val", "find")):
         if not any((~picture.crowd).any() for picture in found[name].truths):
-            raise DataError(f"{path / name}.json: no object in it to {what}")
+            raise DataError(f"{_annotation_file(path, name)}: no object in it to {what}")
     return _splits(found, classes)
+
+
+def _annotation_file(path: Path, name: str) -> Path:
+    """Where the objects of a split are: beside its folder, or in it as Roboflow puts them."""
+    inside = path / name / "_annotations.coco.json"
+    return inside if inside.is_file() else path / f"{name}.json"
 
 
 def _present(path: Path, is_there: Callable[[str], bool], layout: str) -> list[str]:
@@ -175,6 +193,8 @@ def _present(path: Path, is_there: Callable[[str], bool], layout: str) -> list[s
     if not path.exists():
         raise RecipeError(f"{path}: there is nothing here; allowed is {layout}")
     names = [name for name in SPLITS if is_there(name)]
+    if "val" not in names and (other := next(filter(is_there, OTHER_VALS), None)):
+        raise RecipeError(f"{path}: holds {other}; rename it to val ({layout})")
     if "train" not in names or len(names) < 2:
         raise RecipeError(
             f"{path}: holds {' and '.join(names) or 'none of the splits'}; it takes train and val or test, as {layout}"

@@ -20,6 +20,9 @@ LAYOUTS = (
 )
 # such as train-00000-of-00002.parquet, validation.parquet, or a folder called validation
 OTHER_NAMES = re.compile(r"(train|val|valid|validation|dev|test)(?:$|[-_.].*(?:parquet|tar)$)")
+OTHER_VALS = ("valid", "validation", "dev")
+# of one of several files anywhere below, such as data/train-00000-of-00002.parquet or imagenet1k-train-0000.tar
+SPLIT_OF_FILE = re.compile(r"(?:^|.*[-_./])(train|valid|validation|val|dev|test)(?=[-_./])")
 TEST_SHARE = 0.2
 
 
@@ -126,6 +129,10 @@ def _named_splits(path: Path, column: str) -> dict[str, Split]:
             present[name] = places[0]
     if set(present) <= {"train"}:  # which may be a class of vehicles
         return {}
+    if "val" not in present:
+        for other in (path / (name + form) for name in OTHER_VALS for form in FORMS):
+            if other.exists():
+                raise RecipeError(f"{path}: holds {other.name}; rename it to val{other.suffix}")
     if "train" not in present:
         raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; allowed are {LAYOUTS}")
     return {name: _labelled(place, name, open_source(place, column)) for name, place in present.items()}
@@ -139,10 +146,12 @@ def _refuse_other_names(path: Path) -> None:
     """
     if not path.is_dir():
         return
+    files = [str(file.relative_to(path)) for form in FORMS[1:] for file in sorted(path.rglob(f"*{form}"))]
     named = [(entry.name, OTHER_NAMES.match(entry.name)) for entry in sorted(path.iterdir())]
-    splits = {match[1] for _, match in named if match}
+    named += [(file, SPLIT_OF_FILE.match(file)) for file in files]
+    splits = {match[1]: name for name, match in reversed(named) if match}
     if len(splits) > 1:
-        names = ", ".join(name for name, match in named if match)
+        names = ", ".join(sorted(splits.values()))
         raise RecipeError(f"{path}: {names} look like splits, but allowed are {LAYOUTS}; rename them")
 
 
@@ -157,17 +166,24 @@ def _labelled(where: Path, name: str, source: ImageSource) -> Split:
     return Split(Collection({name: source}), np.arange(len(source)))
 
 
+def _renumber(path: Path, name: str, images: Collection, names: list[str] | None) -> None:
+    """Number the classes of a split, which may lack some, as those of train."""
+    if not names or not images.classes or len({*names}) < len(names) or not {*images.classes} <= {*names}:
+        odd = ", ".join(sorted(set(images.classes or ()) - set(names or ()))[:5]) or "in their names"
+        raise DataError(f"{path}: train and {name} differ in their classes ({odd}); give train every class")
+    assert images.labels is not None  # noqa: S101  (find_splits refuses collections without labels)
+    images.labels = np.array([names.index(one) for one in images.classes], dtype=np.int64)[images.labels]
+    images.classes = names
+
+
 def _count_classes(path: Path, splits: dict[str, Split]) -> int:
     """How many classes there are, the same in every split."""
-    seen = {name: set(given.labels().tolist()) for name, given in splits.items()}
     names = splits["train"].images.classes
     for name, given in splits.items():
         if given.images.classes != names:
-            odd = sorted(set(given.images.classes or ()) ^ set(names or ()))[:5]
-            raise DataError(
-                f"{path}: train and {name} differ in their classes ({', '.join(odd) or 'in their order'}); "
-                "give the same ones to every split"
-            )
+            _renumber(path, name, given.images, names)
+    seen = {name: set(given.labels().tolist()) for name, given in splits.items()}
+    for name in splits:
         if names is None and seen[name] - seen["train"]:
             odd_labels = sorted(seen[name] - seen["train"])[:5]
             raise DataError(f"{path}: {name} has labels that train lacks: {odd_labels}; give every class to train")

@@ -30,6 +30,7 @@ FEWEST_STEPS, MOST_STEPS = 600, 20_000
 WARM_UP = 50  # steps
 AVERAGE = 0.99  # what the averaged weights keep of themselves at each step
 LOOKS = 4  # at val, evenly over the steps
+AT_ONCE = 2**26  # pixels of masks that are drawn together
 SHOWN = 0.25  # of a box that a view has to show, so that the object counts
 
 
@@ -196,23 +197,27 @@ def find(head: ObjectHead, frozen: Frozen[Picture]) -> list[Found]:
 
 def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Found:
     """Objects in places as `Found` in an image of ``size`` = (h, w) px."""
-    boxes, drawn = in_pixels(objects, size, grid)
+    boxes, masks = in_pixels(objects, size, grid), objects.masks
+    few = max(1, AT_ONCE // (size[0] * size[1]))
+    drawn = None if masks is None else (
+        mask for part, inside in zip(masks.split(few), boxes.split(few), strict=True)
+        for mask in encode(draw(part, inside, size).numpy())
+    )  # fmt: skip
     return Found(
         objects.classes.cpu().numpy(),
         objects.scores.cpu().double().numpy(),
         boxes.double().numpy(),
-        None if drawn is None else encode(drawn.numpy()),
+        None if drawn is None else tuple(drawn),
     )
 
 
-def in_pixels(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
-    """Boxes (q, 4) and masks (q, h, w) of objects in places, in an image of ``size`` = (h, w) px."""
+def in_pixels(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Boxes (q, 4) of objects in places, in an image of ``size`` = (h, w) px."""
     h, w = size
     px = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
     boxes = objects.boxes.cpu() * px
-    boxes = torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h),
-                         boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)  # fmt: skip
-    return boxes, None if objects.masks is None else draw(objects.masks, boxes, size)
+    return torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h),
+                        boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)  # fmt: skip
 
 
 def draw(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

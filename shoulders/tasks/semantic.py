@@ -18,6 +18,7 @@ LR_GRID = (3e-3, 1e-2, 3e-2)
 BATCH = 16
 EPOCHS = 20
 FEWEST_STEPS, MOST_STEPS = 400, 20_000
+AT_ONCE = 2**26  # logits that are enlarged together
 ENLARGE = 4  # logits are compared with the masks at this many times the grid
 WEIGHT_DECAY = 1e-3
 
@@ -117,6 +118,17 @@ def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
+def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, H, W) -> (h, w) int64 on the CPU: the class of the highest logit, enlarged a few classes at a time."""
+    few = max(1, AT_ONCE // (size[0] * size[1]))
+    best, chosen = enlarge(logits[None, :few], size)[0].max(0)  # (h, w)
+    for first in range(few, len(logits), few):
+        values, indices = enlarge(logits[None, first : first + few], size)[0].max(0)
+        higher = values > best
+        best, chosen = torch.where(higher, values, best), torch.where(higher, indices + first, chosen)
+    return chosen.cpu()
+
+
 @torch.no_grad()
 def confusion(head: nn.Module, frozen: Frozen[MaskFile], n_classes: int) -> Tensor:
     """(K, K) int64: pixels of each true class (rows) by predicted class, at the size of the masks."""
@@ -125,7 +137,7 @@ def confusion(head: nn.Module, frozen: Frozen[MaskFile], n_classes: int) -> Tens
         rows = range(start, min(start + BATCH, len(frozen)))
         for row, logits in zip(rows, head(frozen.maps(rows)), strict=True):
             mask = frozen.truths[row]
-            predicted = enlarge(logits[None], mask.size)[0].argmax(0).cpu()  # (h, w)
+            predicted = class_map(logits, mask.size)  # (h, w)
             truth = torch.from_numpy(read_mask(mask.path, n_classes)).long()
             known = truth != IGNORED
             pairs = truth[known] * n_classes + predicted[known]

@@ -86,13 +86,9 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
         )
     except RecipeError as error:
         raise DataError(f"teachers.{name}.model: {source!r}: {error}") from error
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-    ) as error:  # whatever a model's forward raises
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:  # of a model's own forward
+        if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
         h, w = checkpoint.preprocessing.size
         why = " ".join(str(error).split())[:300]
         raise DataError(f"teachers.{name}.model: {source!r} cannot be asked about {h} x {w} px: {why}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,46 @@ def test_indices_above_the_classes_are_ignored(tmp_path: Path) -> None:
     assert read_mask(tmp_path / "x.png", 2).tolist() == [[0, 1, 255, 255, 255]]
     Image.fromarray(np.array([[0, 1, 300, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
     assert read_mask(tmp_path / "deep.png", 255).tolist() == [[0, 1, 255, 255]]
+
+
+def test_indices_without_a_name_are_told(tmp_path: Path) -> None:
+    """A list that leaves out the background would give every class the name of the next."""
+    save_masks(tmp_path)
+    (tmp_path / "classes.json").write_text('["one", "two"]')
+    with pytest.warns(UserWarning, match=r"masks hold 2, classes\.json names 0 to 1: such pixels count as none"):
+        assert find_masks(tmp_path).classes == ("one", "two")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_few_bits_hold_indices(bits: int, tmp_path: Path) -> None:
+    wanted = np.arange(2 ** min(bits, 4)).reshape(2, -1) % 4 if bits > 1 else np.array([[0, 1], [1, 0]])
+    (tmp_path / "grey.png").write_bytes(grey_png(wanted, bits))
+    assert read_mask(tmp_path / "grey.png", 255).tolist() == wanted.tolist()
+
+
+def grey_png(indices: Any, bits: int) -> bytes:
+    """A grey PNG of so many bits a pixel, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = indices.shape
+    rows = b""
+    for row in indices:
+        digits = "".join(f"{int(index):0{bits}b}" for index in row).ljust(-(-width * bits // 8) * 8, "0")
+        rows += b"\0" + bytes(int(digits[at : at + 8], 2) for at in range(0, len(digits), 8))
+    head = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_objects_as_roboflow_lays_them_out(tmp_path: Path) -> None:
+    save_objects(tmp_path, {"train": 4, "val": 2})
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.json").rename(tmp_path / name / "_annotations.coco.json")
+    assert len(find_objects(tmp_path).train.truths) == 4
+    (tmp_path / "val").rename(tmp_path / "valid")
+    with pytest.raises(RecipeError, match="holds valid; rename it to val"):
+        find_objects(tmp_path)
 
 
 def test_without_test_val_is_reported_and_a_fifth_of_train_chosen_on(tmp_path: Path) -> None:
@@ -197,7 +239,8 @@ def test_minibatches_pass_over_all_rows_in_turn() -> None:
 
 def test_real_layouts_are_read(shared_data: Path) -> None:
     street, blood, people = (shared_data / name for name in ("camvid", "bccd", "pennfudan"))
-    assert len(find_masks(street).classes) == 11
+    with pytest.warns(UserWarning, match="masks hold 11, classes.json names 0 to 10"):  # what is void there
+        assert len(find_masks(street).classes) == 11
     assert len(find_objects(blood).classes) == 3
     found = find_objects(people, masks=True)
     assert (found.val, found.how) == (None, "train, val as given")

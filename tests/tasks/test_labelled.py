@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
+from shoulders.images import open_source
 from shoulders.tasks.labelled import Split, find_splits
 
 
@@ -77,6 +79,50 @@ def test_tar_files(tmp_path: Path) -> None:
     write_tar(tmp_path / "test.tar", [1, 0])
     splits = find_splits(tmp_path)
     assert (*counts(splits.train, splits.test), splits.n_classes) == (3, 2, 2)
+
+
+def test_a_split_may_lack_classes_that_train_has(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", ["cat", "dog", "fox"], 2)
+    write_classes(tmp_path / "val", ["cat"], 1)
+    write_classes(tmp_path / "test", ["dog", "fox"], 1)
+    splits = find_splits(tmp_path)
+    assert splits.val is not None and splits.val.labels().tolist() == [0]
+    assert splits.test.labels().tolist() == [1, 2]
+    assert splits.test.images.classes == ["cat", "dog", "fox"] and splits.n_classes == 3
+
+
+@pytest.mark.parametrize("files", [
+    ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+    ("plain_text/train.parquet", "plain_text/test.parquet"),
+    ("imagenet1k-train-0000.parquet", "imagenet1k-validation-0000.parquet"),
+])  # fmt: skip
+def test_splits_are_not_mixed_wherever_their_files_lie(files: tuple[str, str], tmp_path: Path) -> None:
+    for file in files:
+        write_parquet(tmp_path / file, [0, 1] * 10)
+    with pytest.raises(RecipeError, match="look like splits"):
+        find_splits(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "dev"])
+def test_val_by_another_name_is_not_left_out_in_silence(name: str, tmp_path: Path) -> None:
+    for split in ("train", "test", name):
+        write_classes(tmp_path / split, ["cat", "dog"], 2)
+    with pytest.raises(RecipeError, match=f"holds {name}; rename it to val"):
+        find_splits(tmp_path)
+
+
+def test_parquet_files_that_number_their_classes_differently(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for file, classes, labels in (("a", ["cat", "dog"], [0, 1] * 5), ("b", ["fox", "cat"], [0, 1, 1] * 5)):
+        write_parquet(tmp_path / f"{file}.parquet", labels)
+        table = parquet.read_table(tmp_path / f"{file}.parquet")
+        told = {"info": {"features": {"label": {"names": classes}}}}
+        table = table.replace_schema_metadata({b"huggingface": json.dumps(told).encode()})
+        parquet.write_table(pyarrow.table(table), tmp_path / f"{file}.parquet")
+    source = open_source(tmp_path)
+    assert source.classes == ["cat", "dog", "fox"] and source.labels is not None
+    assert source.labels.tolist() == [0, 1] * 5 + [2, 0, 0] * 5
 
 
 def test_one_folder_is_split_by_stable_id_in_every_class(tmp_path: Path) -> None:
@@ -163,7 +209,7 @@ def test_one_image_of_each_class_is_refused(tmp_path: Path) -> None:
 def test_other_classes_in_test_than_in_train_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog"], 1)
     write_classes(tmp_path / "test", ["cat", "fox"], 1)
-    with pytest.raises(DataError, match=r"train and test differ in their classes \(dog, fox\)"):
+    with pytest.raises(DataError, match=r"train and test differ in their classes \(fox\); give train every"):
         find_splits(tmp_path)
 
 
