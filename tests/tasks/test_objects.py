@@ -140,6 +140,17 @@ def test_nothing_found_is_an_answer() -> None:
     assert found.boxes.shape == (0, 4) and found.masks == ()
 
 
+def test_masks_drawn_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, those of a photo of 12 megapixels would take gigabytes."""
+    torch.manual_seed(0)
+    corners = torch.tensor([[0.0, 0.0, 9.0, 9.0], [3.0, 2.0, 8.0, 11.0], [1.0, 5.0, 14.0, 12.0]])
+    several = Objects(torch.arange(3), torch.rand(3), corners, torch.randn(3, 32, 32))
+    whole = objects.to_original(several, (40, 50), (8, 8))
+    monkeypatch.setattr(objects, "AT_ONCE", 40 * 50 * 2)
+    assert objects.to_original(several, (40, 50), (8, 8)).masks == whole.masks
+    assert whole.masks is not None and decode(whole.masks, (40, 50)).any((1, 2)).all()
+
+
 def test_boxes_are_found_by_features_that_hold_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     splits = find_objects(save_objects(tmp_path))
     rows = objects.run(colours, splits, [SIZE], batch=7)

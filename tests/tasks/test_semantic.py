@@ -21,6 +21,16 @@ def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(semantic, "FEWEST_STEPS", 60)
 
 
+@pytest.mark.parametrize("classes_at_once", [1, 3, 7, 100])
+def test_the_class_of_each_pixel_however_many_classes_are_enlarged_at_once(
+    classes_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    expected = semantic.enlarge(logits[None], (33, 41))[0].argmax(0)
+    monkeypatch.setattr(semantic, "AT_ONCE", classes_at_once * 33 * 41)
+    assert torch.equal(semantic.class_map(logits, (33, 41)), expected)
+
+
 def by_metric(rows: list[Row]) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in rows}
 
