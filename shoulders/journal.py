@@ -67,8 +67,9 @@ class Journal:
     def __init__(self, out: Path, first_step: int, train: Train, is_main: bool):
         self.path = out / "metrics.jsonl"
         self.is_main = is_main
+        often = 0.1 if sys.stderr.isatty() else 10  # s between two bars: a log file keeps them all
         self.bar = tqdm(total=train.steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True,
-                        file=sys.stderr, smoothing=0.05)  # fmt: skip
+                        file=sys.stderr, smoothing=0.05, mininterval=often)  # fmt: skip
         self.state: dict[str, str] = {}
         self.writer: Any = None
         self.images, self.since = 0, time.perf_counter()

@@ -16,15 +16,14 @@ from PIL import Image
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import Collection, open_source
 from shoulders.tasks.coco import Picture, read_annotations
+from shoulders.tasks.labelled import OTHER_VALS, SPLITS
 
-SPLITS = ("train", "val", "test")
 IGNORED = 255
 MASKS = "PATH/images/{train,val,test}/* and PATH/annotations/{train,val,test}/*.png (val or test may be absent)"
 OBJECTS = (
     "PATH/{train,val,test}/* and PATH/{train,val,test}.json or PATH/{train,val,test}/_annotations.coco.json "
     "(val or test may be absent)"
 )
-OTHER_VALS = ("valid", "validation", "dev")
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # of Pillow: one number a pixel
 _STEPS = {"L;2": 85, "L;4": 17}  # greys of 2 and 4 bits, which Pillow spreads over 0 to 255
 
