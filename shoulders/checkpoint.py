@@ -146,9 +146,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise space_error(error, path) from error
 
 
-def fingerprint(*modules: nn.Module) -> str:
-    """A sha256 over all weights and buffers of frozen modules: whether a run goes on with what it began with."""
-    digest = hashlib.sha256()
+def fingerprint(*modules: nn.Module, facts: object = None) -> str:
+    """A sha256 over all weights and buffers of frozen modules: whether a run goes on with what it began with.
+
+    Args:
+        facts: what else is to be the same: plain data.
+    """
+    digest = hashlib.sha256(repr(facts).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())
@@ -162,7 +166,8 @@ def space_error(error: Exception, path: Path, fix: str = "make room and start ag
     full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # of safetensors
     if not full:
         return error
-    free = shutil.disk_usage(path.parent).free // 2**20
+    there = next(above for above in path.absolute().parents if above.exists())
+    free = shutil.disk_usage(there).free // 2**20
     return SpaceError(f"{path}: no space left on the disk ({free} MiB free); {fix}")
 
 

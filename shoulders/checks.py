@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -13,6 +15,8 @@ from shoulders.checkpoint import checkpoints
 from shoulders.errors import RecipeError
 from shoulders.fidelity import check_int8
 from shoulders.grafts import check_graft
+from shoulders.heldout import FEWEST, too_few
+from shoulders.images import ImageSet
 from shoulders.own import check_function
 from shoulders.parallel import PARTS
 from shoulders.ranks import Rank
@@ -67,6 +71,7 @@ def check_teaching(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
         raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
     for name, source in recipe.images.all_sources().items():
         check_source(name, source)
+    check_sources(recipe, own)
     check_names(recipe, own)
     check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.reads)
     for name, spec in recipe.teachers.items():
@@ -103,6 +108,44 @@ def check_source(name: str, source: Source) -> None:
             check_function(source.module)
         except ValueError as error:
             raise RecipeError(f"images.sources.{name}.module: {error}") from error
+
+
+def check_sources(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
+    """Every source teaches something; a warning where one lies in another.
+
+    Raises:
+        RecipeError: naming the source that teaches nothing.
+    """
+    sources = recipe.images.all_sources()
+    asked = {source for home in recipe.homes.values() for source in home}
+    if not own and not recipe.transfer.preserve and len(recipe.homes) == len(recipe.teachers):
+        if idle := [name for name in sources if name not in asked]:
+            raise RecipeError(
+                f"images.sources: no teacher is asked about {', '.join(idle)}, and transfer.preserve is 0: these "
+                "images would teach nothing; leave them out, or add them to teachers.NAME.sources"
+            )
+    places = {name: source.path.resolve() for name, source in sources.items() if source.path is not None}
+    for (one, inner), (other, outer) in permutations(places.items(), 2):
+        if inner.is_relative_to(outer) and (inner != outer or one < other):
+            warnings.warn(
+                f"images.sources: {one} lies in {other}: its images come up in both, and some that are held out of one "
+                "train in the other, so that held-out measures are too good; give folders beside each other",
+                stacklevel=2,
+            )
+
+
+def check_heldout(recipe: Recipe, images: ImageSet) -> None:
+    """Every teacher is asked about enough held-out images to be measured.
+
+    Raises:
+        DataError: naming the teacher.
+    """
+    heldout = images.images.ids[images.heldout]
+    for name in recipe.teachers:
+        home = recipe.homes.get(name)
+        count = len(heldout) if home is None else len(images.images.rows_of(home, heldout))
+        if count < FEWEST:
+            raise too_few(name, count, len(heldout))
 
 
 def check_names(recipe: Recipe, own: Mapping[str, Teacher]) -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import warnings
 from contextlib import nullcontext, redirect_stdout
@@ -21,6 +22,13 @@ app = typer.Typer(
     help="Build a vision foundation model from models instead of labels.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+
+def _at_home(path: Path | None) -> Path | None:
+    """~ is one's own folder also where the shell did not say so, as in --out=~/page.html."""
+    return None if path is None else path.expanduser()
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
@@ -163,7 +171,9 @@ def predict(
     probe: Annotated[
         list[str] | None, typer.Option(help="A probe that evaluate fitted, such as student/semantic; may be repeated.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where predictions.json and pictures go.")] = Path("predictions"),
+    out: Annotated[Path, typer.Option(help="Where predictions.json and pictures go.", callback=_at_home)] = Path(
+        "predictions"
+    ),
     threshold: Annotated[float, typer.Option(help="Leave out objects of a lower score.", min=0, max=1)] = 0.5,
     max_pixels: Annotated[int, typer.Option(help="Leave out images of more.", min=1)] = 50_000_000,
     as_json: AsJson = False,
@@ -183,7 +193,9 @@ def predict(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the run folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; default: report.html in the run folder.", callback=_at_home)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the page of a run: scores, pictures and curves in one file."""
@@ -225,9 +237,9 @@ def teachers(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Where everything goes; what is there already is not run again.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where everything goes; what is there already is not run again.", callback=_at_home)
+    ] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A minute's worth; the scores mean nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -249,7 +261,7 @@ def demo(
 
 @app.command()
 def world(
-    folder: Annotated[Path, typer.Argument(help="Where to write; one folder for each style.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write; one folder for each style.", callback=_at_home)],
     style: Annotated[list[str] | None, typer.Option(help="A style, may be repeated; default: all.")] = None,
     train: Annotated[int, typer.Option(help="Scenes of each style to fit on.", min=1)] = 1000,
     val: Annotated[int, typer.Option(help="Scenes of each style to choose on.", min=0)] = 200,
@@ -303,10 +315,14 @@ def main() -> None:
             print(f"shoulders: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
             sys.exit(DataError.exit_code)
         print(
-            f"shoulders: {error.filename or 'the disk'}: no space left; make room and go on with --resume",
+            f"shoulders: {error.filename or 'the disk'}: no space left; make room and start it again",
             file=sys.stderr,
         )
         sys.exit(SpaceError.exit_code)
+    except SystemExit as stop:
+        if stop.code == 128 + signal.SIGINT:
+            print("shoulders: stopped; start it again: what is finished is kept", file=sys.stderr)
+        raise
 
 
 # what torch says when something is gone -> exit code, and what to do

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from shoulders.checkpoint import write_folder, write_text
 from shoulders.checks import check
 from shoulders.distill import distill, student_at_birth
+from shoulders.errors import Stopped
 from shoulders.evaluate import evaluate, evaluate_heads
 from shoulders.model import save_student
 from shoulders.ranks import Rank, this_device
@@ -87,8 +89,9 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     Raises:
         RecipeError: the folder holds something else.
         SpaceError: the disk is full.
+        Stopped: after SIGTERM or SIGINT.
     """
-    out, effort = Path(out), QUICK if quick else FULL
+    out, effort = Path(out).expanduser(), QUICK if quick else FULL
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
@@ -105,6 +108,8 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
         rows = [json.loads(_file(out, kind, teacher).read_text()) for teacher, kind in product(TASKS_OF, KINDS)]
         write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
         write_report(out, rows=rows, images=None)
+    except Stopped as stopped:
+        raise Stopped(stopped.number) from stopped  # a demo that is started again goes on by itself
     finally:
         torch.set_num_threads(before)
     return rows
@@ -165,7 +170,8 @@ def _processes() -> Iterator[ProcessPoolExecutor]:
 
 
 def _give_way() -> None:
-    """One thread each, and the distillation, which all else waits for, goes first."""
+    """One thread each, and the distillation, which all else waits for, goes first; Ctrl-C ends it without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     os.nice(10)
 

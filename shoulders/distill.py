@@ -7,11 +7,11 @@ a run that was killed needs one integer and the tensors that learn to go on bit 
 from __future__ import annotations
 
 import hashlib
-import json
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,16 @@ from torch import Tensor
 
 from shoulders.cache import AnyTeachers, open_cache
 from shoulders.checkpoint import fingerprint, load_newest, save_checkpoint, write_folder, write_text
-from shoulders.checks import check
+from shoulders.checks import check, check_heldout, check_out
 from shoulders.errors import DataError, NumericError, RecipeError, Stopped
-from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped
+from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped, in_order
 from shoulders.grafts import Head, load_graft
 from shoulders.heads import check_processor
 from shoulders.heldout import HeldOut
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
-from shoulders.journal import Journal, keep_rows
+from shoulders.journal import Journal, keep_rows, read_rows
 from shoulders.learner import Learner, Optimization
+from shoulders.locks import alone
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
 from shoulders.parallel import gathered, share, synced, whole
 from shoulders.ranks import Rank, join, signals, use_bf16
@@ -52,18 +53,19 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         A summary: out, steps, seconds, and the last held-out measures.
 
     Raises:
-        RecipeError: if the recipe cannot work; before any weight is loaded.
+        RecipeError: if the recipe cannot work; before any weight is loaded. Another process is at work in ``out``.
         DataError: if too many images are unreadable, or no checkpoint verifies.
         NumericError: if the loss is no longer finite.
         SpaceError: if the disk is full.
         Stopped: after SIGTERM or SIGINT, with a checkpoint saved.
     """
     started = time.perf_counter()
-    with join() as rank:
+    with join() as rank, ExitStack() as held:
         check(recipe, own or {}, rank, resume)
         rank.barrier()  # nobody writes before all have checked
+        held.enter_context(alone(recipe.out, rank))
+        check_out(recipe, resume)  # once more: another run may have ended there since
         if rank.is_main:
-            recipe.out.mkdir(parents=True, exist_ok=True)
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
         if resume and _finished(recipe):
             rank.say(f"{recipe.out} is finished already")
@@ -71,7 +73,8 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         run = prepare(recipe, own or {}, rank)
         heads = kept_heads(recipe, run.teachers, rank)  # what cannot be kept is not found out after the last step
         measures = run.train(resume)
-        summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": time.perf_counter() - started}
+        seconds = run.before + time.perf_counter() - started
+        summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": seconds}
         summary |= measures
         weights = gathered(run.student.state_dict(), rank)
         if rank.is_main:
@@ -84,6 +87,7 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
 def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: Rank) -> Run:
     """Open the images, load the teachers or their cache, and bring a student into the world."""
     images = open_images(recipe.images, recipe.train.seed)
+    check_heldout(recipe, images)
     bf16 = use_bf16(recipe.train.precision, rank.device)
     teachers = open_cache(recipe, own, images, bf16, rank) or Teachers(
         {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own), bf16=bf16
@@ -114,7 +118,9 @@ class Run:
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
         self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
-        self.frozen = fingerprint(self.student.encoder.base, teachers)
+        self.before, self.began = 0.0, time.perf_counter()  # seconds of earlier legs of this run; of this one
+        facts = teachers.taps, teachers.sizes, self.student.config.mean, self.student.config.std
+        self.frozen = fingerprint(self.student.encoder.base, teachers, facts=facts)
         self.module = share(learner, self.student.encoder.base, teachers, recipe.train.parallel, rank)
         self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
@@ -204,8 +210,7 @@ class Run:
             with self.autocast():
                 said = self.student.encoder.own(batch.pixels(self.size), missing)
             taught |= {f"{BASE}/{place}": features.map(torch.Tensor.float) for place, features in said.items()}
-        # one layout in memory, cached or live: another one rounds differently
-        return {tap: features.map(torch.Tensor.contiguous) for tap, features in taught.items()}
+        return {tap: features.map(in_order) for tap, features in taught.items()}
 
     def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features], dict[str, Tensor]]]:
         for batch in (batch.to(self.rank.device) for batch in stream):
@@ -238,18 +243,21 @@ class Run:
             return
         self.rank.say(f"fitting the standardizers ({how.standardize}) on {how.calibration} images")
         moments: dict[str, dict[str, Moments]] = {}
+        images: Counter[str] = Counter()  # by tap
         steps = -(-how.calibration // train.batch)
         # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
         parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
         for _, taught, _ in self._taught(parts):
             for tap, features in taught.items():
+                images[tap] += features.images
                 for part, x in features.parts().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
         for tap in self.student.taps:
-            if (fewest := min(one.count for one in moments[tap].values())) < FEWEST:
+            if images[tap] < FEWEST:
                 raise DataError(
-                    f"teachers.{teacher_of(tap)}.sources: {fewest or 'none'} of the {steps * train.batch} images that "
-                    "the statistics are estimated on come from there; raise transfer.calibration, or the share of these"
+                    f"teachers.{teacher_of(tap)}.sources: {images[tap] or 'none'} of the {steps * train.batch} images "
+                    "that the statistics are estimated on come from there; raise transfer.calibration, or the share of "
+                    "these"
                 )
             if not all(one.mean.isfinite().all() for one in moments[tap].values()):
                 raise NumericError(f"{tap}: what is said of some images is not finite; check its weights and its size")
@@ -273,7 +281,8 @@ class Run:
         tensors = gathered(self.optimization.tensors(), self.rank)
         if self.rank.is_main:
             folder = self.recipe.out / "checkpoints"
-            save_checkpoint(folder, step, tensors, self._began_with(), self.recipe.train.keep)
+            state = self._began_with() | {"seconds": self.before + time.perf_counter() - self.began}
+            save_checkpoint(folder, step, tensors, state, self.recipe.train.keep)
         self.rank.barrier()
 
     def _began_with(self) -> dict[str, Any]:
@@ -286,6 +295,7 @@ class Run:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
         saved = load_newest(self.recipe.out / "checkpoints", self.rank.say)
         if saved is None:
+            self.rank.say(f"{self.recipe.out}: no checkpoint to go on from; starting with the first step")
             return 0
         tensors, state = saved
         now = self._began_with()
@@ -293,6 +303,7 @@ class Run:
             if state.get(what, now[what]) != now[what]:
                 raise DataError(f"{self.recipe.out}: {words} this run began")
         self.optimization.restore(tensors)
+        self.before = state.get("seconds", 0.0)
         return int(state["step"])
 
 
@@ -345,8 +356,7 @@ def _finished(recipe: Recipe) -> bool:
 
 def _inherited(recipe: Recipe) -> list[dict[str, Any]]:
     """The rows that the end of a run left."""
-    file = recipe.out / "results.json"
-    return [row for row in json.loads(file.read_text()) if row["task"] == "inheritance"] if file.exists() else []
+    return [row for row in read_rows(recipe.out / "results.json") if row["task"] == "inheritance"]
 
 
 def _summary_of(recipe: Recipe) -> dict[str, Any]:

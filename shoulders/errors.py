@@ -35,7 +35,7 @@ class Stopped(ShouldersError):
     """A signal asked the run to stop; its checkpoint, or what is made of a cache, is saved."""
 
     def __init__(self, number: int, step: int | None = None):
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
         saved = f" at step {step}; the checkpoint is saved: go on with --resume"
         made = "; what is made is kept: go on with the same command"
         super().__init__(f"stopped by signal {number}" + (made if step is None else saved))

@@ -43,6 +43,11 @@ class Features:
                     f"spatial must be (B, {h * w}, C) for grid {self.grid}, got {tuple(self.spatial.shape)}"
                 )
 
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(next(iter(self.parts().values())))
+
     @classmethod
     def from_map(cls, maps: Tensor, summary: Tensor | None = None) -> Features:
         """Features of a channels-first map (B, C, H, W)."""
@@ -70,6 +75,13 @@ class Features:
         """``{"summary": (B, C), "spatial": (B, N, C)}``, without the absent ones."""
         named = {"summary": self.summary, "spatial": self.spatial}
         return {name: part for name, part in named.items() if part is not None}
+
+
+def in_order(x: Tensor) -> Tensor:
+    """The same numbers, row after row in memory: in another layout, sums over them are rounded differently."""
+    if x.stride() == torch.empty(x.shape, device="meta").stride():  # is_contiguous is easy about sides of 1
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
 Asked = Mapping[str, Tensor]  # {teacher: (b,) the images of a batch that it is asked about}; one not named: all

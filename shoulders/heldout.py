@@ -64,10 +64,7 @@ class HeldOut:
         }  # fmt: skip
         for name, target in self.targets.items():
             if len(target.vectors) < FEWEST:
-                raise DataError(
-                    f"images.holdout: {teacher_of(name)} is asked about {len(target.vectors)} of {len(self)} held-out "
-                    f"images, and {FEWEST} are needed; raise it, or give more images"
-                )
+                raise too_few(teacher_of(name), len(target.vectors), len(self))
 
     def __len__(self) -> int:
         """Images that could be read."""
@@ -115,6 +112,14 @@ class HeldOut:
                         here = target.places[target.first[number] : target.first[number + 1]]
                         found[name].append(_at(align(features, target.grid), here))
         return ({name: torch.cat(parts) for name, parts in found.items()} for found in (latents, told))  # type: ignore[return-value]
+
+
+def too_few(teacher: str, asked: int, heldout: int) -> DataError:
+    """The refusal of a teacher that cannot be measured."""
+    return DataError(
+        f"images: {teacher} is asked about {asked} of {heldout} held-out images, and {FEWEST} are needed; give more "
+        "images"
+    )
 
 
 def _smaller(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from shoulders.checkpoint import write_text
+from shoulders.errors import DataError
 from shoulders.ranks import this_device
 from shoulders.recipe import Train
 
@@ -33,8 +34,21 @@ def keep_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
     new = {same(row) for row in rows}
     with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may measure at once
-        before = json.loads(path.read_text()) if path.exists() else []
+        before = read_rows(path)
         write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``results.json``; none where there is no such file.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        rows = json.loads(path.read_text()) if path.exists() else []
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); move it out of the way, and measure again") from error
+    return rows
 
 
 def surroundings() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from shoulders.parallel import apart, clip, part_of, replicated
 from shoulders.recipe import Recipe, Train
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
-from shoulders.transfer.objective import BASE, Settings, kpu
+from shoulders.transfer.objective import BASE, Balance, Settings, kpu
 from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths, teacher_of
 
 
@@ -75,13 +75,13 @@ class Learner(nn.Module):
         """What the optimizer moves, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def _balance(self, losses: Tensor, coins: Tensor) -> Tensor:
-        kinds: dict[str, Callable[[Tensor], Tensor]] = {
+    def _balance(self, losses: Tensor, asked: Tensor, coins: Tensor) -> Tensor:
+        kinds: dict[str, Balance] = {
             "uniform": balance.uniform,
             "fixed": partial(balance.fixed, shares=self.shares),
             "dropping": partial(balance.dropping, coins=coins),
         }
-        return kinds[self.kind](losses)
+        return kinds[self.kind](losses, asked)
 
 
 class Optimization:

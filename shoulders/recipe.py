@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -292,13 +293,20 @@ def check_resumed(recipe: Recipe, written: Path) -> None:
     Raises:
         RecipeError: naming every key that differs and would change the result.
     """
-    before, now = _flat(read_recipe(written).model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    started = read_recipe(written)
+    before, now = _flat(started.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new and key not in FREE_ON_RESUME:
             raise RecipeError(
                 f"{key}: the run started with {old!r}, not {new!r}; resume with the same, or choose another out"
             )
+    for key, was, is_now in (
+        ("images.sources", list(started.images.sources), list(recipe.images.sources)),
+        ("teachers", list(started.teachers), list(recipe.teachers)),
+    ):
+        if was != is_now:
+            raise RecipeError(f"{key}: the run started with {', '.join(was)} in this order; resume with the same")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -316,6 +324,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"{override!r}: the value is not YAML") from error
+    if isinstance(parsed, date) or (isinstance(parsed, str) and "#" in value and value[:1] not in ("'", '"')):
+        parsed = value.strip()  # YAML takes a folder called 2024-11-20 for a day, and cuts "set #2" short
     *parents, last = key.split(".")
     here = tree
     for parent in parents:

@@ -29,8 +29,10 @@ def explain(fault: Any, root: type[BaseModel]) -> str:
         return f"{key}: missing; give it in the recipe or as {key}=... on the command line"
     if fault["type"] == "union_tag_not_found":
         return f"{key}: give its kind, one of {', '.join(map(_kind, below))}"
-    message = fault["msg"].removeprefix("Value error, ")
     given = fault["input"]
+    if fault["type"] == "path_type":
+        return f"{key}: a path is text, and YAML reads another thing here ({given!r}); put it into quotes of its own"
+    message = fault["msg"].removeprefix("Value error, ")
     return f"{key}: {message}" + (f" (got {given!r})" if isinstance(given, str | int | float | None) else "")
 
 

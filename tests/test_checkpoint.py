@@ -107,6 +107,11 @@ def test_a_full_disk_is_named_and_harms_nothing(where: str, tmp_path: Path, monk
     load_checkpoint(tmp_path / "step-00000001")
 
 
+def test_a_full_disk_is_named_before_there_is_a_folder(tmp_path: Path) -> None:
+    error = checkpoint.space_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "a" / "b" / "step-1")
+    assert isinstance(error, SpaceError)
+
+
 def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.json"
     write_text(path, "one")

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
+from shoulders import cli
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,8 +179,28 @@ def test_world_is_written_once(tmp_path: Path) -> None:
     assert refused.stderr.startswith(f"shoulders: {tmp_path / 'ink'}: holds the world")
 
 
+def test_the_short_name_of_ones_own_folder_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert shoulders("world", "~/w", "--style", "ink", "--train", 1, "--val", 0, "--test", 1).returncode == 0
+    assert (tmp_path / "w" / "ink").is_dir() and not (tmp_path / "~").exists()
+
+
 def test_of_several_processes_one_tells_the_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert shoulders("teachers", "--families").stdout == ""
     monkeypatch.setenv("RANK", "0")
     assert "dinov2" in shoulders("teachers", "--families").stdout
+
+
+def test_ctrl_c_is_answered_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", typer.Typer())
+    cli.app.command()(interrupted)
+    monkeypatch.setattr(sys, "argv", ["shoulders"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip() == "shoulders: stopped; start it again: what is finished is kept"

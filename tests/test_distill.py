@@ -20,12 +20,14 @@ import yaml
 from safetensors.torch import load_file
 
 import shoulders
-from shoulders.checkpoint import checkpoints
+from shoulders.checkpoint import checkpoints, load_checkpoint
 from shoulders.distill import distill
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
 from shoulders.images import ImageSet, open_source
 from shoulders.journal import Journal
+from shoulders.locks import RUN, Claims
+from shoulders.plan import plan
 from shoulders.ranks import Rank
 from shoulders.recipe import Train, check_recipe
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
@@ -346,6 +348,55 @@ def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_
         run(tmp_path / "world", tmp_path / "run", resume=True)
 
 
+def test_a_run_goes_on_only_with_the_pixels_that_its_teachers_saw(world: Path, tmp_path: Path) -> None:
+    for name in ("base", "classifier", "segmenter", "images"):
+        shutil.copytree(world / name, tmp_path / "world" / name)
+    run(tmp_path / "world", tmp_path / "run", train__steps=1)
+    shutil.rmtree(tmp_path / "run" / "student")
+    told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": {"height": 32, "width": 32}}
+    (tmp_path / "world" / "classifier" / "preprocessor_config.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not as when this run began"):
+        run(tmp_path / "world", tmp_path / "run", resume=True, train__steps=1)
+
+
+def test_a_run_goes_on_only_in_the_order_that_it_began_with(world: Path, quiet_run: Path) -> None:
+    teachers = tree(world, quiet_run)["teachers"]
+    with pytest.raises(RecipeError, match="teachers: the run started with classifier, segmenter in this order"):
+        run(world, quiet_run, resume=True, teachers=dict(reversed(teachers.items())))
+
+
+def test_a_folder_holds_one_run_at_a_time(world: Path, tmp_path: Path) -> None:
+    with Claims(tmp_path / "run").claim(RUN):
+        with pytest.raises(RecipeError, match=rf"out: .* is in use by process {os.getpid()} on .*; wait for it"):
+            run(world, tmp_path / "run")
+        assert not (tmp_path / "run" / "recipe.yaml").exists()
+    run(world, tmp_path / "run", train__steps=1)
+    assert not list((tmp_path / "run").glob(".run*"))
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_legs(world: Path, tmp_path: Path) -> None:
+    whole = run(world, tmp_path / "run", train__steps=4)["seconds"]
+    shutil.rmtree(tmp_path / "run" / "student")
+    (newest,) = checkpoints(tmp_path / "run" / "checkpoints")
+    state = load_checkpoint(newest)[1]
+    assert 0 < state["seconds"] < whole
+    summary = run(world, tmp_path / "run", resume=True, train__steps=4)
+    assert summary["seconds"] > state["seconds"]
+
+
+def test_a_run_that_has_nothing_to_go_on_from_says_so(world: Path, tmp_path: Path, capsys: Any) -> None:
+    run(world, tmp_path / "run", resume=True, train__steps=1)
+    assert "no checkpoint to go on from; starting with the first step" in capsys.readouterr().err
+
+
+def test_damaged_results_are_named(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "student").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(tree(world, tmp_path / "run")))
+    (tmp_path / "run" / "results.json").write_text("[{")
+    with pytest.raises(DataError, match=r"results.json: damaged .*; move it out of the way"):
+        run(world, tmp_path / "run", resume=True)
+
+
 def test_a_run_goes_on_only_with_the_images_that_it_began_with(world: Path, tmp_path: Path) -> None:
     (tmp_path / "world").mkdir()
     for name in ("base", "classifier", "segmenter", "images"):
@@ -452,10 +503,10 @@ def test_a_part_that_no_teacher_has_does_not_stop_a_run_from_going_on(world: Pat
 
 def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path) -> None:
     few = save_images(tmp_path / "few", 6)
-    with pytest.raises(
-        DataError, match=r"images.holdout: .* 3 held-out images, and 4 are needed; raise it, or give more images"
-    ):
+    with pytest.raises(DataError, match=r"images: .* 3 held-out images, and 4 are needed; give more images"):
         run(world, tmp_path / "run", images__path=str(few), images__holdout=8)
+    with pytest.raises(DataError, match=r"classifier is asked about 3 of 3 held-out images"):
+        plan(check_recipe(tree(world, tmp_path / "run", images__path=str(few), images__holdout=8)))
 
 
 def test_a_term_is_averaged_over_the_ranks_that_have_it() -> None:

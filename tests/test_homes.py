@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoulders.cache import build_cache, plan_cache, verify_cache
+from shoulders.checks import check_training
 from shoulders.distill import distill, prepare
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features
@@ -24,7 +25,7 @@ from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.objective import Settings, kpu
 from shoulders.transfer.projectors import JointToStudent, TeacherToStudent, Widths
-from tests.cache.toy import contents, few_records
+from tests.cache.toy import HERE, contents, few_records
 from tests.test_distill import metrics, same, weights
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
@@ -98,10 +99,22 @@ def test_an_image_that_nobody_was_asked_about_teaches_nothing_but_the_base() -> 
     assert torch.stack(list(terms.values())).isnan().all()
 
 
-def test_weights_are_shared_out_among_those_that_were_asked() -> None:
-    weights = torch.tensor([[1.0, 1, 1], [2, 0, 1], [1, 1, 1]])
-    asked = torch.tensor([[1.0, 1, 0], [1, 1, 1], [0, 0, 0]])
-    assert torch.allclose(balance.among(weights, asked), torch.tensor([[1.5, 1.5, 0], [2, 0, 1], [0, 0, 0]]))
+SPOKE = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]])  # (B, T)
+
+
+def test_an_image_counts_as_much_however_many_speak_of_it() -> None:
+    shared = torch.tensor([[1.5, 1.5, 0], [3, 0, 0], [0, 0, 3], [1, 1, 1], [0, 0, 0]])
+    assert torch.equal(balance.uniform(torch.rand(5, 3), SPOKE), shared)
+    dropped = balance.dropping(torch.rand(5, 3) * SPOKE, SPOKE, torch.rand(5, 3))
+    assert torch.allclose(dropped.sum(1), torch.tensor([3.0, 3, 3, 3, 0]))
+    assert not (dropped * (1 - SPOKE)).any()
+
+
+def test_chosen_weights_count_also_where_teachers_have_images_of_their_own() -> None:
+    weights = balance.fixed(torch.rand(5, 3), SPOKE, [10.0, 1.0, 0.1])
+    assert weights[1, 0] == 10 * 3
+    assert weights[2, 2] == pytest.approx(0.1 * 3)
+    assert weights[3].tolist() == pytest.approx([10, 1, 0.1])
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +157,7 @@ def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_teacher_is_asked_about_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
-    run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, Rank(0, 1, torch.device("cpu")))
+    run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, HERE)
     (batch,) = run._batches(0, 1, 0, 1)
     names = [run.images.images.name_of(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
@@ -173,6 +186,30 @@ def test_it_goes_on_bit_for_bit_where_it_was_stopped(world: Path, streets_only: 
     shutil.rmtree(tmp_path / "run" / "student")
     distill(recipe(world, tmp_path / "run", ["streets"]), resume=True)
     assert same(weights(tmp_path / "run"), weights(streets_only))
+
+
+def test_a_source_that_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
+    both = {"teachers": {"classifier": {"model": str(world / "classifier"), "sources": ["streets"]}}}
+    with pytest.raises(
+        RecipeError, match=r"images.sources: no teacher is asked about photos, and transfer.preserve is 0"
+    ):
+        distill(recipe(world, tmp_path / "run", ["streets"], **both, transfer={"preserve": 0.0}))
+
+
+def test_sources_inside_each_other_are_told(world: Path, tmp_path: Path) -> None:
+    nested = {"sources": {"all": {"path": str(world)}, "streets": {"path": str(world / "streets")}}}
+    with pytest.warns(UserWarning, match="streets lies in all: .* held-out measures are too good"):
+        check_training(recipe(world, tmp_path / "run", ["streets"], images=nested), {}, HERE)
+
+
+def test_statistics_are_of_enough_images_not_of_enough_places(world: Path, tmp_path: Path) -> None:
+    maps = {"segmenter": {"model": str(world / "segmenter"), "taps": ["stage0"], "sources": ["streets"]}}
+    sources = {
+        name: {"path": str(world / name), "share": share} for name, share in (("photos", 0.97), ("streets", 0.03))
+    }
+    changes = {"teachers": maps, "images": {"sources": sources}}
+    with pytest.raises(DataError, match=r"teachers.segmenter.sources: (none|1|2|3) of the 16 images"):
+        distill(recipe(world, tmp_path / "run", ["streets"], **changes))
 
 
 def test_naming_all_sources_is_naming_none(world: Path, tmp_path: Path) -> None:

@@ -39,7 +39,15 @@ def test_ones_own_folder_may_be_called_by_its_short_name(recipe: Path) -> None:
     assert (told.out, told.cache.path) == (Path.home() / "run", Path.home() / "cache")
 
 
+def test_folders_may_be_called_as_the_shell_allows(recipe: Path) -> None:
+    told = read_recipe(recipe, ["images.path=set #2", "out=2024-11-20"])
+    assert (told.images.path, told.out) == (Path("set #2"), Path("2024-11-20"))
+    assert read_recipe(recipe, ["out='a #1'  # a note"]).out == Path("a #1")
+
+
 @pytest.mark.parametrize(("override", "message"), [
+    ("out=12", "out: a path is text, and YAML reads another thing here (12); put it into quotes of its own"),
+    ("out=runs: a", "out: a path is text, and YAML reads another thing here ({'runs': 'a'})"),
     ("train.stepss=3", "train.stepss: unknown key; did you mean steps?"),
     ("student.adapter.widht=3", "student.adapter.widht: unknown key; did you mean width?"),
     ("teachers.one.modle=a", "teachers.one.modle: unknown key; did you mean mod"),

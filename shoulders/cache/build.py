@@ -25,14 +25,14 @@ from shoulders.cache.ask import Asking, refusal
 from shoulders.cache.codec import Codec, Unstorable
 from shoulders.cache.fingerprint import asked_of, fingerprints, sizes_of
 from shoulders.cache.index import Index, Numbers
-from shoulders.cache.locks import Claims
 from shoulders.cache.plan import write_plan
 from shoulders.cache.read import Shelf, check_fingerprint, command, folder_of, indices_of, views_of
 from shoulders.cache.verify import finish
 from shoulders.checks import check_teaching
 from shoulders.errors import Stopped
 from shoulders.features import Batch
-from shoulders.images import listed_batches, open_images
+from shoulders.images import SkipReport, listed_batches, open_images
+from shoulders.locks import Claims
 from shoulders.ranks import signals, this_device, use_bf16
 from shoulders.recipe import Recipe
 from shoulders.teachers import Teacher
@@ -63,19 +63,20 @@ class Builder:
         self.path, views = folder_of(recipe), views_of(recipe)
         self.images = open_images(recipe.images, recipe.train.seed)
         asked = asked_of(recipe, self.own)
-        self.prints = fingerprints(recipe, asked, self.images)
+        self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
+        self.bf16 = use_bf16(recipe.train.precision, self.device)
+        self.prints = fingerprints(recipe, asked, self.images, self.bf16)
         self.folders = {name: self.path / one.folder for name, one in asked.items()}
         self.sizes = sizes_of(recipe, asked)
         self.indices = indices_of(recipe, asked, self.images, views)
         self.index = Index(self.images, views)  # of all images: what its shards hold is drawn together
-        self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
-        self.bf16 = use_bf16(recipe.train.precision, self.device)
         self.shards = -(-len(self.index) // SHARD_RECORDS)
         self.counts = {name: self._counts(index) for name, index in self.indices.items()}
         for name, fields in self.prints.items():
             if (plan := self.folders[name] / store.PLAN).exists():
                 check_fingerprint(plan.parent, store.read_json(plan).get("fingerprint", {}), fields)
         self.claims = Claims(self.path / ".locks")
+        self.skipped = SkipReport(self.path / "skipped.jsonl", len(self.images.images), recipe.images.max_bad)
         self.asked_to_stop: list[int] = []
 
     def _counts(self, index: Index) -> list[int]:
@@ -107,7 +108,9 @@ class Builder:
 
         Raises:
             Stopped: after SIGTERM or SIGINT.
+            DataError: more images are unreadable than ``images.max_bad`` allows; what is made is kept.
         """
+        self.path.mkdir(parents=True, exist_ok=True)
         names, told = self.unfinished(), False
         views = sum(map(self.missing, names))
         with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, signals() as self.asked_to_stop:
@@ -169,7 +172,7 @@ class Builder:
     def _fill(self, ours: dict[int, list[str]], bar: tqdm) -> None:
         """Write the shards: decode once, and take one teacher after the other through what was decoded."""
         parts = [(shard, part) for shard in ours for part in self._parts(shard)]
-        decoded = zip(parts, self.draw(self.index, [part for _, part in parts]), strict=True)
+        decoded = zip(parts, self._counted(self.draw(self.index, [part for _, part in parts])), strict=True)
         names = _in_order(ours)
         streams = list(tee(decoded, len(names)))
         for name in names:
@@ -184,6 +187,12 @@ class Builder:
                     store.write_shard(shelf.shards.path(shard), self._records(shelf, asking, mine, bar), size)
                 else:
                     deque(mine, maxlen=0)
+
+    def _counted(self, stream: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; training would refuse too many unreadable images, and so does this."""
+        for batch in stream:
+            self.skipped.add(batch.skipped)
+            yield batch
 
     def _parts(self, shard: int) -> list[Numbers]:
         first = shard * SHARD_RECORDS

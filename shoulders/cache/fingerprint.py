@@ -61,8 +61,12 @@ def asked_of(recipe: Recipe, own: dict[str, Teacher]) -> dict[str, Asked]:
     return asked
 
 
-def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet) -> dict[str, Fields]:
-    """The fingerprint of each teacher's features of the views of the images it is asked about: plain data by field."""
+def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet, bf16: bool) -> dict[str, Fields]:
+    """The fingerprint of each teacher's features of the views of the images it is asked about: plain data by field.
+
+    Args:
+        bf16: whether the teachers are asked in bfloat16.
+    """
     sizes = sizes_of(recipe, asked)
     how, cache = recipe.images, recipe.cache
     ids, training = images.images.ids, np.concatenate(list(images.training.values()))
@@ -70,7 +74,7 @@ def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet) -> d
         "format": FORMAT,
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
-        "train.precision": recipe.train.precision,
+        "train.precision": "bf16" if bf16 else "fp32",  # what auto is on this machine
         "train.seed": recipe.train.seed,
         "images": _digest(np.sort(ids[training]).tobytes()),
         "images.heldout": _digest(np.sort(ids[images.heldout]).tobytes()),

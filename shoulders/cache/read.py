@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def open_cache(
 def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool) -> CachedTeachers:
     path, views = folder_of(recipe), views_of(recipe)
     asked = asked_of(recipe, own)
-    prints = fingerprints(recipe, asked, images)
+    prints = fingerprints(recipe, asked, images, bf16)
     indices = indices_of(recipe, prints, images, views)
     shelves = {
         name: Shelf(path / asked[name].folder, fields, command(recipe), indices[name])
@@ -294,5 +295,7 @@ def views_of(recipe: Recipe) -> int:
 
 
 def command(recipe: Recipe) -> str:
-    """What makes the cache of a recipe."""
-    return f"shoulders cache RECIPE cache.path={recipe.cache.path} images.views={recipe.images.views}"
+    """What makes the cache of a recipe, whichever changes to its file it was read with."""
+    how = recipe.cache.model_dump(mode="json", exclude_defaults=True, exclude={"mode"})
+    told = {f"cache.{key}": value for key, value in how.items()} | {"images.views": recipe.images.views}
+    return " ".join(["shoulders cache RECIPE", *(shlex.quote(f"{key}={value}") for key, value in told.items())])

@@ -65,6 +65,11 @@ def open_pretrained(where: str, given: str, revision: str | None) -> Pretrained:
     """
     source = locate(where, given)
     local = Path(source).is_dir()
+    if local and revision:
+        raise RecipeError(
+            f"{where}: {given!r} is a local folder, which has no revisions; leave revision out, or start where no "
+            "folder is called so"
+        )
     asked = Pretrained(where, source, None if local else revision)
     path = find(asked, "config.json")
     if path is None:

@@ -49,14 +49,16 @@ class Folder:
 def walk(root: Path) -> Iterator[bytes]:
     """Relative paths of the files below ``root``, without hidden ones; links are followed, loops are not.
 
+    A folder that is there and linked to as well is listed where it is.
+
     Raises:
         OSError: for a sub-folder that cannot be listed, so that none is lost in silence.
     """
     top = os.fsencode(root)
     seen: set[tuple[int, int]] = set()
-    todo = [b""]
-    while todo:
-        relative = todo.pop()
+    todo, links = [b""], list[bytes]()
+    while todo or links:
+        relative = todo.pop() if todo else links.pop()
         folder = os.path.join(top, relative)
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:
@@ -71,7 +73,7 @@ def walk(root: Path) -> Iterator[bytes]:
             if entry.is_file():
                 yield path
             elif entry.is_dir():
-                todo.append(path)
+                (links if entry.is_symlink() else todo).append(path)
 
 
 def _classes(names: list[bytes]) -> tuple[list[str] | None, NDArray[np.int64] | None]:

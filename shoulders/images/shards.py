@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -87,12 +88,21 @@ def _index(path: str) -> list[tuple[bytes, int, int, int]]:
                 elif name.endswith((b".cls", b".json")) and member.size <= _MAX_LABEL_BYTES:
                     text = os.pread(file.fileno(), member.size, member.offset_data)
                     _note_label(labels, name, text)
-            # tarfile takes a damaged header in the middle for the end of the archive
-            if any(os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset)):
-                raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+            # tarfile takes a damaged header in the middle for the end, and stops at the first end of several
+            if (after := _something_after(file, tar.offset)) is not None:
+                raise tarfile.ReadError(f"damaged header, or another archive behind the first, at byte {after}")
     except (tarfile.TarError, OSError, ValueError) as error:
         raise DataError(f"{path}: not a whole, uncompressed tar file ({error}); write it again") from error
     return [(name, offset, size, labels.get(_key(name), -1)) for name, offset, size in images]
+
+
+def _something_after(file: BinaryIO, start: int) -> int | None:
+    """Where the first block after ``start`` is that is not of zeros, which may fill a file up."""
+    file.seek(start)
+    while part := file.read(2**20):
+        if left := part.lstrip(b"\0"):
+            return file.tell() - len(left)
+    return None
 
 
 def _key(name: bytes) -> bytes:

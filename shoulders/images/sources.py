@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk
@@ -61,6 +64,18 @@ def call_source(function: str, **settings: Any) -> ImageSource:
         )
     if len(source) == 0:
         raise RecipeError(f"images.sources: {function} returned a source of no images; give it some")
+    first = b""
+    with suppress(Exception):  # an image that cannot be read is skipped when its turn comes
+        first = source.read(0)
+    if not isinstance(first, bytes | bytearray | memoryview):
+        raise RecipeError(
+            f"images.sources: {function}: read(0) returned {type(first).__name__}; return the bytes of an image file"
+        )
+    if source.labels is not None and (not isinstance(source.labels, np.ndarray) or len(source.labels) != len(source)):
+        raise RecipeError(
+            f"images.sources: {function}: labels is a {type(source.labels).__name__} of {len(source.labels)}; give "
+            f"None, or a numpy array of a number for each of the {len(source)} images, -1 where one has none"
+        )
     return source
 
 

@@ -65,8 +65,8 @@ class Teacher(nn.Module):
         self.licence = licence
         self.source = source
         self.revision = revision
-        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1))
         self.requires_grad_(False)
         self.eval()
         self._wanted = tuple(taps) if taps is not None else None

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.transfer.align import align_pair
-from shoulders.transfer.balance import among
 from shoulders.transfer.distances import Distance
 from shoulders.transfer.projectors import spread, teacher_of
 
 BASE = "base"
 Terms = dict[str, Tensor]
-Balance = Callable[[Tensor], Tensor]  # losses (B, T) -> weights (B, T)
+Balance = Callable[[Tensor, Tensor], Tensor]  # losses (B, T), 1 where asked (B, T) -> weights (B, T)
 
 
 def s2t_terms(told: Mapping[str, Features], taught: Mapping[str, Features], distance: Distance) -> Terms:
@@ -97,7 +96,7 @@ def kpu(
         taught: {tap: what the teachers say}, standardized; ``base/...`` where the base is preserved.
         asked: of which images each teacher says it; `told` is of the same.
         unify: {tap: (B,) present or not} -> {name: guess of the latent} (t2s); called unless t2s is ``none``.
-        balance: losses (B, T) -> weights (B, T) of the teachers other than the base.
+        balance: of `shoulders.transfer.balance`; of the teachers other than the base.
 
     Returns:
         loss: scalar, the mean over images; sum over teachers of weight x mean of its terms.
@@ -105,7 +104,7 @@ def kpu(
     """
     teachers = list(dict.fromkeys(teacher_of(tap) for tap in taught))
     s2t = s2t_terms(told, taught, distance)
-    images = len(next(iter(latent.parts().values())))
+    images = latent.images
     losses = per_teacher(s2t, teachers, images, asked)  # (B, T)
     weights = _weights(losses, teachers, balance, settings.preserve, asked)  # (B, T)
     per_image = (weights * losses).sum(1)
@@ -125,12 +124,11 @@ def kpu(
 def _weights(losses: Tensor, teachers: list[str], balance: Balance, preserve: float, asked: Asked) -> Tensor:
     taught_by = [i for i, teacher in enumerate(teachers) if teacher != BASE]
     weights = torch.full_like(losses, preserve)
-    counts = balance(losses[:, taught_by].detach())
-    if asked:
-        rows = [asked.get(teachers[i], torch.arange(len(losses), device=losses.device)) for i in taught_by]
-        here = [losses.new_zeros(len(losses)).index_fill(0, some, 1) for some in rows]
-        counts = among(counts, torch.stack(here, 1))
-    weights[:, taught_by] = counts
+    here = torch.ones_like(losses)
+    for i in taught_by:
+        if (rows := asked.get(teachers[i])) is not None:
+            here[:, i] = here.new_zeros(len(here)).index_fill(0, rows, 1)
+    weights[:, taught_by] = balance(losses[:, taught_by].detach(), here[:, taught_by])
     return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ import torch
 
 from shoulders.cache import info_cache, plan_cache, verify_cache
 from shoulders.cache.build import Builder
+from shoulders.cache.read import command
 from shoulders.errors import DataError, NumericError, RecipeError, SpaceError, Stopped
 from shoulders.features import Features
 from shoulders.recipe import Recipe
@@ -268,6 +270,22 @@ def test_an_image_that_cannot_be_decoded_is_left_out(root: Path, tmp_path: Path)
         builder.shelf("small").records(np.array([number]))
     assert [row["undecodable"] for row in verify_cache(recipe, own=teachers())["teachers"]] == [1, 1]
     bad.write_bytes(good)
+
+
+def test_more_unreadable_images_than_training_puts_up_with_stop_it(root: Path, tmp_path: Path) -> None:
+    save_toy_world(tmp_path)
+    for bad in sorted((tmp_path / "images").iterdir())[:3]:
+        bad.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"images cannot be used .* listed in .*cache/skipped.jsonl: .*images.max_bad="):
+        build(toy_recipe(tmp_path, tmp_path / "cache"))
+    build(toy_recipe(tmp_path, tmp_path / "cache", images__max_bad=0.2))
+    assert len((tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_command_that_is_proposed_makes_this_very_cache(root: Path, tmp_path: Path) -> None:
+    told = command(toy_recipe(root, tmp_path / "a cache", images__views=3, cache__pool=2))
+    changes = shlex.split(told)[3:]
+    assert changes == [f"cache.path={tmp_path}/a cache", "cache.dtype=int8", "cache.pool=2", "images.views=3"]
 
 
 class Broken(Colours):

@@ -58,7 +58,7 @@ def recipe(root: Path, **changes: Any) -> Recipe:
 
 def open_again(changed: Recipe) -> Any:
     images = open_images(changed.images, changed.train.seed)
-    return open_cache(changed, {}, images, False, HERE)
+    return open_cache(changed, {}, images, changed.train.precision == "bf16", HERE)
 
 
 def flip_a_weight(root: Path) -> None:

@@ -69,8 +69,10 @@ def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    pretrained = open_pretrained("student.base", "~/model", "main")
+    pretrained = open_pretrained("student.base", "~/model", None)
     assert pretrained == Pretrained("student.base", str(tmp_path / "model"), None, {})
+    with pytest.raises(RecipeError, match="'~/model' is a local folder, which has no revisions; leave revision out"):
+        open_pretrained("student.base", "~/model", "main")
 
 
 @pytest.mark.parametrize(

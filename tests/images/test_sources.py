@@ -12,12 +12,13 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shoulders.errors import DataError, RecipeError
-from shoulders.images import open_source
+from shoulders.images import call_source, open_source
 from shoulders.images.decode import Undecodable
 from shoulders.images.source import ImageSource, Names, image_id
 
@@ -95,6 +96,13 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path, files: dict[str, b
     assert names(open_source(root)) == sorted([*files, "linked/9.jpg"])
 
 
+def test_a_folder_that_is_linked_to_as_well_keeps_its_name(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", {"aa/1.jpg": b"one", "bb/cc/2.jpg": b"two"})
+    (root / "zz").symlink_to(root / "aa")
+    (root / "a").symlink_to(root / "bb" / "cc")
+    assert names(open_source(root)) == ["aa/1.jpg", "bb/cc/2.jpg"]
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     root.mkdir()
@@ -169,7 +177,7 @@ def test_only_regular_members_are_images(tmp_path: Path, files: dict[str, bytes]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.tar"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "header", "compressed", "claims a terabyte"])
+@pytest.mark.parametrize("fault", ["cut", "header", "compressed", "claims a terabyte", "two"])
 def test_damaged_tar_files_are_refused(tmp_path: Path, files: dict[str, bytes], tar: WriteTar, fault: str) -> None:
     path = tmp_path / "a.tar"
     tar(path, {name.replace("/", "_"): data for name, data in files.items()})
@@ -186,6 +194,8 @@ def test_damaged_tar_files_are_refused(tmp_path: Path, files: dict[str, bytes], 
         huge = tarfile.TarInfo("huge.jpg")
         huge.size = 10**12
         data = bytearray(huge.tobuf()) + data
+    if fault == "two":
+        data = data * 2
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"a\.tar: not a whole, uncompressed tar"):
         open_source(path)
@@ -268,3 +278,36 @@ def test_a_million_names_are_small() -> None:
     many = Names([b"folder/%07d.jpg" % number for number in range(1_000_000)])
     assert many[0] == b"folder/0000000.jpg" and many[999_999] == b"folder/0999999.jpg"
     assert len(pickle.dumps(many)) < 28e6
+
+
+class Own:
+    """A source of one's own that is wrong in one thing."""
+
+    classes = None
+
+    def __init__(self, read: Any = b"x", labels: Any = None) -> None:
+        self.first, self.labels = read, labels
+
+    def __len__(self) -> int:
+        return 3
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def read(self, index: int) -> Any:
+        return self.first
+
+    def label(self, index: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"read": np.zeros((4, 4, 3))}, r"test_sources:Own: read\(0\) returned ndarray; return the bytes of an image file"),
+    ({"read": "1.jpg"}, r"read\(0\) returned str"),
+    ({"labels": [0, 1, 2]}, "labels is a list of 3; give None, or a numpy array of a number for each of the 3 images"),
+    ({"labels": np.zeros(2)}, "labels is a ndarray of 2"),
+])  # fmt: skip
+def test_sources_of_ones_own_are_tried(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        call_source("tests.images.test_sources:Own", **wrong)
+    assert len(call_source("tests.images.test_sources:Own", labels=np.arange(3))) == 3

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from shoulders.errors import RecipeError
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, in_order
 from shoulders.recipe import TeacherSpec
 from shoulders.teachers import Tap, Teacher, Teachers, describe, load_teacher
 from shoulders.teachers.describe import count_flop
@@ -146,3 +146,12 @@ def test_description(write_tiny: WriteTiny) -> None:
     assert (told["licence"], told["size"], told["revision"]) == ("apache-2.0", (32, 32), None)
     original = transformers.ViTForImageClassification.from_pretrained(folder).vit
     assert told["parameters"] == sum(parameter.numel() for parameter in original.parameters())
+
+
+def test_one_layout_in_memory_also_where_a_side_is_one() -> None:
+    pooled = torch.rand(4, 16, 1, 1)
+    said = Features.from_map(pooled).spatial  # (4, 1, 16), of strides that is_contiguous overlooks
+    assert said is not None and said.is_contiguous() and said.stride() != (16, 16, 1)
+    assert in_order(said).stride() == (16, 16, 1) and torch.equal(in_order(said), said)
+    row = torch.rand(2, 3)
+    assert in_order(row) is row and in_order(row.T).stride() == (2, 1)

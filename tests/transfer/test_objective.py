@@ -153,7 +153,9 @@ def test_an_image_that_nobody_speaks_of_is_not_pulled_anywhere(scene) -> None:
     latent = latent.map(lambda x: x.clone().requires_grad_())
     settings = Settings(preserve=0.0, t2s="joint", t2s_weight=1.0, t2s_gradient="both")
     guess = {"joint": features(D, D, (4, 4), 5)}
-    loss, _ = kpu(latent, told, taught, lambda present: guess, distance("blend"), lambda losses: weights, settings)
+    loss, _ = kpu(
+        latent, told, taught, lambda present: guess, distance("blend"), lambda losses, asked: weights, settings
+    )
     loss.backward()
     pulled = [float(x.grad[i].abs().sum()) for x in latent.parts().values() for i in range(B)]
     assert [p > 0 for p in pulled] == [False, True, True] * 2
@@ -177,7 +179,7 @@ def test_dropping_keeps_the_worst_teacher_and_the_weight_of_the_image() -> None:
     coins = torch.tensor([[0.9, 0.9, 0.1], [0.9, 0.9, 0.9]])
     # image 0: teacher 1 is worst, teacher 2's coin keeps it; image 1: only the worst, teacher 0, stays
     expected = torch.tensor([[0.0, 1.5, 1.5], [3.0, 0.0, 0.0]])
-    assert torch.equal(balance.dropping(losses, coins), expected)
+    assert torch.equal(balance.dropping(losses, torch.ones(2, 3), coins), expected)
 
 
 def test_dropped_teachers_are_absent_from_the_joint_guess(scene) -> None:
@@ -190,14 +192,14 @@ def test_dropped_teachers_are_absent_from_the_joint_guess(scene) -> None:
 
     settings = Settings(preserve=1.0, t2s="joint", t2s_weight=1.0, t2s_gradient="both")
     weights = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-    kpu(latent, told, taught, unify, distance("blend"), lambda losses: weights, settings)  # type: ignore[arg-type]
+    kpu(latent, told, taught, unify, distance("blend"), lambda losses, asked: weights, settings)  # type: ignore[arg-type]
     assert seen["one/last"].tolist() == [1, 0, 1]
     assert seen["two/stage0"].tolist() == seen["two/stage1"].tolist() == [0, 1, 1]
     assert seen["base/latent"].tolist() == [1, 1, 1]
 
 
 def test_fixed_weights_scale_their_teacher() -> None:
-    assert balance.fixed(torch.zeros(2, 3), [1.0, 0.5, 0.0]).tolist() == [[1.0, 0.5, 0.0]] * 2
+    assert balance.fixed(torch.zeros(2, 3), torch.ones(2, 3), [1.0, 0.5, 0.0]).tolist() == [[1.0, 0.5, 0.0]] * 2
 
 
 def test_align_goes_to_the_grid_with_fewer_places() -> None:

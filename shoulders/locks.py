@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from shoulders.errors import RecipeError
+from shoulders.ranks import Rank
+
+RUN = ".run"
 
 
 class Claims:
@@ -57,3 +62,19 @@ class Claims:
 
     def _whose(self, work: str) -> Path:
         return self.folder / f"{work}.txt"
+
+
+@contextmanager
+def alone(out: Path, rank: Rank) -> Iterator[None]:
+    """Hold a run folder: of two runs that write into one, neither would be whole.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    claims = Claims(out)
+    with claims.claim(RUN) if rank.is_main else nullcontext(True) as ours:
+        if rank.any(not ours):
+            raise RecipeError(
+                f"out: {out} is in use by {claims.holder(RUN)}; wait for it, or stop it, or choose another out"
+            )
+        yield
