@@ -190,9 +190,7 @@ def test_it_goes_on_bit_for_bit_where_it_was_stopped(world: Path, streets_only: 
 
 def test_a_source_that_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
     both = {"teachers": {"classifier": {"model": str(world / "classifier"), "sources": ["streets"]}}}
-    with pytest.raises(
-        RecipeError, match=r"images.sources: no teacher is asked about photos, and transfer.preserve is 0"
-    ):
+    with pytest.raises(RecipeError, match="no teacher is asked about photos, and transfer.preserve is 0"):
         distill(recipe(world, tmp_path / "run", ["streets"], **both, transfer={"preserve": 0.0}))
 
 
@@ -204,9 +202,8 @@ def test_sources_inside_each_other_are_told(world: Path, tmp_path: Path) -> None
 
 def test_statistics_are_of_enough_images_not_of_enough_places(world: Path, tmp_path: Path) -> None:
     maps = {"segmenter": {"model": str(world / "segmenter"), "taps": ["stage0"], "sources": ["streets"]}}
-    sources = {
-        name: {"path": str(world / name), "share": share} for name, share in (("photos", 0.97), ("streets", 0.03))
-    }
+    shares = {"photos": 0.97, "streets": 0.03}
+    sources = {name: {"path": str(world / name), "share": share} for name, share in shares.items()}
     changes = {"teachers": maps, "images": {"sources": sources}}
     with pytest.raises(DataError, match=r"teachers.segmenter.sources: (none|1|2|3) of the 16 images"):
         distill(recipe(world, tmp_path / "run", ["streets"], **changes))
