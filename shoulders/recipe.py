@@ -132,6 +132,13 @@ class Transfer(Part):
     own_grids: bool = Field(True, description="taps that a kept head reads are inherited on their own finer grids")
     projector_width: int | None = Field(None, ge=1, description="hidden width; default: twice the latent's")
 
+    @field_validator("reads")
+    @classmethod
+    def _once(cls, reads: list[str]) -> list[str]:
+        if len(set(reads)) < len(reads):
+            raise ValueError(f"each place once, got {', '.join(reads)}")
+        return reads
+
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -63,6 +63,7 @@ def test_folders_may_be_called_as_the_shell_allows(recipe: Path) -> None:
     ("student.adapter={width: 4}", "student.adapter: give its kind, one of bottleneck, lora"),
     ("images.views=[1]", "images.views: "),
     ("images.size=big", "images.size: "),
+    ("transfer.reads=[latent, block3, latent]", "transfer.reads: each place once, got latent, block3, latent"),
     ("train.lr", "'train.lr': an override is written key.subkey=value"),
     ("train.lr.x=3", "'train.lr.x=3': 'lr' holds a value, not a section"),
     ("train.lr=[", "the value is not YAML"),
