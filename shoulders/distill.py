@@ -53,7 +53,7 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         A summary: out, steps, seconds, and the last held-out measures.
 
     Raises:
-        RecipeError: if the recipe cannot work; before any weight is loaded. Another process is at work in ``out``.
+        RecipeError: if the recipe cannot work, or another process is at work in ``out``; before any weight is loaded.
         DataError: if too many images are unreadable, or no checkpoint verifies.
         NumericError: if the loss is no longer finite.
         SpaceError: if the disk is full.
