@@ -241,10 +241,10 @@ class Run:
         how, train = self.recipe.transfer, self.recipe.train
         if how.standardize == "none":
             return
-        self.rank.say(f"fitting the standardizers ({how.standardize}) on {how.calibration} images")
         moments: dict[str, dict[str, Moments]] = {}
         images: Counter[str] = Counter()  # by tap
         steps = -(-how.calibration // train.batch)
+        self.rank.say(f"fitting the standardizers ({how.standardize}) on {steps * train.batch} images")
         # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
         parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
         for _, taught, _ in self._taught(parts):

@@ -222,7 +222,8 @@ def _tuned(
     student, goal = load(run).to(this_device()), TASKS[probe.task].tune(splits)
     before = {row["metric"].removeprefix("linear_"): row["value"] for row in frozen}
     told: dict[str, float | int | str] = {"tune": "adapter", "frozen": before.get(goal.metric, 0.0)}
-    make, plan = partial(tuned, student, probe.model, probe.head), tuning_plan(len(splits.train.indices))
+    make = partial(tuned, student, probe.model, probe.head)
+    plan = tuning_plan(len(splits.train.indices), splits.val is not None)
     rows, trainee = train_and_score(make, goal, probe.size, plan, batch, workers, seed, told)
     adapter = trainee.encoder.get_submodule("adapter").state_dict()
     return rows, replace(probe, head=trainee.head, adapter=adapter)

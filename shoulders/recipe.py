@@ -116,7 +116,7 @@ class Transfer(Part):
     """How knowledge crosses from the teachers to the student."""
 
     standardize: Literal["none", "channel", "phi_s"] = Field("phi_s", description="phi_s: arXiv 2410.01680")
-    calibration: int = Field(1024, ge=16, description="images that the statistics are estimated on")
+    calibration: int = Field(1024, ge=16, description="images that statistics are estimated on, up to a whole batch")
     distance: Literal["blend", "cosine", "smooth_l1", "mse"] = Field(
         "blend", description="of what is told from what is taught"
     )

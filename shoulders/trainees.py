@@ -28,9 +28,13 @@ def tuned(student: ShouldersModel, name: str, head: nn.Module) -> Trainee:
     return Trainee(partial(_latent, encoder), encoder, copy.deepcopy(head).to(student.device).train())
 
 
-def tuning_plan(images: int) -> Plan:
-    """How long the adapter and the head learn from so many images."""
-    return Plan(min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS), BATCH, TRIES)
+def tuning_plan(images: int, val: bool) -> Plan:
+    """How long the adapter and the head learn from so many images; what is tried, where there is a val to choose on.
+
+    Without one there is nothing to choose on: the probe that it starts from was fitted on all of train.
+    """
+    steps = min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)
+    return Plan(steps, BATCH, TRIES if val else TRIES[:1])
 
 
 def adapted(student: ShouldersModel, name: str, weights: Mapping[str, Tensor] | None = None) -> Encoder:

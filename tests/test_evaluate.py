@@ -139,6 +139,12 @@ def test_tuned_rows_stand_beside_frozen_ones(world: Path, monkeypatch: pytest.Mo
     assert [row["value"] for row in again] == [row["value"] for row in rows if row["model"] == "base"]
 
 
+def test_without_val_a_tuned_learning_rate_is_not_chosen() -> None:
+    # the probe that tuning starts from was fitted on all of train: a part of that says nothing
+    assert trainees.tuning_plan(1000, val=True).tries == trainees.TRIES
+    assert trainees.tuning_plan(1000, val=False).tries == trainees.TRIES[:1]
+
+
 def test_rows_of_another_probe_stand_beside_those_of_the_default_one(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

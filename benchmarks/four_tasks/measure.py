@@ -100,7 +100,7 @@ def fewer(splits: Splits) -> Splits:
 
     def thin(split: Split, most: int) -> Split:
         count = len(split.indices)
-        return split.take(np.arange(0, count, max(1, count // most))[:most])
+        return split.take(np.linspace(0, count, min(most, count), endpoint=False).astype(np.int64))
 
     return replace(splits, train=thin(splits.train, FIT_ON), test=thin(splits.test, REPORT))
 

@@ -223,7 +223,7 @@ def fit_linear(train: Extracted, val: Extracted | None, n_classes: int, seed: in
 def few_shot_top1(
     shots: int, train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int
 ) -> tuple[float, Settings] | None:
-    """Nearest class mean of unit vectors (SimpleShot, arXiv 1911.04623), mean over several draws.
+    """Nearest class mean of unit vectors by cosine (as SimpleShot, arXiv 1911.04623, but for that), of several draws.
 
     None where a class has fewer than ``shots`` training images.
     """

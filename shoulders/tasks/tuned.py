@@ -239,7 +239,8 @@ def run(
         "optimizer": how.optimizer, "lr": how.rate, "steps": plan.steps, "batch": plan.batch,
         "weight_decay": plan.weight_decay, "seed": seed, "steps_of_each_try": tried,
         "tries": ", ".join(f"{one.optimizer} {one.rate:g}" for one in plan.tries),
-        "chosen_on": "val" if splits.val is not None else "a fifth of train", "split": splits.how,
+        "chosen_on": "nothing" if not tried else "val" if splits.val is not None else "a fifth of train",
+        "split": splits.how,
         "train": len(splits.train.indices), "skipped": len(views.unread), **(told or {}),
     }  # fmt: skip
     seconds = time.perf_counter() - begun

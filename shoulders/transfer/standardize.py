@@ -63,9 +63,9 @@ class Standardizer(nn.Module):
             return
         covariance = moments.covariance
         variance = covariance.diagonal().clamp_min(0)
-        if self.kind == "phi_s":
-            variance = variance.mean().expand_as(variance)
         tiny = 1e-12 * (1 + moments.mean.square())  # what rounding leaves of the variance of a constant
+        if self.kind == "phi_s":  # one scalar for all channels
+            variance, tiny = variance.mean().expand_as(variance), tiny.mean()
         self.mean.copy_(moments.mean)
         self.std.copy_(torch.where(variance > tiny, variance, 1.0).sqrt())
         if self.rotation is not None:

@@ -73,3 +73,13 @@ def test_summary_and_spatial_have_their_own_statistics() -> None:
 def test_an_unknown_kind_is_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match="none, channel, phi_s"):
         Standardizer("whiten", 4)
+
+
+def test_phi_s_stays_one_scalar_where_a_channel_is_far_from_zero() -> None:
+    x = 0.01 * torch.randn(4000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[:, 2] += 2e4
+    moments = Moments(6)
+    moments.update(x)
+    standardizer = Standardizer("phi_s", 6)
+    standardizer.fit(moments)
+    assert len(standardizer.std.unique()) == 1
