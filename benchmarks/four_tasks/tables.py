@@ -56,14 +56,16 @@ def mean(rows: Sequence[Row]) -> float:
 
 
 def number(rows: Sequence[Row]) -> str:
-    """``.623 (.601 to .652)`` where there is an interval, ``.623 ± .004`` over several seeds, else ``.623``."""
+    """``.623 ± .004 (.601 to .652)``: the deviation of several seeds, and the mean of their intervals if they have any."""
     if not rows:
         return "-"
     told = short(mean(rows))
     if len(rows) > 1:
-        return f"{told} ± {short(statistics.stdev(row['value'] for row in rows))}"
-    interval = [short(rows[0][side]) for side in ("low", "high") if side in rows[0]]
-    return f"{told} ({' to '.join(interval)})" if interval else told
+        told += f" ± {short(statistics.stdev(row['value'] for row in rows))}"
+    if all("low" in row for row in rows):
+        low, high = (short(statistics.mean(row[side] for row in rows)) for side in ("low", "high"))
+        told += f" ({low} to {high})"
+    return told
 
 
 def short(value: float) -> str:

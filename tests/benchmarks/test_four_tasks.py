@@ -77,7 +77,8 @@ def test_rows_have_our_metrics_and_intervals() -> None:
 def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_of_weak_teachers() -> None:
     rows = [
         row("bccd", "teacher", "box_AP", 0.6, low=0.55, high=0.65),
-        row("bccd", "inherited", "box_AP", 0.3),
+        row("bccd", "inherited", "box_AP", 0.3, low=0.2, high=0.5),
+        row("bccd", "inherited", "box_AP", 0.4, low=0.3, high=0.6) | {"seed": 1},
         *(row("bccd", "student_probe", "box_AP", value, probe_seed=seed) for seed, value in enumerate((0.4, 0.5, 0.6))),
         row("pennfudan", "teacher", "mask_AP", 0.2),
         row("pennfudan", "inherited", "mask_AP", 0.19),
@@ -89,9 +90,16 @@ def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_o
     assert lines[2:] == [
         "| cifar10 | classification (top-1) | 1.000 | - | - | - | - | - |",
         "| cifar10 | classification (k-NN top-1) | - | - | - | .700 | - | - |",
-        "| bccd | detection (box AP) | .600 (.550 to .650) | .300 | 0.50 | .500 ± .100 | - | - |",
+        "| bccd | detection (box AP) | .600 (.550 to .650) | .350 ± .071 (.250 to .550) | 0.58 | .500 ± .100 | - | - |",
         "| pennfudan | instance (mask AP) | .200 | .190 | teacher AP < .25: not claimed | - | - | - |",
     ]
+
+
+def test_fresh_scenes_are_held_against_those_well_known() -> None:
+    fresh = [row("world/neon", "teacher", "box_AP", 0.8), row("world/neon", "inherited", "box_AP", 0.6)]
+    known = [row("world/neon", "teacher", "box_AP", 0.9), row("world/neon", "inherited", "box_AP", 0.72)]
+    lines = script("fresh").table(fresh, known).splitlines()
+    assert lines[2:] == ["| world/neon (box AP) | .800 | .600 | 0.750 | 0.800 |"]
 
 
 def test_a_table_goes_between_its_markers_and_nowhere_else(tmp_path: Path) -> None:
