@@ -56,7 +56,7 @@ def mean(rows: Sequence[Row]) -> float:
 
 
 def number(rows: Sequence[Row]) -> str:
-    """``.623 ± .004 (.601 to .652)``: the deviation of several seeds, and the mean of their intervals if they have any."""
+    """``.623 ± .004 (.601 to .652)``: deviation of several seeds, and the mean of their intervals if they have any."""
     if not rows:
         return "-"
     told = short(mean(rows))
