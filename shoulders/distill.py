@@ -119,8 +119,11 @@ class Run:
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
         self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
         self.before, self.began = 0.0, time.perf_counter()  # seconds of earlier legs of this run; of this one
-        facts = teachers.taps, teachers.sizes, self.student.config.mean, self.student.config.std
-        self.frozen = fingerprint(self.student.encoder.base, teachers, facts=facts)
+        own = self.student.config.mean, self.student.config.std
+        pixels = teachers.pixels() if isinstance(teachers, Teachers) else "as their fingerprints say"
+        self.frozen = fingerprint(
+            self.student.encoder.base, teachers, facts=(teachers.taps, teachers.sizes, pixels, own)
+        )
         self.module = share(learner, self.student.encoder.base, teachers, recipe.train.parallel, rank)
         self.optimization = Optimization(learner, recipe.train)  # of what this rank holds of them
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)

@@ -234,7 +234,7 @@ def test_a_cache_holds_what_is_asked(world: Path, tmp_path: Path, monkeypatch: p
     bad = sorted((tmp_path / "streets").iterdir())[3]
     bad.write_bytes(b"no image")
     sources = {name: {"path": str(folder / name)} for name, folder in (("photos", world), ("streets", tmp_path))}
-    tree = {"images": {"sources": sources, "size": 32, "holdout": 16, "workers": 0, "views": 2},
+    tree = {"images": {"sources": sources, "size": 32, "holdout": 16, "workers": 0, "views": 2, "max_bad": 0.1},
             "cache": {"path": str(tmp_path / "cache"), "mode": "require"}}  # fmt: skip
     one = recipe(world, tmp_path / "run", ["streets"], **tree)
     planned = {row["teacher"]: row["views"] for row in plan_cache(one)["teachers"]}

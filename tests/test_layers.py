@@ -19,7 +19,7 @@ LAYERS = (
     ("checks", "fidelity", "cache", "trainees", "probes"),
     ("model", "config", "card", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
     ("images", "teachers", "student", "transfer"),
-    ("parallel",),
+    ("parallel", "locks"),
     ("features", "recipe", "recipe_faults", "recipe_student", "printing", "errors", "hub", "own", "ranks", "fast"),
 )
 # These stand side by side and never import each other.

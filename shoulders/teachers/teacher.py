@@ -65,8 +65,8 @@ class Teacher(nn.Module):
         self.licence = licence
         self.source = source
         self.revision = revision
-        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
         self._wanted = tuple(taps) if taps is not None else None
@@ -171,6 +171,10 @@ class Teachers(nn.Module):
     def taps(self) -> dict[str, Tap]:
         """What each ``"name/tap"`` gives."""
         return {f"{name}/{tap}": self[name].taps[tap] for name, taps in self.chosen.items() for tap in taps}
+
+    def pixels(self) -> dict[str, list[list[float]]]:
+        """How each teacher wants its pixels: ``{name: [mean, std]}``."""
+        return {name: [self[name].mean.flatten().tolist(), self[name].std.flatten().tolist()] for name in self.chosen}
 
     def whose(self) -> dict[str, dict[str, str | None]]:
         """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, licence}}``."""

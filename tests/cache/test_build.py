@@ -261,7 +261,7 @@ def test_an_image_that_cannot_be_decoded_is_left_out(root: Path, tmp_path: Path)
     bad = sorted((tmp_path / "images").iterdir())[3]
     good = bad.read_bytes()
     bad.write_bytes(b"no image")
-    recipe = toy_recipe(tmp_path, tmp_path / "cache")
+    recipe = toy_recipe(tmp_path, tmp_path / "cache", images__max_bad=0.1)
     build(recipe)
     builder = Builder(recipe, teachers(), print)
     names = [builder.images.images.name(index) for index, _ in builder.index.wanted(np.arange(24)).tolist()]
