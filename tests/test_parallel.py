@@ -98,7 +98,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     save_classifier(root / "classifier")
     save_segformer(root / "segmenter")
-    save_images(root / "images", 60)
+    for folder in ("images", "few"):
+        save_images(root / folder, 60)
     for kind in BASES:
         save_base(root / kind, kind)
     return root
@@ -133,9 +134,11 @@ def of_base(world: Path, kind: str, out: str, **train: Any) -> dict[str, Any]:
 def of_few(world: Path, out: str, **train: Any) -> dict[str, Any]:
     """One image in twelve is of the only source that the segmenter is asked about: mostly a rank has none."""
     recipe = tree(world, out, steps=6, **train)
-    of_all = {"path": str(world / "images")}
-    recipe["images"] |= {"path": None, "sources": {"many": of_all, "few": of_all | {"share": 0.09}}, "holdout": 12}
+    few = {"path": str(world / "few"), "share": 0.09}
+    sources = {"many": {"path": str(world / "images")}, "few": few}
+    recipe["images"] |= {"path": None, "sources": sources, "holdout": 12}
     recipe["teachers"]["segmenter"]["sources"] = ["few"]
+    recipe["transfer"]["calibration"] = 64
     return recipe
 
 
