@@ -26,7 +26,7 @@ app = typer.Typer(
 
 def _at_home(path: Path | None) -> Path | None:
     """~ is one's own folder also where the shell did not say so, as in --out=~/page.html."""
-    return None if path is None else path.expanduser()
+    return None if path is None else Path(os.path.expanduser(path))  # one of nobody stays as it is
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -91,11 +91,12 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
         SpaceError: the disk is full.
         Stopped: after SIGTERM or SIGINT.
     """
-    out, effort = Path(out).expanduser(), QUICK if quick else FULL
+    effort = QUICK if quick else FULL
+    told = recipe(Path(out), effort)
+    out, resume = told.out, (told.out / "recipe.yaml").exists()
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        told, resume = recipe(out, effort), (out / "recipe.yaml").exists()
         check(told, {}, Rank(0, 1, this_device()), resume)
         _draw(out / "scenes", effort)
         _save_newborn(told)

@@ -33,11 +33,11 @@ def table(fresh: Sequence[Row], known: Sequence[Row]) -> str:
     lines = [line_of(TITLES), "|---" * len(TITLES) + "|"]
     for job in WORLD.jobs:
         for metric in job.metrics:
-            teacher, student, before, after = (
+            teacher, student, known_teacher, known_student = (
                 [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
                 for rows in (fresh, known) for kind in ("teacher", "inherited")
             )  # fmt: skip
-            shares = retention(teacher, student), retention(before, after)
+            shares = retention(teacher, student), retention(known_teacher, known_student)
             if shares[0] is not None:
                 kept = ["-" if share is None else f"{share:.3f}" for share in shares]
                 name = f"{job.dataset} ({METRIC_NAMES[metric]})"
@@ -52,11 +52,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--doc", type=Path, default=DOC)
     given = parser.parse_args()
-    run, scenes, kept = (
-        given.work / "world" / f"seed-{given.seed}",
-        given.work / "fresh",
-        Kept(given.work / "fresh.json"),
-    )
+    run, scenes = given.work / "world" / f"seed-{given.seed}", given.work / "fresh"
+    kept = Kept(given.work / "fresh.json")
     write_world(scenes, seed=OTHER_SEED)
     for job in WORLD.jobs:
         if not kept.has(dataset=job.dataset, kind="teacher"):

@@ -71,10 +71,11 @@ def call_source(function: str, **settings: Any) -> ImageSource:
         raise RecipeError(
             f"images.sources: {function}: read(0) returned {type(first).__name__}; return the bytes of an image file"
         )
-    if source.labels is not None and (not isinstance(source.labels, np.ndarray) or len(source.labels) != len(source)):
+    labels = source.labels
+    if labels is not None and (not isinstance(labels, np.ndarray) or labels.shape != (len(source),)):
         raise RecipeError(
-            f"images.sources: {function}: labels is a {type(source.labels).__name__} of {len(source.labels)}; give "
-            f"None, or a numpy array of a number for each of the {len(source)} images, -1 where one has none"
+            f"images.sources: {function}: labels is a {type(labels).__name__} of shape {np.shape(labels)}; give None, or "
+            f"a numpy array of a number for each of the {len(source)} images, -1 where one has none"
         )
     return source
 
