@@ -35,10 +35,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "Batch": "features", "Features": "features", "Recipe": "recipe", "ShouldersBackbone": "model",
-    "ShouldersConfig": "model", "ShouldersModel": "model", "Teacher": "teachers", "load": "model",
+    "Batch": "features",
+    "Features": "features",
+    "Recipe": "recipe",
+    "ShouldersBackbone": "model",
+    "ShouldersConfig": "model",
+    "ShouldersModel": "model",
+    "Teacher": "teachers",
+    "load": "model",
     "read_recipe": "recipe",
-}  # fmt: skip
+}
 _AUTO = "transformers.models.auto.configuration_auto"
 
 

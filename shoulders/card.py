@@ -18,11 +18,24 @@ def write_card(
     """
     rows = [f"| {name} | {facts['source']} | {facts['licence']} |" for name, facts in teachers.items()]
     card = [
-        "---", "library_name: transformers", "tags: [shoulders]", "---", "# A student made with shoulders", "",
-        f"Trained at {size[0]} x {size[1]} px; takes pixels in [0, 1] of any multiple of {patch_size} px.", "",
-        "```python", "import shoulders", 'student = shoulders.load("this/folder")',
-        "latent = student(pixels).latent  # Features(summary, spatial, grid)", "```", "",
-        "It holds what these models know; the licences of all of them bind it.", "",
-        "| teacher | source | licence |", "|---|---|---|", *rows,
-    ]  # fmt: skip
+        "---",
+        "library_name: transformers",
+        "tags: [shoulders]",
+        "---",
+        "# A student made with shoulders",
+        "",
+        f"Trained at {size[0]} x {size[1]} px; takes pixels in [0, 1] of any multiple of {patch_size} px.",
+        "",
+        "```python",
+        "import shoulders",
+        'student = shoulders.load("this/folder")',
+        "latent = student(pixels).latent  # Features(summary, spatial, grid)",
+        "```",
+        "",
+        "It holds what these models know; the licences of all of them bind it.",
+        "",
+        "| teacher | source | licence |",
+        "|---|---|---|",
+        *rows,
+    ]
     (folder / "README.md").write_text("\n".join(card) + "\n")

@@ -20,8 +20,11 @@ from shoulders.printing import brief, cell, print_table
 
 app = typer.Typer(
     help="Build a vision foundation model from models instead of labels.",
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def _at_home(path: Path | None) -> Path | None:
@@ -52,8 +55,10 @@ def distill(
         print(f"fraction of variance unexplained, on {summary['heldout']} held-out images (0: all inherited)")
         told = {key.removeprefix("fvu/"): value for key, value in summary.items() if key.startswith("fvu/")}
         heads = {name: summary.get(f"fvu_head/{name}") for name in told}
-        print_table(["teacher / tap / part", "fvu", "fvu of the projector"],
-                     [[name, f"{value:.3f}", cell(heads[name])] for name, value in told.items()])  # fmt: skip
+        print_table(
+            ["teacher / tap / part", "fvu", "fvu of the projector"],
+            [[name, f"{value:.3f}", cell(heads[name])] for name, value in told.items()],
+        )
         print(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s; the student is in {summary['out']}/student")
 
 
@@ -147,8 +152,21 @@ def evaluate(
             run, task, data, asked or WHO, column=column, batch=batch, workers=workers, size=seen_at, on_model=say
         )
     else:
-        rows = evaluate(run, task, data, asked, column=column, batch=batch, workers=workers, seed=seed,
-                        size=seen_at, tune=tune, scratch_steps=scratch_steps, probe=probe, on_model=say)  # fmt: skip
+        rows = evaluate(
+            run,
+            task,
+            data,
+            asked,
+            column=column,
+            batch=batch,
+            workers=workers,
+            seed=seed,
+            size=seen_at,
+            tune=tune,
+            scratch_steps=scratch_steps,
+            probe=probe,
+            on_model=say,
+        )
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -253,9 +271,16 @@ def demo(
     values = {(row["task"], row["kind"]): row for row in rows}
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     print("in %, on scenes that nobody has seen; no label was shown to the student")
-    print_table(["task", *KINDS.values()],
-                 [[f"{task} ({values[task, 'teacher']['metric']})",
-                   *(f"{100 * values[task, kind]['value']:.1f}" for kind in KINDS)] for task in tasks])  # fmt: skip
+    print_table(
+        ["task", *KINDS.values()],
+        [
+            [
+                f"{task} ({values[task, 'teacher']['metric']})",
+                *(f"{100 * values[task, kind]['value']:.1f}" for kind in KINDS),
+            ]
+            for task in tasks
+        ],
+    )
     print(f"\nthe page: {out / 'report.html'}")
 
 

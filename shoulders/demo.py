@@ -46,8 +46,13 @@ FIRST = ("scratch", "base_probe")  # these ask nothing of the student
 LAST = ("student_probe", "inherited", "teacher")
 TRIES = (Try("muon", 2e-3),)  # of training from scratch
 # what the table shows of each task, and how it calls that
-KINDS = {"teacher": "teacher", "inherited": "its head on the student", "student_probe": "probe on the student",
-         "base_probe": "on its base", "scratch": "from scratch, with labels"}  # fmt: skip
+KINDS = {
+    "teacher": "teacher",
+    "inherited": "its head on the student",
+    "student_probe": "probe on the student",
+    "base_probe": "on its base",
+    "scratch": "from scratch, with labels",
+}
 PROBES = {**METRICS, "classification": "linear_top1"}  # the same numbers, as probes call them
 
 
@@ -72,8 +77,15 @@ class Effort:
     scratch: dict[str, int]
 
 
-FULL = Effort({"train": 300, "val": 60, "test": 200}, 640, 16, 256, 128, 0.5,
-              {"classification": 70, "detection": 62, "semantic": 70, "instance": 60})  # fmt: skip
+FULL = Effort(
+    {"train": 300, "val": 60, "test": 200},
+    640,
+    16,
+    256,
+    128,
+    0.5,
+    {"classification": 70, "detection": 62, "semantic": 70, "instance": 60},
+)
 QUICK = Effort({"train": 60, "val": 60, "test": 60}, 12, 8, 32, 16, 0.05, dict.fromkeys(METRICS, 3))
 
 
@@ -118,30 +130,40 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
 
 def recipe(out: Path, effort: Effort) -> Recipe:
     """What the demo distils."""
-    return check_recipe({
-        "student": {"base": str(TEACHERS / "base"), "adapter": {"kind": "conv", "width": 128}},
-        # each is asked about the style that it knows
-        "teachers": {
-            name: {"model": str(TEACHERS / name), "sources": [style]} for name, (_, style, _) in TASKS_OF.items()
-        },
-        "images": {
-            "sources": {
-                style: {"module": "shoulders.world:unlabelled", "args": {"styles": [style], "count": 5_000}}
-                for _, style, _ in TASKS_OF.values()
+    return check_recipe(
+        {
+            "student": {"base": str(TEACHERS / "base"), "adapter": {"kind": "conv", "width": 128}},
+            # each is asked about the style that it knows
+            "teachers": {
+                name: {"model": str(TEACHERS / name), "sources": [style]} for name, (_, style, _) in TASKS_OF.items()
             },
-            "size": SIZE, "scale": [0.6, 1.0], "holdout": effort.holdout,
-        },
-        "transfer": {
-            "calibration": effort.calibration, "preserve": 0.1, "cosine_share": 0.5,
-            "reads": ["block1", "block3", "latent"],
-        },
-        "keep_heads": list(TASKS_OF),
-        "train": {
-            "steps": effort.steps, "batch": effort.batch, "lr": 6e-3, "evaluate_every": max(1, effort.steps // 4),
-            "save_every": max(1, effort.steps // 8), "log_every": max(1, effort.steps // 50),
-        },
-        "out": str(out),
-    })  # fmt: skip
+            "images": {
+                "sources": {
+                    style: {"module": "shoulders.world:unlabelled", "args": {"styles": [style], "count": 5_000}}
+                    for _, style, _ in TASKS_OF.values()
+                },
+                "size": SIZE,
+                "scale": [0.6, 1.0],
+                "holdout": effort.holdout,
+            },
+            "transfer": {
+                "calibration": effort.calibration,
+                "preserve": 0.1,
+                "cosine_share": 0.5,
+                "reads": ["block1", "block3", "latent"],
+            },
+            "keep_heads": list(TASKS_OF),
+            "train": {
+                "steps": effort.steps,
+                "batch": effort.batch,
+                "lr": 6e-3,
+                "evaluate_every": max(1, effort.steps // 4),
+                "save_every": max(1, effort.steps // 8),
+                "log_every": max(1, effort.steps // 50),
+            },
+            "out": str(out),
+        }
+    )
 
 
 def _draw(folder: Path, effort: Effort) -> None:

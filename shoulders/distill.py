@@ -224,14 +224,31 @@ class Run:
     def _batches(self, first: int, steps: int, rank: int, world: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
         train = self.recipe.train
-        return batches(self.images, self.drawn, self.recipe.images, batch=train.batch, seed=train.seed,
-                       first_step=first, steps=steps - first, rank=rank, world=world,
-                       decoded_for=self.sizes)  # fmt: skip
+        return batches(
+            self.images,
+            self.drawn,
+            self.recipe.images,
+            batch=train.batch,
+            seed=train.seed,
+            first_step=first,
+            steps=steps - first,
+            rank=rank,
+            world=world,
+            decoded_for=self.sizes,
+        )
 
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
-        return evaluation_batches(self.images.images, self.drawn, ASKED_AT_ONCE, self.images.heldout,
-                                  how.workers, how.max_pixels, self.sizes, self.size)  # fmt: skip
+        return evaluation_batches(
+            self.images.images,
+            self.drawn,
+            ASKED_AT_ONCE,
+            self.images.heldout,
+            how.workers,
+            how.max_pixels,
+            self.sizes,
+            self.size,
+        )
 
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""

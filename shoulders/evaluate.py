@@ -40,11 +40,22 @@ Rows = list[dict[str, Any]]
 
 
 def evaluate(
-    run: Path | str, task: str, data: Path | str, models: Sequence[str] | None = None, *, column: str = "image",
-    batch: int = 64, workers: int = 1, seed: int = 0, size: tuple[int, int] | None = None, tune: str | None = None,
-    scratch_steps: int | None = None, probe: str | None = None, effort: float = 1.0,
+    run: Path | str,
+    task: str,
+    data: Path | str,
+    models: Sequence[str] | None = None,
+    *,
+    column: str = "image",
+    batch: int = 64,
+    workers: int = 1,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    tune: str | None = None,
+    scratch_steps: int | None = None,
+    probe: str | None = None,
+    effort: float = 1.0,
     on_model: Callable[[str], None] = lambda name: None,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Rows of model, task, metric, value (a fraction from 0 to 1), n, seconds and settings.
 
     Args:
@@ -98,26 +109,50 @@ def evaluate(
     return rows
 
 
-def _zero_shot(run: Path, data: Path | str, splits: Splits, models: Sequence[str], asked: Mapping[str, TeacherSpec],
-               batch: int, workers: int, size: tuple[int, int] | None) -> Rows:  # fmt: skip
+def _zero_shot(
+    run: Path,
+    data: Path | str,
+    splits: Splits,
+    models: Sequence[str],
+    asked: Mapping[str, TeacherSpec],
+    batch: int,
+    workers: int,
+    size: tuple[int, int] | None,
+) -> Rows:
     """Rows of kept heads that classify by class names, where these are the names of the data."""
     names = splits.test.images.classes
     rows: Rows = []
     for who, head, fed in _heads(run, {name: spec for name, spec in asked.items() if spec.classes}, models, size):
         if isinstance(fed.graft, ZeroShot) and knows(fed, names):
             measured = HEADS["classification"](replace(fed, names=names), splits, batch, workers)
-            rows += [{"model": who, "head": head, **row, "metric": f"zero_shot_{row['metric']}",
-                      "data": str(Path(data).resolve()), "seed": 0} for row in measured]  # fmt: skip
+            rows += [
+                {
+                    "model": who,
+                    "head": head,
+                    **row,
+                    "metric": f"zero_shot_{row['metric']}",
+                    "data": str(Path(data).resolve()),
+                    "seed": 0,
+                }
+                for row in measured
+            ]
     if rows and size is None and (run / "recipe.yaml").is_file():
         keep_rows(run / "results.json", rows)
     return rows
 
 
 def evaluate_heads(
-    run: Path | str, task: str, data: Path | str, models: Sequence[str] = WHO, *, column: str = "image",
-    batch: int = 64, workers: int = 1, size: tuple[int, int] | None = None,
+    run: Path | str,
+    task: str,
+    data: Path | str,
+    models: Sequence[str] = WHO,
+    *,
+    column: str = "image",
+    batch: int = 64,
+    workers: int = 1,
+    size: tuple[int, int] | None = None,
     on_model: Callable[[str], None] = lambda name: None,
-) -> Rows:  # fmt: skip
+) -> Rows:
     """Rows as of `evaluate`, with ``head``: heads that answer a task, on their teachers' and the student's features.
 
     Nothing is fitted. The student is asked through the heads that it keeps, teachers through their own.
@@ -179,7 +214,7 @@ def _heads(
 
 def _asked(
     run: Path, models: Sequence[str], tune: str | None = None, scratch_steps: int | None = None, heads: bool = False
-) -> dict[str, TeacherSpec]:  # fmt: skip
+) -> dict[str, TeacherSpec]:
     """The teachers to measure, or those of kept ``heads``; refuses who is not there, or cannot be tuned or counted."""
     recipe = read_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     specs = recipe.teachers if recipe else {}

@@ -144,11 +144,13 @@ class Batch:
         here = rows.cpu() if isinstance(rows, Tensor) else rows  # pixels alone move to a device
         return Batch(
             self.ids[here],
-            {px: images[rows.to(images.device) if isinstance(rows, Tensor) else rows]
-             for px, images in self.rendered.items()},
+            {
+                px: images[rows.to(images.device) if isinstance(rows, Tensor) else rows]
+                for px, images in self.rendered.items()
+            },
             None if self.labels is None else self.labels[here],
             views=None if self.views is None else self.views[here],
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

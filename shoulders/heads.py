@@ -121,9 +121,12 @@ def answer_kind(graft: Head) -> Callable[..., list[Any]]:
 def task_of(graft: Head) -> str | None:
     """The task of `shoulders.tasks.TASKS` that a head answers, or None."""
     tasks: dict[Callable[..., list[Any]], str] = {
-        classified: "classification", matched: "classification", detected: "detection", segmented: "semantic",
+        classified: "classification",
+        matched: "classification",
+        detected: "detection",
+        segmented: "semantic",
         instances: "instance",
-    }  # fmt: skip
+    }
     return tasks.get(answer_kind(graft))
 
 

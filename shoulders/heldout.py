@@ -34,8 +34,12 @@ class Target:
 class HeldOut:
     """Held-out images with their teachers' features, asked once; :meth:`measure` asks the student."""
 
-    def __init__(self, taught: Iterable[tuple[Batch, Mapping[str, Features], Asked]], student: ShouldersModel,
-                 size: tuple[int, int]):  # fmt: skip
+    def __init__(
+        self,
+        taught: Iterable[tuple[Batch, Mapping[str, Features], Asked]],
+        student: ShouldersModel,
+        size: tuple[int, int],
+    ):
         self.size = size
         self.batches: list[Batch] = []
         self.asked: list[Asked] = []  # of each batch
@@ -58,10 +62,14 @@ class HeldOut:
                     places.setdefault(name, []).append(chosen)
                     rows.setdefault(name, []).append(_at(align(said, grids[name]), chosen))
         self.targets = {
-            name: Target(torch.cat(parts), torch.cat(places[name]) if name in places else None,
-                         grids.get(name, (0, 0)), [0, *accumulate(map(len, parts))])
+            name: Target(
+                torch.cat(parts),
+                torch.cat(places[name]) if name in places else None,
+                grids.get(name, (0, 0)),
+                [0, *accumulate(map(len, parts))],
+            )
             for name, parts in rows.items()
-        }  # fmt: skip
+        }
         for name, target in self.targets.items():
             if len(target.vectors) < FEWEST:
                 raise too_few(teacher_of(name), len(target.vectors), len(self))

@@ -57,9 +57,13 @@ def surroundings() -> dict[str, Any]:
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {name: _version(name) for name in ("shoulders", "torch", "transformers")} | {
-        "python": platform.python_version(), "system": platform.system(), "device": f"{device.type} ({named})",
-        "cpus": cpus, "threads": torch.get_num_threads(), "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": f"{device.type} ({named})",
+        "cpus": cpus,
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
 
 
 def peak_memory() -> float:
@@ -82,8 +86,16 @@ class Journal:
         self.path = out / "metrics.jsonl"
         self.is_main = is_main
         often = 0.1 if sys.stderr.isatty() else 10  # s between two bars: a log file keeps them all
-        self.bar = tqdm(total=train.steps, initial=first_step, disable=not is_main, unit="step", dynamic_ncols=True,
-                        file=sys.stderr, smoothing=0.05, mininterval=often)  # fmt: skip
+        self.bar = tqdm(
+            total=train.steps,
+            initial=first_step,
+            disable=not is_main,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            smoothing=0.05,
+            mininterval=often,
+        )
         self.state: dict[str, str] = {}
         self.writer: Any = None
         self.images, self.since = 0, time.perf_counter()

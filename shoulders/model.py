@@ -66,9 +66,10 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         """
         want_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        faults = {name: sorted(map(str, info.get(name) or ())) for name in (
-            "missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"
-        )}  # fmt: skip
+        faults = {
+            name: sorted(map(str, info.get(name) or ()))
+            for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+        }
         wrong = "; ".join(f"{len(keys)} {name} such as {keys[0]}" for name, keys in faults.items() if keys)
         if wrong:
             raise DataError(f"{args[0] if args else cls.__name__}: the weights do not fit this model: {wrong}")
@@ -182,9 +183,13 @@ class ShouldersModel(ShouldersPreTrainedModel):
 
     @torch.no_grad()
     def predict(
-        self, name: str, pixels: Tensor, sizes: Sequence[tuple[int, int]] | None = None,
-        threshold: float = 0.5, **prompts: Any,
-    ) -> list[Any]:  # fmt: skip
+        self,
+        name: str,
+        pixels: Tensor,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        threshold: float = 0.5,
+        **prompts: Any,
+    ) -> list[Any]:
         """What a kept head says of pixels (B, 3, h, w) in [0, 1], through its teacher's own post-processing.
 
         Args:
@@ -222,9 +227,16 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
         return BackboneOutput(feature_maps=tuple(seen[place].to_map() for place in self.out_features))
 
 
-def student_config(recipe: Recipe, base: PreTrainedModel, mean: Sequence[float], std: Sequence[float],
-                   teachers: Mapping[str, dict[str, Any]], taps: Mapping[str, Widths],
-                   fine: Mapping[str, int], coarse: Mapping[str, int]) -> ShouldersConfig:  # fmt: skip
+def student_config(
+    recipe: Recipe,
+    base: PreTrainedModel,
+    mean: Sequence[float],
+    std: Sequence[float],
+    teachers: Mapping[str, dict[str, Any]],
+    taps: Mapping[str, Widths],
+    fine: Mapping[str, int],
+    coarse: Mapping[str, int],
+) -> ShouldersConfig:
     """The config of a run's student.
 
     Args:

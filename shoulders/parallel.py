@@ -176,9 +176,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     named = [part for part in parts if type(part).__name__ in names]
     listed = [part for one in parts if isinstance(one, nn.ModuleList) for part in one]
     return [
-        part for part in dict.fromkeys(named or listed)
+        part
+        for part in dict.fromkeys(named or listed)
         if any(p.ndim for p in part.parameters()) and not isinstance(part, nn.ModuleList | nn.ModuleDict)
-    ]  # fmt: skip
+    ]
 
 
 def _roots(models: nn.Module) -> list[nn.Module]:

@@ -40,10 +40,16 @@ LONGEST = 180  # bytes of the name of a picture before that of its head; file sy
 
 
 def predict(
-    run: Path | str, images: Path | str, heads: Sequence[str] = (), out: Path | str | None = None, *,
-    probes: Sequence[str] = (), threshold: float = 0.5, max_pixels: int = 50_000_000,
+    run: Path | str,
+    images: Path | str,
+    heads: Sequence[str] = (),
+    out: Path | str | None = None,
+    *,
+    probes: Sequence[str] = (),
+    threshold: float = 0.5,
+    max_pixels: int = 50_000_000,
     on_image: Callable[[], object] = lambda: None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:
     """What each head and probe says of each image: ``{image: {head: answer}}``, masks as COCO run lengths.
 
     Depth is float32 (h, w) in a ``.npy`` file below ``out``, of which the answer holds the name; without ``out``, rows.
@@ -94,8 +100,11 @@ def predict(
             _draw(Path(out), latent, [(stems[name], image) for name, image in few], said)
     if skipped:
         where = "" if out is None else f" ({Path(out) / 'skipped.jsonl'})"
-        warnings.warn(f"{len(skipped)} of {len(collection)} images could not be read{where}, first {skipped[0].name}: "
-                      f"{skipped[0].reason}", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{len(skipped)} of {len(collection)} images could not be read{where}, first {skipped[0].name}: "
+            f"{skipped[0].reason}",
+            stacklevel=2,
+        )
     if out is not None:
         write_text(Path(out) / "predictions.json", json.dumps(told, indent=1) + "\n")
         write_text(Path(out) / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
@@ -127,9 +136,7 @@ def _asked(run: Path, name: str) -> tuple[Probe, FeaturesOf]:
 
 
 @torch.no_grad()
-def _answers(
-    probe: Probe, features_of: FeaturesOf, few: list[tuple[str, Tensor]], threshold: float
-) -> list[Any]:  # fmt: skip
+def _answers(probe: Probe, features_of: FeaturesOf, few: list[tuple[str, Tensor]], threshold: float) -> list[Any]:
     """What a probe says of a few images, each seen as those that it was fitted on."""
     sizes = [(image.shape[1], image.shape[2]) for _, image in few]
     views = [WHOLE if TASKS[probe.task].spatial else central_view(size, probe.size) for size in sizes]
@@ -145,9 +152,7 @@ def _open(path: Path) -> Collection:
     return Collection({"images": open_source(path)})
 
 
-def _decoded(
-    images: Collection, max_pixels: int, skipped: list[Skipped]
-) -> Iterator[list[tuple[str, Tensor]]]:  # fmt: skip
+def _decoded(images: Collection, max_pixels: int, skipped: list[Skipped]) -> Iterator[list[tuple[str, Tensor]]]:
     """Names and whole images (3, H, W) uint8, a few at a time; those that cannot be read go into ``skipped``.
 
     Raises:

@@ -61,15 +61,23 @@ def save_probe(run: Path, probe: Probe) -> Path:
     """
     kind = KINDS[probe.task]
     told = {
-        "task": probe.task, "model": probe.model, "head": kind.name, "width": kind.width(probe.head),
-        "classes": probe.classes, "size": probe.size, "tuned": probe.adapter is not None,
-    }  # fmt: skip
+        "task": probe.task,
+        "model": probe.model,
+        "head": kind.name,
+        "width": kind.width(probe.head),
+        "classes": probe.classes,
+        "size": probe.size,
+        "tuned": probe.adapter is not None,
+    }
     parts = {"head": probe.head.state_dict(), "adapter": probe.adapter or {}}
     tensors = {f"{part}.{name}": value for part, found in parts.items() for name, value in found.items()}
 
     def write(folder: Path) -> None:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-                  folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
         (folder / "config.json").write_text(json.dumps(told, indent=1) + "\n")
 
     folder = run / "probes" / probe.name

@@ -289,9 +289,19 @@ def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 # what may change when a run goes on: it does not touch a single weight
-FREE_ON_RESUME = ("out", "images.workers", "images.max_bad", "train.log_every", "train.save_every",
-                  "train.evaluate_every", "train.keep", "train.tensorboard", "train.parallel",
-                  "cache.path", "cache.mode")  # fmt: skip
+FREE_ON_RESUME = (
+    "out",
+    "images.workers",
+    "images.max_bad",
+    "train.log_every",
+    "train.save_every",
+    "train.evaluate_every",
+    "train.keep",
+    "train.tensorboard",
+    "train.parallel",
+    "cache.path",
+    "cache.mode",
+)
 
 
 def check_resumed(recipe: Recipe, written: Path) -> None:

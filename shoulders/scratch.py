@@ -52,9 +52,17 @@ class Equal:
 
 
 def scratch(
-    folder: Path | str, task: str, splits: Any, steps: int | None = None, *, size: tuple[int, int] | None = None,
-    batch: int = BATCH, workers: int = 0, seed: int = 0, tries: tuple[Try, ...] = TRIES,
-) -> list[Row]:  # fmt: skip
+    folder: Path | str,
+    task: str,
+    splits: Any,
+    steps: int | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    batch: int = BATCH,
+    workers: int = 0,
+    seed: int = 0,
+    tries: tuple[Try, ...] = TRIES,
+) -> list[Row]:
     """Rows of a fresh student trained with the labels of train, on what its head says of test.
 
     Args:

@@ -103,8 +103,18 @@ def test_from_recipe_to_scores(world: Path) -> None:
     assert [line.split()[0] for line in lines[3:]] == ["student", "base", "classifier", "segmenter"]
     rows = json.loads((world / "runs/x/results.json").read_text())
     assert {row["task"] for row in rows} == {"inheritance", "classification"}
-    again = shoulders("evaluate", "runs/x", "--task", "classification", "--data", "labelled", "--models", "student",
-                      "--json", cwd=world)  # fmt: skip
+    again = shoulders(
+        "evaluate",
+        "runs/x",
+        "--task",
+        "classification",
+        "--data",
+        "labelled",
+        "--models",
+        "student",
+        "--json",
+        cwd=world,
+    )
     values = {(row["model"], row["metric"]): row["value"] for row in rows if row["task"] == "classification"}
     assert all(row["value"] == values["student", row["metric"]] for row in json.loads(again.stdout))
     # rows of the same measurement are replaced, not doubled
@@ -123,18 +133,24 @@ def test_it_says_what_teachers_are(world: Path) -> None:
     assert "dinov2" in shoulders("teachers", "--families").stdout
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["distill", "recipe.yaml", "train.stepz=1"], "train.stepz: unknown key; did you mean steps?"),
-    (["distill", "none.yaml"], "cannot read the recipe"),
-    (["distill", "recipe.yaml", "teachers.classifier.taps=[stage7]", "out=runs/y"], "teachers.classifier.taps: "),
-    (["distill", "recipe.yaml", "images.size=30", "out=runs/y"], "images.size: "),
-    (["distill", "recipe.yaml", "student.base=nowhere/at/all", "out=runs/y"], "student.base: "),
-    (["distill", "recipe.yaml", "transfer.reads=[block9]", "out=runs/y"], "transfer.reads: "),
-    (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
-    (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
-    (["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--heads", "--tune", "adapter"], "--tune: "),
-    (["teachers"], "give a recipe, or --families"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["distill", "recipe.yaml", "train.stepz=1"], "train.stepz: unknown key; did you mean steps?"),
+        (["distill", "none.yaml"], "cannot read the recipe"),
+        (["distill", "recipe.yaml", "teachers.classifier.taps=[stage7]", "out=runs/y"], "teachers.classifier.taps: "),
+        (["distill", "recipe.yaml", "images.size=30", "out=runs/y"], "images.size: "),
+        (["distill", "recipe.yaml", "student.base=nowhere/at/all", "out=runs/y"], "student.base: "),
+        (["distill", "recipe.yaml", "transfer.reads=[block9]", "out=runs/y"], "transfer.reads: "),
+        (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
+        (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
+        (
+            ["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--heads", "--tune", "adapter"],
+            "--tune: ",
+        ),
+        (["teachers"], "give a recipe, or --families"),
+    ],
+)
 def test_refusals_are_one_line_and_exit_2(args: list[str], message: str, world: Path) -> None:
     done = shoulders(*args, cwd=world)
     assert done.returncode == 2, done.stderr
@@ -163,8 +179,14 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
         done = shoulders(*args, *(small if args[0] == "distill" else []), cwd=tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
     for block in re.findall(r"```python\n(.*?)```", readme, re.S):
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path, timeout=200,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=200,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
 
 

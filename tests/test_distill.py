@@ -56,11 +56,17 @@ def tree(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
         "transfer": {"calibration": 16},
         "train": {
-            "steps": STEPS, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1, "save_every": 4,
-            "evaluate_every": 6, "ema": 0.9,
+            "steps": STEPS,
+            "batch": 8,
+            "lr": 5e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            "save_every": 4,
+            "evaluate_every": 6,
+            "ema": 0.9,
         },
         "out": str(out),
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         recipe[section] = recipe[section] | {name: value} if name else value
@@ -98,8 +104,14 @@ def test_it_learns_and_leaves_everything_that_a_run_folder_promises(world: Path,
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     evaluations = metrics(quiet_run, "evaluation")
     assert [row["step"] for row in evaluations] == [0, 6, 12]
-    names = {"fvu/classifier/stage1/summary", "fvu/segmenter/stage0/spatial", "fvu_head/base/latent/spatial",
-             "fvu/segmenter", "fvu/base", "fvu_spread"}  # fmt: skip
+    names = {
+        "fvu/classifier/stage1/summary",
+        "fvu/segmenter/stage0/spatial",
+        "fvu_head/base/latent/spatial",
+        "fvu/segmenter",
+        "fvu/base",
+        "fvu_spread",
+    }
     assert names <= evaluations[-1].keys()
     # the base is there from the start
     assert evaluations[0]["fvu/base/latent/spatial"] < 0.2 < evaluations[0]["fvu/classifier/stage1/spatial"]
@@ -130,9 +142,15 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
 
 # where the run is killed: (event, how many times it has happened by then)
 KILLS = [
-    ("save: tensors written", 1), ("save: before the rename", 2), ("save: after the rename", 1),
-    ("decode", 30), ("backward", 6), ("backward", 11), ("evaluate", 2), ("optimizer", 3),
-]  # fmt: skip
+    ("save: tensors written", 1),
+    ("save: before the rename", 2),
+    ("save: after the rename", 1),
+    ("decode", 30),
+    ("backward", 6),
+    ("backward", 11),
+    ("evaluate", 2),
+    ("optimizer", 3),
+]
 
 KILLER = """
 import os, signal, sys, threading, yaml
@@ -266,16 +284,29 @@ def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
 # Muon rounds to bfloat16 inside, so that sums in another order lead a little elsewhere
 @pytest.mark.parametrize(("balance", "optimizer", "off"), [("dropping", "adamw", 1e-5), ("uniform", "muon", 1e-2)])
 def test_two_ranks_learn_what_one_learns(balance: str, optimizer: str, off: float, world: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"transfer__balance": balance, "train__steps": 6, "train__accumulate": 2,
-                               "train__optimizer": optimizer}  # fmt: skip
+    changes: dict[str, Any] = {
+        "transfer__balance": balance,
+        "train__steps": 6,
+        "train__accumulate": 2,
+        "train__optimizer": optimizer,
+    }
     run(world, tmp_path / "one", **changes)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tree(world, tmp_path / "two", **changes)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-               "-m", "shoulders", "distill", str(recipe)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        f"--master_port={port}",
+        "-m",
+        "shoulders",
+        "distill",
+        str(recipe),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
@@ -292,13 +323,25 @@ def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Pat
         assert [row[name] for row in four] == pytest.approx([row[name] for row in one], rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-    {"transfer__t2s": "none", "transfer__standardize": "none", "transfer__distance": "mse", "transfer__preserve": 0.0},
-    {"transfer__t2s": "each", "transfer__standardize": "channel", "transfer__reads": ["block0", "latent"]},
-    {"transfer__t2s_gradient": "student", "transfer__balance": "fixed", "images__views": 2},
-    {"student__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0}, "train__precision": "bf16",
-     "images__size": [32, 48]},
-], ids=["mse", "each", "fixed", "lora-bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "transfer__t2s": "none",
+            "transfer__standardize": "none",
+            "transfer__distance": "mse",
+            "transfer__preserve": 0.0,
+        },
+        {"transfer__t2s": "each", "transfer__standardize": "channel", "transfer__reads": ["block0", "latent"]},
+        {"transfer__t2s_gradient": "student", "transfer__balance": "fixed", "images__views": 2},
+        {
+            "student__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0},
+            "train__precision": "bf16",
+            "images__size": [32, 48],
+        },
+    ],
+    ids=["mse", "each", "fixed", "lora-bf16"],
+)
 def test_every_choice_of_the_recipe_trains(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "run", **changes, train__steps=3)
     assert all(row["loss"] < 100 for row in metrics(tmp_path / "run"))
@@ -424,17 +467,21 @@ def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
     assert compiled_ == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"images__path": "nowhere"}, "images: nowhere .images. does not exist"),
-    ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be shared .* multiple of 2"),
-    ({"images__size": 30}, r"images.size: .*30.* nearest"),
-    ({"teachers": {}}, "teachers: none"),
-    ({"transfer__reads": ["block0"], "transfer__t2s": "none"}, "nothing reaches the last block"),
-    ({"transfer__reads": ["block0", "block7"]}, "no place 'block7'"),
-    ({"images__scale": [0, 1]}, "images: scale: fractions"),
-    ({"train__betas": [2, 0.9]}, "train.betas"),
-    ({"out": "/dev/null/run"}, "out: cannot write to /dev/null"),
-], ids=["images", "batch", "size", "teachers", "reads", "places", "scale", "betas", "out"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images__path": "nowhere"}, "images: nowhere .images. does not exist"),
+        ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be shared .* multiple of 2"),
+        ({"images__size": 30}, r"images.size: .*30.* nearest"),
+        ({"teachers": {}}, "teachers: none"),
+        ({"transfer__reads": ["block0"], "transfer__t2s": "none"}, "nothing reaches the last block"),
+        ({"transfer__reads": ["block0", "block7"]}, "no place 'block7'"),
+        ({"images__scale": [0, 1]}, "images: scale: fractions"),
+        ({"train__betas": [2, 0.9]}, "train.betas"),
+        ({"out": "/dev/null/run"}, "out: cannot write to /dev/null"),
+    ],
+    ids=["images", "batch", "size", "teachers", "reads", "places", "scale", "betas", "out"],
+)
 def test_what_cannot_work_is_refused_before_anything_loads(
     changes: dict[str, Any], message: str, world: Path, tmp_path: Path
 ) -> None:
@@ -489,9 +536,11 @@ def test_what_was_put_right_is_not_held_against_a_new_try(world: Path, tmp_path:
 def test_a_part_that_no_teacher_has_does_not_stop_a_run_from_going_on(world: Path, tmp_path: Path) -> None:
     maps_alone = {"segmenter": {"model": str(world / "segmenter"), "taps": ["stage0"]}}
     changes: dict[str, Any] = {
-        "teachers": maps_alone, "transfer__preserve": 0.0, "train__precision": "fp32",
+        "teachers": maps_alone,
+        "transfer__preserve": 0.0,
+        "train__precision": "fp32",
         "student__adapter": {"kind": "conv", "width": 32},
-    }  # fmt: skip
+    }
     run(world, tmp_path / "run", **changes)
     whole = weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")

@@ -32,7 +32,12 @@ def test_models_and_images_of_your_own_are_as_the_page_says(tmp_path: Path) -> N
     (tmp_path / "mine.py").write_text(code[1])
     (tmp_path / "mine.yaml").write_text(text[1])
     (tmp_path / "shoulders").symlink_to(DOCS.parent / "shoulders")
-    done = subprocess.run([sys.executable, "-m", "shoulders", "distill", "mine.yaml"], cwd=tmp_path, timeout=200,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "shoulders", "distill", "mine.yaml"],
+        cwd=tmp_path,
+        timeout=200,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "mine/last/spatial" in done.stdout

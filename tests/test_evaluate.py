@@ -210,8 +210,20 @@ def test_the_table_leaves_out_single_classes(world: Path, tmp_path: Path) -> Non
 
 def test_probes_tuning_and_scratch_from_the_command_line(world: Path, tmp_path: Path) -> None:
     labelled, run = world / "labelled", world / "run"
-    done = shoulders("evaluate", run, "--task", "classification", "--data", labelled, "--models", "student,scratch",
-                     "--scratch-steps", 2, "--workers", 0)  # fmt: skip
+    done = shoulders(
+        "evaluate",
+        run,
+        "--task",
+        "classification",
+        "--data",
+        labelled,
+        "--models",
+        "student,scratch",
+        "--scratch-steps",
+        2,
+        "--workers",
+        0,
+    )
     lines = done.stdout.splitlines()
     assert lines[1].split()[:2] == ["model", "knn_top1"] and lines[1].split()[-1] == "top1", done.stderr
     assert [line.split()[0] for line in lines[3:]] == ["student", "scratch"]

@@ -147,8 +147,10 @@ def test_int8_is_near(shift: float) -> None:
         assert model(x).dtype == torch.bfloat16
     assert torch.equal(model(torch.zeros(3, 96)), plain.bias.expand(3, 64))
     assert {name: tensor.dtype for name, tensor in model.state_dict().items()} == {
-        "0.weight": torch.int8, "0.scale": torch.float32, "0.bias": torch.float32
-    }  # fmt: skip
+        "0.weight": torch.int8,
+        "0.scale": torch.float32,
+        "0.bias": torch.float32,
+    }
 
 
 @torch.no_grad()

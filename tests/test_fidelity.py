@@ -18,11 +18,14 @@ from tests.tiny import save_base, save_images, save_segformer
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     save_images(tmp_path / "images", 80)
-    return check_recipe({
-        "student": {"base": str(save_base(tmp_path / "base"))},
-        "teachers": {"segmenter": {"model": str(save_segformer(tmp_path / "segmenter")), "int8": True}},
-        "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8}, "out": str(tmp_path / "run"),
-    })  # fmt: skip
+    return check_recipe(
+        {
+            "student": {"base": str(save_base(tmp_path / "base"))},
+            "teachers": {"segmenter": {"model": str(save_segformer(tmp_path / "segmenter")), "int8": True}},
+            "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8},
+            "out": str(tmp_path / "run"),
+        }
+    )
 
 
 @pytest.mark.skipif(not int8_is_there(), reason="int8 is no faster on this machine")

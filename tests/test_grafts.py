@@ -32,10 +32,17 @@ SAID = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", 
 # one rounding apart: what these heads read lies in memory in another order than their encoder leaves it
 ROUNDED = {"regnet": 1e-7, "upernet": 1e-7}
 HYBRID = BLOCKS | {
-    "is_hybrid": True, "backbone_featmap_shape": [1, 16, 2, 2],
-    "backbone_config": {"embedding_size": 8, "hidden_sizes": [8, 8, 16], "depths": [1, 1, 1], "num_groups": 2,
-                        "out_features": ["stage1", "stage2", "stage3"], "layer_type": "bottleneck"},
-}  # fmt: skip
+    "is_hybrid": True,
+    "backbone_featmap_shape": [1, 16, 2, 2],
+    "backbone_config": {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16],
+        "depths": [1, 1, 1],
+        "num_groups": 2,
+        "out_features": ["stage1", "stage2", "stage3"],
+        "layer_type": "bottleneck",
+    },
+}
 POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
 BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
 
@@ -93,8 +100,10 @@ def test_features_on_another_grid_are_brought_to_the_heads_own(tmp_path: Path) -
     _, spec = grown("segformer", tmp_path)
     teacher = load_teacher("t", spec)
     graft = load_graft("t", spec, teacher)
-    flat = {tap: Features(None, torch.randn(2, 1, facts.spatial).expand(2, 9, -1), (3, 3))  # type: ignore[arg-type]
-            for tap, facts in teacher.taps.items()}  # fmt: skip
+    flat = {
+        tap: Features(None, torch.randn(2, 1, facts.spatial).expand(2, 9, -1), (3, 3))  # type: ignore[arg-type]
+        for tap, facts in teacher.taps.items()
+    }
     assert graft(flat).logits.shape == (2, 2, 16, 16)
 
 

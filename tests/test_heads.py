@@ -94,8 +94,9 @@ def test_heads_are_copied_with_the_student_and_known_to_auto_model(run: Path, tm
     assert shoulders.load(tmp_path / "copy").predict("rt_detr_v2", pixels, threshold=0.0) == said
 
 
-@pytest.mark.parametrize("settings", [{"num_labels": 3, "problem_type": "multi_label_classification"},
-                                      {"num_labels": 1}, {"num_labels": 3}])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{"num_labels": 3, "problem_type": "multi_label_classification"}, {"num_labels": 1}, {"num_labels": 3}]
+)
 def test_classes_are_scored_as_by_the_transformers_pipeline(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     hf.ViTForImageClassification(hf.ViTConfig(**VIT, **settings)).save_pretrained(tmp_path)

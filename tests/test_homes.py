@@ -92,8 +92,16 @@ def test_an_image_that_nobody_was_asked_about_teaches_nothing_but_the_base() -> 
     latent, told = features(B, D, 0), {"one/last": features(0, 5, 1)}
     told["one/last"].summary.requires_grad_()  # type: ignore[union-attr]
     settings = Settings(preserve=0.0, t2s="none", t2s_weight=0.3, t2s_gradient="both")
-    loss, terms = kpu(latent, told, {"one/last": features(0, 5, 2)}, lambda present: {}, distance("blend"),
-                      balance.uniform, settings, {"one": torch.arange(0)})  # fmt: skip
+    loss, terms = kpu(
+        latent,
+        told,
+        {"one/last": features(0, 5, 2)},
+        lambda present: {},
+        distance("blend"),
+        balance.uniform,
+        settings,
+        {"one": torch.arange(0)},
+    )
     loss.backward()
     assert loss.item() == 0
     assert torch.stack(list(terms.values())).isnan().all()
@@ -138,13 +146,22 @@ def recipe(world: Path, out: Path, sources: list[str] | None, **changes: Any) ->
         },
         "images": {
             "sources": {name: {"path": str(world / name)} for name in ("photos", "streets")},
-            "size": 32, "holdout": 16, "workers": 0,
+            "size": 32,
+            "holdout": 16,
+            "workers": 0,
         },
         "transfer": {"calibration": 16},
-        "train": {"steps": STEPS, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1, "save_every": 3,
-                  "evaluate_every": 3},
+        "train": {
+            "steps": STEPS,
+            "batch": 8,
+            "lr": 5e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            "save_every": 3,
+            "evaluate_every": 3,
+        },
         "out": str(out),
-    }  # fmt: skip
+    }
     return check_recipe(tree | {key: tree.get(key, {}) | value for key, value in changes.items()})
 
 
@@ -234,8 +251,10 @@ def test_a_cache_holds_what_is_asked(world: Path, tmp_path: Path, monkeypatch: p
     bad = sorted((tmp_path / "streets").iterdir())[3]
     bad.write_bytes(b"no image")
     sources = {name: {"path": str(folder / name)} for name, folder in (("photos", world), ("streets", tmp_path))}
-    tree = {"images": {"sources": sources, "size": 32, "holdout": 16, "workers": 0, "views": 2, "max_bad": 0.1},
-            "cache": {"path": str(tmp_path / "cache"), "mode": "require"}}  # fmt: skip
+    tree = {
+        "images": {"sources": sources, "size": 32, "holdout": 16, "workers": 0, "views": 2, "max_bad": 0.1},
+        "cache": {"path": str(tmp_path / "cache"), "mode": "require"},
+    }
     one = recipe(world, tmp_path / "run", ["streets"], **tree)
     planned = {row["teacher"]: row["views"] for row in plan_cache(one)["teachers"]}
     assert planned["segmenter"] == 2 * 3 + 3  # half of so few are held out

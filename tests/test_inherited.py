@@ -81,8 +81,10 @@ def test_top1_and_miou_are_those_counted_by_hand(world: Path) -> None:
     assert told == pytest.approx(hits / len(files))
 
     head = fed("segmenter")
-    told_maps = {row["metric"]: row["value"] for row in HEADS["semantic"](
-        head, TASKS["semantic"].find(world / "paper" / "semantic", "image"), 16, 2)}  # fmt: skip
+    told_maps = {
+        row["metric"]: row["value"]
+        for row in HEADS["semantic"](head, TASKS["semantic"].find(world / "paper" / "semantic", "image"), 16, 2)
+    }
     right = total = 0
     for file in sorted((world / "paper" / "semantic" / "images" / "test").glob("*.png")):
         pixels = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None] / 255

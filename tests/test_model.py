@@ -26,9 +26,16 @@ def student(kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standar
     torch.manual_seed(0)
     base = AutoModel.from_config(BASE_CONFIGS[kind](), **BASES[kind].build)
     config = ShouldersConfig(
-        base=base.config.to_dict(), adapter=adapter, mean=list(MEAN), std=list(STD), image_size=[32, 32], taps=TAPS,
-        reads=["block0", "latent"], projector_width=16, standardize=standardize,
-    )  # fmt: skip
+        base=base.config.to_dict(),
+        adapter=adapter,
+        mean=list(MEAN),
+        std=list(STD),
+        image_size=[32, 32],
+        taps=TAPS,
+        reads=["block0", "latent"],
+        projector_width=16,
+        standardize=standardize,
+    )
     built = build_student(base, config).eval()
     with torch.no_grad():
         for p in built.encoder.adapter.parameters():
@@ -94,8 +101,11 @@ def test_inside_the_students_file_the_base_has_the_names_of_the_hub(kind: str, t
     ours = student(kind)
     ours.save_pretrained(tmp_path / "student")
     ours.encoder.base.save_pretrained(tmp_path / "base")
-    inside = {name.removeprefix("encoder.base.") for name in load_file(tmp_path / "student" / "model.safetensors")
-              if name.startswith("encoder.base.")}  # fmt: skip
+    inside = {
+        name.removeprefix("encoder.base.")
+        for name in load_file(tmp_path / "student" / "model.safetensors")
+        if name.startswith("encoder.base.")
+    }
     assert inside == set(load_file(tmp_path / "base" / "model.safetensors"))
 
 

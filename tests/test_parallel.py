@@ -74,8 +74,18 @@ def torchrun(ranks: int, code: str, *args: object, timeout: float = 400) -> None
     """Run Python code on so many ranks, which find each other on a free port; nothing of them is left behind."""
     # each has a session of its own, and ends itself: it tells where it was, which nobody can who kills it
     code = f"import faulthandler; faulthandler.dump_traceback_later({timeout}, exit=True)\n{code}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-               "--no-python", sys.executable, "-c", code, *map(str, args)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "--no-python",
+        sys.executable,
+        "-c",
+        code,
+        *map(str, args),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             said, _ = process.communicate(timeout=timeout + 30)
@@ -115,12 +125,22 @@ def tree(world: Path, out: str, **train: Any) -> dict[str, Any]:
         "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
         "transfer": {"calibration": 16, "balance": "dropping"},
         "train": {
-            "steps": STEPS, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1, "save_every": STOP,
-            "evaluate_every": 12, "ema": 0.9, "accumulate": 2, "optimizer": "adamw", "clip": 0.2,
-        } | train,
+            "steps": STEPS,
+            "batch": 8,
+            "lr": 5e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            "save_every": STOP,
+            "evaluate_every": 12,
+            "ema": 0.9,
+            "accumulate": 2,
+            "optimizer": "adamw",
+            "clip": 0.2,
+        }
+        | train,
         "keep_heads": ["classifier"],
         "out": str(world / out),
-    }  # fmt: skip
+    }
 
 
 def of_base(world: Path, kind: str, out: str, **train: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from shoulders.plan.watch import (
     medians,
     steps,
     watched,
-)  # fmt: skip
+)
 from shoulders.ranks import Rank
 from shoulders.recipe import Recipe, check_recipe
 from tests.test_heads import save_teacher
@@ -59,14 +59,15 @@ def recipe_of(root: Path, **changes: Any) -> Recipe:
     tree: dict[str, Any] = {
         "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
         "teachers": {
-            "classifier": {"model": str(root / "classifier")}, "segmenter": {"model": str(root / "segmenter")},
+            "classifier": {"model": str(root / "classifier")},
+            "segmenter": {"model": str(root / "segmenter")},
         },
         "images": {"path": str(root / "images"), "size": 32, "holdout": 12, "workers": 1},
         "transfer": {"calibration": 16},
         "train": {"steps": 6, "batch": 8, "precision": "fp32", "save_every": 2, "evaluate_every": 3, "ema": 0.9},
         "keep_heads": ["segmenter"],
         "out": str(root / "run"),
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree[section] = tree[section] | {name: value} if name else value
@@ -87,8 +88,17 @@ def test_it_says_what_a_run_takes_and_leaves_nothing(world: Path) -> None:
     told = plan(recipe_of(world))  # although a run is in its folder
     assert contents(world) == before
     parts = {part["part"]: part["s"] for part in told["parts"]}
-    one_after_another = [WAITING, "teacher classifier", "teacher segmenter", BASE, FORWARD, TRANSFER, BACKWARD,
-                         OPTIMIZER, REST]  # fmt: skip
+    one_after_another = [
+        WAITING,
+        "teacher classifier",
+        "teacher segmenter",
+        BASE,
+        FORWARD,
+        TRANSFER,
+        BACKWARD,
+        OPTIMIZER,
+        REST,
+    ]
     assert list(parts) == one_after_another
     assert all(seconds > 0 for seconds in parts.values()) and told["decode"]["s_per_batch"] > 0
     # both are whole steps: one with a watch, one without, on a machine that does other things
@@ -169,12 +179,24 @@ def test_a_step_that_does_not_fit_is_measured_in_parts(world: Path, monkeypatch:
 
 
 FACTS = Facts(
-    check_recipe({
-        "student": {"base": "b"}, "teachers": {"big": {"model": "m"}}, "images": {"path": "p"}, "out": "runs/x",
-    }),
-    step=1.0, parts={"teacher big": 0.3, FORWARD: 0.3, BACKWARD: 0.25, TRANSFER: 0.1, BASE: 0.04, WAITING: 0.01},
-    decode=0.2, cpus=4, peak=10, there=20, fits=1, hidden=128, ladder=0.0,
-)  # fmt: skip
+    check_recipe(
+        {
+            "student": {"base": "b"},
+            "teachers": {"big": {"model": "m"}},
+            "images": {"path": "p"},
+            "out": "runs/x",
+        }
+    ),
+    step=1.0,
+    parts={"teacher big": 0.3, FORWARD: 0.3, BACKWARD: 0.25, TRANSFER: 0.1, BASE: 0.04, WAITING: 0.01},
+    decode=0.2,
+    cpus=4,
+    peak=10,
+    there=20,
+    fits=1,
+    hidden=128,
+    ladder=0.0,
+)
 STORING = {"views": 3, "path": "caches/x", "disk_bytes": 2**31, "minutes": 12.0}
 HEAVY = {"teacher big": 0.1, FORWARD: 0.2, BACKWARD: 0.1, TRANSFER: 0.6, WAITING: 0.0}
 
@@ -190,33 +212,50 @@ def with_recipe(facts: Facts, *changes: str) -> Facts:
     return replace(facts, recipe=check_recipe(tree))
 
 
-@pytest.mark.parametrize(("facts", "expected"), [
-    (FACTS, {}),
-    (replace(FACTS, peak=30, fits=4), {("train.accumulate=4",): None}),
-    (replace(FACTS, peak=30), {}),  # it is as small as it can be
-    (replace(FACTS, storing=STORING), {("images.views=3", "cache.path=caches/x"): 0.34}),
-    (with_recipe(replace(FACTS, storing=STORING), "images.views=3"), {("cache.path=caches/x",): 0.34}),
-    (with_recipe(replace(FACTS, storing=STORING), "images.views=3", "cache.path=caches/x"), {(): 0.34}),
-    # no step is faster than its loader
-    (replace(FACTS, storing=STORING, decode=0.8), {("images.views=3", "cache.path=caches/x"): 0.2}),
-    (replace(FACTS, in_bf16=0.5), {("train.precision=bf16",): 0.49}),
-    (replace(FACTS, in_bf16=0.98), {}),
-    (replace(FACTS, in_int8={"big": 0.2}), {("teachers.big.int8=true",): 0.1}),
-    (replace(FACTS, in_int8={"big": 0.4}), {}),
-    (replace(FACTS, parts={**FACTS.parts, WAITING: 0.5}, decode=1.0), {("images.workers=2",): 0.5}),
-    (replace(FACTS, parts={**FACTS.parts, WAITING: 0.8}, decode=1.0), {("images.workers=4",): 0.75}),
-    (replace(FACTS, parts={**FACTS.parts, WAITING: 0.5}, decode=1.0, cpus=1), {}),
-    (with_recipe(replace(FACTS, parts={**FACTS.parts, WAITING: 0.0, DECODE: 0.5}, decode=0.5), "images.workers=0"),
-     {("images.workers=1",): 0.5}),
-    (replace(FACTS, parts=HEAVY, ladder=0.5), {
-        ("transfer.reads=[latent]",): 0.3, ("transfer.projector_width=64",): 0.3,
-    }),
-    (replace(FACTS, parts=HEAVY), {("transfer.projector_width=64",): 0.3}),
-    (with_recipe(replace(FACTS, parts=HEAVY, ladder=0.5, hidden=1), "transfer.reads=[block1, latent]",
-                 "student.adapter={kind: conv}"), {("transfer.reads=[latent]", "student.adapter.blocks=[]"): 0.3}),
-    (replace(FACTS, parts={**FACTS.parts, BACKWARD: 0.4}), {("student.adapter={kind: side}",): 0.44}),
-    (with_recipe(replace(FACTS, parts={**FACTS.parts, BACKWARD: 0.4}), "student.adapter={kind: side}"), {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        (FACTS, {}),
+        (replace(FACTS, peak=30, fits=4), {("train.accumulate=4",): None}),
+        (replace(FACTS, peak=30), {}),  # it is as small as it can be
+        (replace(FACTS, storing=STORING), {("images.views=3", "cache.path=caches/x"): 0.34}),
+        (with_recipe(replace(FACTS, storing=STORING), "images.views=3"), {("cache.path=caches/x",): 0.34}),
+        (with_recipe(replace(FACTS, storing=STORING), "images.views=3", "cache.path=caches/x"), {(): 0.34}),
+        # no step is faster than its loader
+        (replace(FACTS, storing=STORING, decode=0.8), {("images.views=3", "cache.path=caches/x"): 0.2}),
+        (replace(FACTS, in_bf16=0.5), {("train.precision=bf16",): 0.49}),
+        (replace(FACTS, in_bf16=0.98), {}),
+        (replace(FACTS, in_int8={"big": 0.2}), {("teachers.big.int8=true",): 0.1}),
+        (replace(FACTS, in_int8={"big": 0.4}), {}),
+        (replace(FACTS, parts={**FACTS.parts, WAITING: 0.5}, decode=1.0), {("images.workers=2",): 0.5}),
+        (replace(FACTS, parts={**FACTS.parts, WAITING: 0.8}, decode=1.0), {("images.workers=4",): 0.75}),
+        (replace(FACTS, parts={**FACTS.parts, WAITING: 0.5}, decode=1.0, cpus=1), {}),
+        (
+            with_recipe(
+                replace(FACTS, parts={**FACTS.parts, WAITING: 0.0, DECODE: 0.5}, decode=0.5), "images.workers=0"
+            ),
+            {("images.workers=1",): 0.5},
+        ),
+        (
+            replace(FACTS, parts=HEAVY, ladder=0.5),
+            {
+                ("transfer.reads=[latent]",): 0.3,
+                ("transfer.projector_width=64",): 0.3,
+            },
+        ),
+        (replace(FACTS, parts=HEAVY), {("transfer.projector_width=64",): 0.3}),
+        (
+            with_recipe(
+                replace(FACTS, parts=HEAVY, ladder=0.5, hidden=1),
+                "transfer.reads=[block1, latent]",
+                "student.adapter={kind: conv}",
+            ),
+            {("transfer.reads=[latent]", "student.adapter.blocks=[]"): 0.3},
+        ),
+        (replace(FACTS, parts={**FACTS.parts, BACKWARD: 0.4}), {("student.adapter={kind: side}",): 0.44}),
+        (with_recipe(replace(FACTS, parts={**FACTS.parts, BACKWARD: 0.4}), "student.adapter={kind: side}"), {}),
+    ],
+)
 def test_advice_is_given_exactly_where_it_applies(facts: Facts, expected: dict[tuple[str, ...], float | None]) -> None:
     told = {one.give: one.saves for one in suggestions(facts)}
     assert told == {give: saves if saves is None else pytest.approx(saves) for give, saves in expected.items()}

@@ -45,30 +45,33 @@ def test_folders_may_be_called_as_the_shell_allows(recipe: Path) -> None:
     assert read_recipe(recipe, ["out='a #1'  # a note"]).out == Path("a #1")
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("out=12", "out: a path is text, and YAML reads another thing here (12); put it into quotes of its own"),
-    ("out=runs: a", "out: a path is text, and YAML reads another thing here ({'runs': 'a'})"),
-    ("train.stepss=3", "train.stepss: unknown key; did you mean steps?"),
-    ("student.adapter.widht=3", "student.adapter.widht: unknown key; did you mean width?"),
-    ("teachers.one.modle=a", "teachers.one.modle: unknown key; did you mean mod"),
-    ("nonsense=3", "nonsense: unknown key; allowed: student, teachers"),
-    ("train.lr=fast", "train.lr: Input should be a valid number, unable to parse string as a number (got 'fast')"),
-    ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
-    ("transfer.t2s=both", "transfer.t2s: Input should be 'none', 'each' or 'joint' (got 'both')"),
-    ("student.adapter.kind=houlsby", "student.adapter: Input tag 'houlsby'"),
-    ("teachers.base.model=a/b", "teacher name 'base'"),
-    ("teachers.joint.model=a/b", "teacher name 'joint'"),
-    ("teachers.one.module=a:b", "teachers.one: give either model (hub id or folder) or module"),
-    ("teachers.one.weight=2", "teachers.one.weight only counts with transfer.balance: fixed"),
-    ("student.adapter={width: 4}", "student.adapter: give its kind, one of bottleneck, lora"),
-    ("images.views=[1]", "images.views: "),
-    ("images.size=big", "images.size: "),
-    ("transfer.reads=[latent, block3, latent]", "transfer.reads: each place once, got latent, block3, latent"),
-    ("train.lr", "'train.lr': an override is written key.subkey=value"),
-    ("train.lr.x=3", "'train.lr.x=3': 'lr' holds a value, not a section"),
-    ("train.lr=[", "the value is not YAML"),
-    ("out=", "out: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("out=12", "out: a path is text, and YAML reads another thing here (12); put it into quotes of its own"),
+        ("out=runs: a", "out: a path is text, and YAML reads another thing here ({'runs': 'a'})"),
+        ("train.stepss=3", "train.stepss: unknown key; did you mean steps?"),
+        ("student.adapter.widht=3", "student.adapter.widht: unknown key; did you mean width?"),
+        ("teachers.one.modle=a", "teachers.one.modle: unknown key; did you mean mod"),
+        ("nonsense=3", "nonsense: unknown key; allowed: student, teachers"),
+        ("train.lr=fast", "train.lr: Input should be a valid number, unable to parse string as a number (got 'fast')"),
+        ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
+        ("transfer.t2s=both", "transfer.t2s: Input should be 'none', 'each' or 'joint' (got 'both')"),
+        ("student.adapter.kind=houlsby", "student.adapter: Input tag 'houlsby'"),
+        ("teachers.base.model=a/b", "teacher name 'base'"),
+        ("teachers.joint.model=a/b", "teacher name 'joint'"),
+        ("teachers.one.module=a:b", "teachers.one: give either model (hub id or folder) or module"),
+        ("teachers.one.weight=2", "teachers.one.weight only counts with transfer.balance: fixed"),
+        ("student.adapter={width: 4}", "student.adapter: give its kind, one of bottleneck, lora"),
+        ("images.views=[1]", "images.views: "),
+        ("images.size=big", "images.size: "),
+        ("transfer.reads=[latent, block3, latent]", "transfer.reads: each place once, got latent, block3, latent"),
+        ("train.lr", "'train.lr': an override is written key.subkey=value"),
+        ("train.lr.x=3", "'train.lr.x=3': 'lr' holds a value, not a section"),
+        ("train.lr=[", "the value is not YAML"),
+        ("out=", "out: "),
+    ],
+)
 def test_faults_are_one_line_with_the_key_and_the_fix(recipe: Path, override: str, message: str) -> None:
     with pytest.raises(RecipeError) as refusal:
         read_recipe(recipe, [override])
@@ -77,14 +80,17 @@ def test_faults_are_one_line_with_the_key_and_the_fix(recipe: Path, override: st
     assert refusal.value.exit_code == 2
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a: [", "not YAML"),
-    ("out: 2024-13-45", "not YAML"),
-    ("train: {steps: 3}\nout: x\ntrain: {lr: 1.0}", "not YAML (train is given twice"),
-    ("- 1", "a recipe is a mapping of keys to values, got list"),
-    ("!!python/object/apply:os.system ['true']", "not YAML"),
-    ("out: x", "student: missing; give it in the recipe or as student=..."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("out: 2024-13-45", "not YAML"),
+        ("train: {steps: 3}\nout: x\ntrain: {lr: 1.0}", "not YAML (train is given twice"),
+        ("- 1", "a recipe is a mapping of keys to values, got list"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("out: x", "student: missing; give it in the recipe or as student=..."),
+    ],
+)
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)

@@ -53,15 +53,19 @@ def test_the_head_says_what_the_whole_model_says(kind: str, tmp_path: Path) -> N
     pixels = torch.rand(3, 3, 32, 32)
     tokens = hf.AutoTokenizer.from_pretrained(tmp_path)(
         [f"a photo of a {name}." for name in NAMES],
-        padding=PADDING[kind], max_length=LONGEST, truncation=True, return_tensors="pt",
-    )  # fmt: skip
+        padding=PADDING[kind],
+        max_length=LONGEST,
+        truncation=True,
+        return_tensors="pt",
+    )
     images = {"pixel_values": (pixels - teacher.mean) / teacher.std}
     if kind == "siglip2":
         patches = images["pixel_values"].unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1)
         images = {
-            "pixel_values": patches.reshape(3, 16, -1), "spatial_shapes": torch.tensor([[4, 4]] * 3),
+            "pixel_values": patches.reshape(3, 16, -1),
+            "spatial_shapes": torch.tensor([[4, 4]] * 3),
             "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
-        }  # fmt: skip
+        }
     with torch.no_grad():
         truth = model(**tokens, **images).logits_per_image
     said = head(teacher(pixels))

@@ -24,9 +24,11 @@ BASE_CONFIGS: dict[str, Callable[[], Any]] = {
     "vit": lambda: transformers.ViTConfig(**_WIDE),
 }
 ADAPTERS: list[dict[str, Any]] = [
-    {"kind": "bottleneck", "width": 8}, {"kind": "lora", "rank": 4, "alpha": 8.0},
-    {"kind": "side", "width": 16, "blocks": 2}, {"kind": "conv", "width": 32, "depth": 1, "blocks": []},
-]  # fmt: skip
+    {"kind": "bottleneck", "width": 8},
+    {"kind": "lora", "rank": 4, "alpha": 8.0},
+    {"kind": "side", "width": 16, "blocks": 2},
+    {"kind": "conv", "width": 32, "depth": 1, "blocks": []},
+]
 
 
 def _takes_32_px(folder: Path) -> Path:
@@ -53,9 +55,16 @@ def save_segformer(folder: Path) -> Path:
     """A random teacher without a summary, in transformers format; its weights in fp16, as shipped ones are."""
     torch.manual_seed(2)
     config = transformers.SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], sr_ratios=[2, 1],
-        patch_sizes=[3, 3], strides=[2, 2], mlp_ratios=[2, 2], image_size=32,
-    )  # fmt: skip
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        hidden_sizes=[8, 16],
+        num_attention_heads=[1, 2],
+        sr_ratios=[2, 1],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        mlp_ratios=[2, 2],
+        image_size=32,
+    )
     transformers.SegformerModel(config).half().save_pretrained(folder)
     return _takes_32_px(folder)
 

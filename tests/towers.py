@@ -18,10 +18,16 @@ WORDS = ("a", "photo", "of", "drawing", "the", ".", *NAMES)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
 LONGEST = 24
 TEXT = {
-    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
-    "max_position_embeddings": LONGEST, "vocab_size": 40, "pad_token_id": 0,
-    "bos_token_id": SPECIAL.index("<s>"), "eos_token_id": SPECIAL.index("</s>"),
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": LONGEST,
+    "vocab_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": SPECIAL.index("<s>"),
+    "eos_token_id": SPECIAL.index("</s>"),
+}
 DUALS: dict[str, Any] = {
     "clip": lambda: hf.CLIPModel(
         hf.CLIPConfig(vision_config={**VIT, "projection_dim": 12}, text_config=TEXT, projection_dim=12)

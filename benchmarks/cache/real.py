@@ -55,12 +55,16 @@ def one_way(way: str, given: argparse.Namespace) -> None:
         return
     out, cache = given.work / way, given.work / "cache"
     cached = ["images.views=1", f"cache.path={cache}", "cache.dtype=int8", "cache.mode=require"]
-    recipe = read_recipe(RECIPE, [
-        f"images.sources.photos.path={given.data / 'photos'}",
-        f"images.sources.cifar10.path={given.data / 'cifar10' / 'train.parquet'}",
-        f"images.sources.camvid.path={given.data / 'camvid' / 'images' / 'train'}",
-        f"out={out}", *(cached if way == "cached" else []),
-    ])  # fmt: skip
+    recipe = read_recipe(
+        RECIPE,
+        [
+            f"images.sources.photos.path={given.data / 'photos'}",
+            f"images.sources.cifar10.path={given.data / 'cifar10' / 'train.parquet'}",
+            f"images.sources.camvid.path={given.data / 'camvid' / 'images' / 'train'}",
+            f"out={out}",
+            *(cached if way == "cached" else []),
+        ],
+    )
     row: dict[str, Any] = {"way": way, "threads": given.threads, "steps": recipe.train.steps}
     if way == "cached":
         made, begun = given.work / "made.json", time.perf_counter()

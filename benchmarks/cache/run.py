@@ -82,10 +82,20 @@ def recipe(scratch: Path, views: int, dtype: str) -> Recipe:
     """recipes/world.yaml with fewer images and a cache."""
     styles = ("studio", "neon", "paper", "ink")
     counts = [f"images.sources.{style}.args.count={views // len(styles)}" for style in styles]
-    return read_recipe(RECIPE, [
-        *counts, "images.views=1", "images.workers=0", "images.holdout=64", "transfer.calibration=64",
-        f"cache.path={scratch / dtype}", f"cache.dtype={dtype}", "cache.mode=require", f"out={scratch / 'run'}",
-    ])  # fmt: skip
+    return read_recipe(
+        RECIPE,
+        [
+            *counts,
+            "images.views=1",
+            "images.workers=0",
+            "images.holdout=64",
+            "transfer.calibration=64",
+            f"cache.path={scratch / dtype}",
+            f"cache.dtype={dtype}",
+            "cache.mode=require",
+            f"out={scratch / 'run'}",
+        ],
+    )
 
 
 class Numbered:
@@ -105,8 +115,11 @@ def three_vits(folder: Path, dtype: str) -> list[Shelf]:
     taps = {"last": Tap(768, 768, (14, 14))}
     for name in ("one", "two", "three"):
         generator = torch.Generator().manual_seed(0)
-        told = {"last": Features(torch.randn(64, 768, generator=generator),
-                                 torch.randn(64, 196, 768, generator=generator), (14, 14))}  # fmt: skip
+        told = {
+            "last": Features(
+                torch.randn(64, 768, generator=generator), torch.randn(64, 196, 768, generator=generator), (14, 14)
+            )
+        }
         codec = Codec(taps, Cache(dtype=dtype))
         payload = codec.encode(told).numpy()
         (folder / name).mkdir(parents=True)

@@ -62,17 +62,25 @@ def child(job: str, folder: str, images: int, steps: int) -> dict[str, Any]:
 def recipe(folder: Path, images: int) -> Any:
     from shoulders.recipe import check_recipe
 
-    return check_recipe({
-        "student": {"base": str(WORLD / "base"), "adapter": {"kind": "side", "width": 64}},
-        "teachers": {"classifier": {"model": str(WORLD / "classifier")}},
-        "images": {
-            "sources": {"world": {"module": "shoulders.world:unlabelled",
-                                  "args": {"styles": ["studio"], "count": images}}},
-            "size": 96, "views": 1, "holdout": 64, "workers": 0,
-        },
-        "transfer": {"calibration": 64}, "train": {"batch": 16, "steps": 10_000},
-        "cache": {"path": str(folder / "cache"), "dtype": "int8", "mode": "require"}, "out": str(folder / "run"),
-    })  # fmt: skip
+    return check_recipe(
+        {
+            "student": {"base": str(WORLD / "base"), "adapter": {"kind": "side", "width": 64}},
+            "teachers": {"classifier": {"model": str(WORLD / "classifier")}},
+            "images": {
+                "sources": {
+                    "world": {"module": "shoulders.world:unlabelled", "args": {"styles": ["studio"], "count": images}}
+                },
+                "size": 96,
+                "views": 1,
+                "holdout": 64,
+                "workers": 0,
+            },
+            "transfer": {"calibration": 64},
+            "train": {"batch": 16, "steps": 10_000},
+            "cache": {"path": str(folder / "cache"), "dtype": "int8", "mode": "require"},
+            "out": str(folder / "run"),
+        }
+    )
 
 
 def make(folder: Path, images: int, steps: int) -> dict[str, float]:
@@ -112,13 +120,27 @@ JOBS = {"make": make, "train": train}
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    titles = ("images", "making it: ms per image", "peak MB", "MB on disk", "opening a run: s", "ms per step of 16",
-              "peak MB of training")  # fmt: skip
+    titles = (
+        "images",
+        "making it: ms per image",
+        "peak MB",
+        "MB on disk",
+        "opening a run: s",
+        "ms per step of 16",
+        "peak MB of training",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         each = 1000 * row["make_s"] / row["images"]
-        cells = [f"{row['images']:,}", f"{each:.2f}", f"{row['make_peak_mb']:.0f}", f"{row['disk_mb']:.0f}",
-                 f"{row['open_s']:.2f}", f"{row['step_ms']:.0f}", f"{row['train_peak_mb']:.0f}"]  # fmt: skip
+        cells = [
+            f"{row['images']:,}",
+            f"{each:.2f}",
+            f"{row['make_peak_mb']:.0f}",
+            f"{row['disk_mb']:.0f}",
+            f"{row['open_s']:.2f}",
+            f"{row['step_ms']:.0f}",
+            f"{row['train_peak_mb']:.0f}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -25,9 +25,13 @@ from shoulders.checkpoint import write_text
 HERE = Path(__file__).resolve().parent
 INSIDE, LOW_RANK, SIDE, CONV = (
     f"student.adapter={{{adapter}}}"
-    for adapter in ("kind: bottleneck, width: 128", "kind: lora, rank: 64", "kind: side, width: 128",
-                    "kind: conv, width: 128")
-)  # fmt: skip
+    for adapter in (
+        "kind: bottleneck, width: 128",
+        "kind: lora, rank: 64",
+        "kind: side, width: 128",
+        "kind: conv, width: 128",
+    )
+)
 # {ablation: {variant: changes to the recipe}}
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "own_grids": {
@@ -64,8 +68,10 @@ def table(variants: Sequence[str], rows: Sequence[Row]) -> str:
             scores = [[row for row in found if row.get("variant") == name] for name in variants]
             if teacher and any(scores):
                 shares = [retention(teacher, score) for score in scores]
-                cells = ["-" if share is None else f"{short(mean(score))} ({share:.2f})"
-                         for score, share in zip(scores, shares, strict=True)]  # fmt: skip
+                cells = [
+                    "-" if share is None else f"{short(mean(score))} ({share:.2f})"
+                    for score, share in zip(scores, shares, strict=True)
+                ]
                 lines.append(line_of([f"{job.dataset} ({METRIC_NAMES[metric]})", number(teacher), *cells]))
     return "\n".join(lines) + "\n"
 
@@ -91,8 +97,14 @@ def main() -> None:
             work = given.work / name / variant.replace(", ", "-").replace(" ", "_")
             run = measure.distilled(setting, work, given.data, given.seed, [*given.overrides, *changes])
             for job in setting.jobs:
-                missing(kept, partial(heads, job, run, labels, given.seed, variant),
-                        dataset=job.dataset, kind="inherited", variant=variant, seed=given.seed)  # fmt: skip
+                missing(
+                    kept,
+                    partial(heads, job, run, labels, given.seed, variant),
+                    dataset=job.dataset,
+                    kind="inherited",
+                    variant=variant,
+                    seed=given.seed,
+                )
     given.out.mkdir(exist_ok=True)
     told = table(list(variants), publish(kept.rows, given.out / f"{name}.json"))
     write_text(given.out / f"{name}.md", told)

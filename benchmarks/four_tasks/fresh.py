@@ -35,8 +35,9 @@ def table(fresh: Sequence[Row], known: Sequence[Row]) -> str:
         for metric in job.metrics:
             teacher, student, known_teacher, known_student = (
                 [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
-                for rows in (fresh, known) for kind in ("teacher", "inherited")
-            )  # fmt: skip
+                for rows in (fresh, known)
+                for kind in ("teacher", "inherited")
+            )
             shares = retention(teacher, student), retention(known_teacher, known_student)
             if shares[0] is not None:
                 kept = ["-" if share is None else f"{share:.3f}" for share in shares]

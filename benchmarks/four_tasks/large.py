@@ -31,12 +31,16 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {  # model and image processo
     # R50
     "detector": (lambda: hf.RTDetrV2ForObjectDetection(hf.RTDetrV2Config(num_labels=80)), "RTDetrImageProcessor"),
     # MiT-B2
-    "segmenter": (lambda: hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**B2, num_labels=150)),
-                  "SegformerImageProcessor"),
+    "segmenter": (
+        lambda: hf.SegformerForSemanticSegmentation(hf.SegformerConfig(**B2, num_labels=150)),
+        "SegformerImageProcessor",
+    ),
     # Swin-T
-    "instances": (lambda: hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(num_labels=80)),
-                  "Mask2FormerImageProcessor"),
-}  # fmt: skip
+    "instances": (
+        lambda: hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(num_labels=80)),
+        "Mask2FormerImageProcessor",
+    ),
+}
 
 
 def large_run(work: Path) -> Path:
@@ -53,13 +57,16 @@ def large_run(work: Path) -> Path:
         Image.fromarray(dice.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(folder / "images" / f"{i}.png")
     run = folder / "seed-0"
     teachers = [name for name in MODELS if name != BASE]
-    recipe = check_recipe({
-        "student": {"base": str(folder / BASE), "adapter": {"kind": "conv", "width": 128}},
-        "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in teachers},
-        "images": {"path": str(folder / "images"), "size": SIZE, "holdout": 8, "workers": 0},
-        "transfer": {"calibration": 16, "reads": ["block3", "block7", "latent"]},
-        "train": {"steps": 2, "batch": 4, "save_every": 2},
-        "keep_heads": teachers, "out": str(run),
-    })  # fmt: skip
+    recipe = check_recipe(
+        {
+            "student": {"base": str(folder / BASE), "adapter": {"kind": "conv", "width": 128}},
+            "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in teachers},
+            "images": {"path": str(folder / "images"), "size": SIZE, "holdout": 8, "workers": 0},
+            "transfer": {"calibration": 16, "reads": ["block3", "block7", "latent"]},
+            "train": {"steps": 2, "batch": 4, "save_every": 2},
+            "keep_heads": teachers,
+            "out": str(run),
+        }
+    )
     distill(recipe, resume=True)
     return run

@@ -48,11 +48,20 @@ def rows_of(job: Job, kind: str, answered: Sequence[Any], seed: int | None, prob
             continue
         row = by_metric[name]
         sides = {side: by_metric[f"{name}_{side}"] for side in ("low", "high") if f"{name}_{side}" in by_metric}
-        rows.append({
-            "dataset": job.dataset, "task": job.task, "kind": kind, "metric": metric, "value": row["value"],
-            **{side: told["value"] for side, told in sides.items()},
-            "seed": seed, "probe_seed": probe_seed, "n": row["n"], "seconds": row["seconds"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "dataset": job.dataset,
+                "task": job.task,
+                "kind": kind,
+                "metric": metric,
+                "value": row["value"],
+                **{side: told["value"] for side, told in sides.items()},
+                "seed": seed,
+                "probe_seed": probe_seed,
+                "n": row["n"],
+                "seconds": row["seconds"],
+            }
+        )
     return rows
 
 

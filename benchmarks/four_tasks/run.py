@@ -42,8 +42,13 @@ def run(setting: Setting, kept: Kept, given: argparse.Namespace) -> None:
     for seed in given.seeds if set(given.kinds) - {"teacher"} else ():
         folders[seed] = measure.distilled(setting, given.work, given.data, seed, given.overrides)
         for job in setting.jobs if "inherited" in given.kinds else ():
-            missing(kept, partial(measure.inherited, job, folders[seed], labels, seed),
-                    dataset=job.dataset, kind="inherited", seed=seed)  # fmt: skip
+            missing(
+                kept,
+                partial(measure.inherited, job, folders[seed], labels, seed),
+                dataset=job.dataset,
+                kind="inherited",
+                seed=seed,
+            )
     first = given.seeds[0]
     if "inherited" in given.kinds:
         docs = None if setting.sources else given.doc.parent  # of real photos, the terms allow no copies there
@@ -53,8 +58,12 @@ def run(setting: Setting, kept: Kept, given: argparse.Namespace) -> None:
             if kind in given.kinds:
                 probe(job, kind, kept, folders[first], labels, first, given.probe_seeds)
     for job in setting.jobs if "scratch" in given.kinds else ():
-        missing(kept, partial(measure.from_scratch, job, folders[first], labels, first, given.scratch_steps),
-                dataset=job.dataset, kind="scratch")  # fmt: skip
+        missing(
+            kept,
+            partial(measure.from_scratch, job, folders[first], labels, first, given.scratch_steps),
+            dataset=job.dataset,
+            kind="scratch",
+        )
 
 
 def missing(kept: Kept, measured: Callable[[], list[Row]], **what: Any) -> None:

@@ -84,9 +84,12 @@ def after_side(run: Path) -> Ask:
 
 TEACHERS, AFTER = "all teachers with their heads", "after the heads"
 SIDES: dict[str, Callable[[Path], Ask]] = {
-    TEACHERS: teachers_side, "student with all heads": student_side, "encoder and projectors of it": projectors_side,
-    "encoder of it": encoder_side, AFTER: after_side,
-}  # fmt: skip
+    TEACHERS: teachers_side,
+    "student with all heads": student_side,
+    "encoder and projectors of it": projectors_side,
+    "encoder of it": encoder_side,
+    AFTER: after_side,
+}
 
 
 def _student(run: Path) -> tuple[ShouldersModel, tuple[int, int]]:
@@ -115,10 +118,16 @@ def measure(name: str, run: Path, rounds: int) -> list[Row]:
                 _wait()
                 images = batch * repeats[side]
                 spent = time.perf_counter() - clock
-                rows.append({
-                    "dataset": name, "side": side, "batch": batch, "round": number, "images_per_s": images / spent,
-                    "cpu_ms": 1000 * (time.process_time() - processor) / images,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "dataset": name,
+                        "side": side,
+                        "batch": batch,
+                        "round": number,
+                        "images_per_s": images / spent,
+                        "cpu_ms": 1000 * (time.process_time() - processor) / images,
+                    }
+                )
                 print(rows[-1], flush=True)
     return rows
 
@@ -169,8 +178,16 @@ def _resident() -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each setting, batch and side: median and spread over the rounds, and the gain over the teachers."""
-    titles = ["students of", "images at a time", "side", "images/s", "CPU ms per image", "against all teachers",
-              "peak MiB", "of it models and activations"]  # fmt: skip
+    titles = [
+        "students of",
+        "images at a time",
+        "side",
+        "images/s",
+        "CPU ms per image",
+        "against all teachers",
+        "peak MiB",
+        "of it models and activations",
+    ]
     lines = [line_of(titles), "|---" * len(titles) + "|"]
     for setting in NAMES:
         for batch in BATCHES:
@@ -180,11 +197,20 @@ def table(rows: Sequence[Row]) -> str:
                 timed = [row for row in of_batch if row["side"] == side and "round" in row]
                 held = next(row for row in of_batch if row["side"] == side and "peak_mib" in row)
                 gain = statistics.median(their / row["cpu_ms"] for their, row in zip(theirs, timed, strict=True))
-                lines.append(line_of([
-                    setting, str(batch), side, spread([row["images_per_s"] for row in timed]),
-                    spread([row["cpu_ms"] for row in timed]), "-" if side == AFTER else f"{gain:.2f}x",
-                    f"{held['peak_mib']:.0f}", f"{held['peak_mib'] - held['before_mib']:.0f}",
-                ]))  # fmt: skip
+                lines.append(
+                    line_of(
+                        [
+                            setting,
+                            str(batch),
+                            side,
+                            spread([row["images_per_s"] for row in timed]),
+                            spread([row["cpu_ms"] for row in timed]),
+                            "-" if side == AFTER else f"{gain:.2f}x",
+                            f"{held['peak_mib']:.0f}",
+                            f"{held['peak_mib'] - held['before_mib']:.0f}",
+                        ]
+                    )
+                )
     return "\n".join(lines) + "\n"
 
 

@@ -35,9 +35,19 @@ GAP, MARGIN, TITLE, HEADING, LEGEND = 6, 16, 44, 24, 30
 WHITE, INK, QUIET, RIGHT, WRONG = (255, 255, 255), (30, 30, 30), (120, 120, 120), (0, 140, 110), (205, 70, 50)
 # of the classes in their order: further apart than those of `shoulders.pictures`, which knows no order
 COLOURS = (
-    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
-    (247, 140, 205), (240, 210, 40), (160, 240, 60), (23, 190, 207), (0, 50, 110), (110, 110, 110),
-)  # fmt: skip
+    (31, 119, 180),
+    (255, 127, 14),
+    (44, 160, 44),
+    (214, 39, 40),
+    (148, 103, 189),
+    (140, 86, 75),
+    (247, 140, 205),
+    (240, 210, 40),
+    (160, 240, 60),
+    (23, 190, 207),
+    (0, 50, 110),
+    (110, 110, 110),
+)
 
 Answer = list[dict[str, Any]]
 Colours = Mapping[str, tuple[int, int, int]]
@@ -91,28 +101,38 @@ def box_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
     """The boxes in an image."""
     truth = split.truths[row]
     corners = ("xmin", "ymin", "xmax", "ymax")
-    return [{"label": classes[kind], "score": None, "box": dict(zip(corners, box, strict=True))}
-            for kind, box in zip(truth.classes.tolist(), truth.boxes.tolist(), strict=True)]  # fmt: skip
+    return [
+        {"label": classes[kind], "score": None, "box": dict(zip(corners, box, strict=True))}
+        for kind, box in zip(truth.classes.tolist(), truth.boxes.tolist(), strict=True)
+    ]
 
 
 def region_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
     """A mask for each class in an image."""
     mask = torch.from_numpy(read_mask(split.truths[row].path, len(classes)))
-    return [{"label": classes[kind], "score": None, "mask": mask == kind}
-            for kind in mask.unique().tolist() if kind != IGNORED]  # fmt: skip
+    return [
+        {"label": classes[kind], "score": None, "mask": mask == kind}
+        for kind in mask.unique().tolist()
+        if kind != IGNORED
+    ]
 
 
 def mask_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
     """The masks of the objects in an image."""
     truth = split.truths[row]
     masks = torch.from_numpy(decode(truth.masks or (), truth.size))
-    return [{"label": classes[kind], "score": 1.0, "mask": mask}
-            for kind, mask in zip(truth.classes.tolist(), masks, strict=True)]  # fmt: skip
+    return [
+        {"label": classes[kind], "score": 1.0, "mask": mask}
+        for kind, mask in zip(truth.classes.tolist(), masks, strict=True)
+    ]
 
 
 TRUTHS: dict[str, Callable[[Any, int, Sequence[str]], Answer]] = {
-    "classification": class_truth, "detection": box_truth, "semantic": region_truth, "instance": mask_truth,
-}  # fmt: skip
+    "classification": class_truth,
+    "detection": box_truth,
+    "semantic": region_truth,
+    "instance": mask_truth,
+}
 
 
 @torch.no_grad()
@@ -140,8 +160,10 @@ def ask_student(student: ShouldersModel, name: str, images: Sequence[Tensor]) ->
 def title(job: Job, rows: Sequence[dict[str, Any]]) -> str:
     """``bccd, detection: box AP .623 by the teacher, .410 by its head on the student``, as far as it was measured."""
     metric = next(iter(job.metrics))
-    found = {kind: [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
-             for kind in ("teacher", "inherited")}  # fmt: skip
+    found = {
+        kind: [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
+        for kind in ("teacher", "inherited")
+    }
     if retention(found["teacher"], found["inherited"]) is None:
         return f"{job.dataset}, {job.task}"
     theirs, ours = (short(found[kind][0]["value"]) for kind in found)

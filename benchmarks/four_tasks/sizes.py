@@ -50,10 +50,14 @@ def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tu
     by_metric = {row["metric"]: row for row in told}
     names = {metric: names[TOLD[kind]] for metric, names in job.metrics.items() if TOLD[kind] in names}
     return [
-        {"metric": metric, "value": by_metric[name]["value"], "n": by_metric[name]["n"],
-         "seconds": by_metric[name]["seconds"]}
+        {
+            "metric": metric,
+            "value": by_metric[name]["value"],
+            "n": by_metric[name]["n"],
+            "seconds": by_metric[name]["seconds"],
+        }
         for metric, name in names.items()
-    ]  # fmt: skip
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -63,8 +67,11 @@ def table(rows: Sequence[Row]) -> str:
     for job in JOBS:
         for kind in ("inherited", "student_probe"):
             for metric in job.metrics:
-                values = {row["factor"]: row["value"] for row in rows
-                          if (row["dataset"], row["kind"], row["metric"]) == (job.dataset, kind, metric)}  # fmt: skip
+                values = {
+                    row["factor"]: row["value"]
+                    for row in rows
+                    if (row["dataset"], row["kind"], row["metric"]) == (job.dataset, kind, metric)
+                }
                 if values:
                     cells = [short(values[factor]) if factor in values else "-" for factor in FACTORS]
                     by = "the teacher's head" if kind == "inherited" else "probe"

@@ -17,8 +17,16 @@ METRIC_NAMES = {"top1": "top-1", "knn_top1": "k-NN top-1", "box_AP": "box AP", "
 DOC = ROOT / "docs" / "four_tasks.md"
 LEAST_AP = 0.25  # a teacher below this knows too little for what a student keeps of it to mean something
 JOBS = tuple(job for setting in SETTINGS.values() for job in setting.jobs)
-TITLES = ("data set", "task (metric)", "teacher", "its head on the student", "retention", "probe on the student",
-          "probe on the base", "from scratch")  # fmt: skip
+TITLES = (
+    "data set",
+    "task (metric)",
+    "teacher",
+    "its head on the student",
+    "retention",
+    "probe on the student",
+    "probe on the base",
+    "from scratch",
+)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -33,16 +41,20 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(job: Job, metric: str, rows: Sequence[Row]) -> list[str]:
-    of_kind = {kind: [row for row in rows if row["kind"] == kind] for kind in
-               ("teacher", "inherited", "student_probe", "base_probe", "scratch")}  # fmt: skip
+    of_kind = {
+        kind: [row for row in rows if row["kind"] == kind]
+        for kind in ("teacher", "inherited", "student_probe", "base_probe", "scratch")
+    }
     kept = retention(of_kind["teacher"], of_kind["inherited"])
     weak = metric.endswith("AP") and bool(of_kind["teacher"]) and mean(of_kind["teacher"]) < LEAST_AP
     return [
-        job.dataset, f"{job.task} ({METRIC_NAMES[metric]})", number(of_kind["teacher"]),
+        job.dataset,
+        f"{job.task} ({METRIC_NAMES[metric]})",
+        number(of_kind["teacher"]),
         number(of_kind["inherited"]),
         "teacher AP < .25: not claimed" if weak else "-" if kept is None else f"{kept:.2f}",
         *(number(of_kind[kind]) for kind in ("student_probe", "base_probe", "scratch")),
-    ]  # fmt: skip
+    ]
 
 
 def retention(teacher: Sequence[Row], inherited: Sequence[Row]) -> float | None:

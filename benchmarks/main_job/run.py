@@ -57,12 +57,18 @@ def one_run(variant: str, changes: list[str], seed: int, given: argparse.Namespa
     """Distil and probe one variant; what is there already is not done again."""
     out = folder(variant, seed, given)
     steps = [] if given.steps is None else [f"train.steps={given.steps}"]
-    recipe = read_recipe(RECIPE, [
-        f"images.sources.photos.path={given.data / 'photos'}",
-        f"images.sources.cifar10.path={given.data / 'cifar10' / 'train.parquet'}",
-        f"images.sources.camvid.path={given.data / 'camvid' / 'images' / 'train'}",
-        f"train.seed={seed}", f"out={out}", *changes, *steps,
-    ])  # fmt: skip
+    recipe = read_recipe(
+        RECIPE,
+        [
+            f"images.sources.photos.path={given.data / 'photos'}",
+            f"images.sources.cifar10.path={given.data / 'cifar10' / 'train.parquet'}",
+            f"images.sources.camvid.path={given.data / 'camvid' / 'images' / 'train'}",
+            f"train.seed={seed}",
+            f"out={out}",
+            *changes,
+            *steps,
+        ],
+    )
     done = out / "done.json"
     if not done.exists():
         summary = distill(recipe, resume=True)
@@ -109,13 +115,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     some = rows[0]["variant"]
     lines = ["Probes on CIFAR-10 test, %.", ""]
     lines += ["| variant | " + " | ".join(measures + probes) + " |", "|---" * (1 + len(measures + probes)) + "|"]
-    lines.append("| *step 0, the base* | " + " | ".join(
-        [_cell(rows, measure, 1, variant=some, at_step=0) for measure in measures]
-        + [_cell(rows, probe, 100, model="base") for probe in probes]) + " |")  # fmt: skip
+    lines.append(
+        "| *step 0, the base* | "
+        + " | ".join(
+            [_cell(rows, measure, 1, variant=some, at_step=0) for measure in measures]
+            + [_cell(rows, probe, 100, model="base") for probe in probes]
+        )
+        + " |"
+    )
     for variant in VARIANTS:
-        lines.append(f"| {variant} | " + " | ".join(
-            [_cell(rows, measure, 1, variant=variant, at_step=last) for measure in measures]
-            + [_cell(rows, probe, 100, variant=variant, model="student") for probe in probes]) + " |")  # fmt: skip
+        lines.append(
+            f"| {variant} | "
+            + " | ".join(
+                [_cell(rows, measure, 1, variant=variant, at_step=last) for measure in measures]
+                + [_cell(rows, probe, 100, variant=variant, model="student") for probe in probes]
+            )
+            + " |"
+        )
     for teacher in ("classifier", "segmenter"):
         cells = [_cell(rows, probe, 100, model=teacher) for probe in probes]
         lines.append(f"| *teacher: {teacher}* | " + " | ".join(["-"] * len(measures) + cells) + " |")
@@ -123,8 +139,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(rows: list[dict[str, Any]], metric: str, scale: float, **match: Any) -> str:
-    values = [scale * row["value"] for row in rows
-              if row["metric"] == metric and all(row.get(key) == value for key, value in match.items())]  # fmt: skip
+    values = [
+        scale * row["value"]
+        for row in rows
+        if row["metric"] == metric and all(row.get(key) == value for key, value in match.items())
+    ]
     if not values:
         return "-"
     digits = 1 if scale == 100 else 3

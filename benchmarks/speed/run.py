@@ -143,10 +143,13 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     images_per_s = batch / statistics.median(taken)
     arithmetic = count_arithmetic(step) / batch if asked.gflop is None else asked.gflop * 1e9
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else "cpu", "images_per_s": images_per_s, "peak_mb": peak,
-        "gflop_per_image": arithmetic / 1e9, "gemm_gflops": gemm / 1e9,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "images_per_s": images_per_s,
+        "peak_mb": peak,
+        "gflop_per_image": arithmetic / 1e9,
+        "gemm_gflops": gemm / 1e9,
         "fraction_of_gemm": images_per_s * arithmetic / gemm,
-    }  # fmt: skip
+    }
 
 
 def forget_peak(on_gpu: bool) -> None:
@@ -192,14 +195,29 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    titles = ("variant", "batch", "images/s", "spread", "to plain fp32", "to plain bf16", "peak MB", "GFLOP/image",
-              "of GEMM rate")  # fmt: skip
+    titles = (
+        "variant",
+        "batch",
+        "images/s",
+        "spread",
+        "to plain fp32",
+        "to plain bf16",
+        "peak MB",
+        "GFLOP/image",
+        "of GEMM rate",
+    )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        cells = [row["variant"], str(row["batch"]), f"{row['images_per_s']:.2f}", f"{row['spread']:.0%}",
-                 *(f"{row[ratio]:.2f}" if row[ratio] else "-" for ratio in ("ratio_plain", "ratio_plain_bf16")),
-                 f"{row['peak_mb']:.0f}",
-                 f"{row['gflop_per_image']:.1f}", f"{row['fraction_of_gemm']:.0%}"]  # fmt: skip
+        cells = [
+            row["variant"],
+            str(row["batch"]),
+            f"{row['images_per_s']:.2f}",
+            f"{row['spread']:.0%}",
+            *(f"{row[ratio]:.2f}" if row[ratio] else "-" for ratio in ("ratio_plain", "ratio_plain_bf16")),
+            f"{row['peak_mb']:.0f}",
+            f"{row['gflop_per_image']:.1f}",
+            f"{row['fraction_of_gemm']:.0%}",
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

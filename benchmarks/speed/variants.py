@@ -29,12 +29,14 @@ MODELS: dict[str, Callable[[], Any]] = {
     "base": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT_B), add_pooling_layer=False),
     "vit": lambda: transformers.ViTModel(transformers.ViTConfig(**VIT_B), add_pooling_layer=False),
     "clip": lambda: transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)),
+        transformers.CLIPVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)
+    ),
     "dino": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**VIT_B, patch_size=14)),
     "siglip": lambda: transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)),
+        transformers.SiglipVisionConfig(**VIT_B, intermediate_size=3072, patch_size=16)
+    ),
     "deit": lambda: transformers.DeiTModel(transformers.DeiTConfig(**VIT_B), add_pooling_layer=False),
-}  # fmt: skip
+}
 TEACHERS = ("vit", "clip", "dino", "siglip", "deit")  # the first three, unless a variant says how many
 
 LADDER = {"reads": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
@@ -86,17 +88,26 @@ def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
     how = VARIANTS[variant]
     base = "student" if how.get("whole") else "base"
     cached = {"path": str(folder / "cache"), "dtype": "int8", "mode": "require" if "cached" in how else "off"}
-    return check_recipe({
-        "student": {"base": str(folder / base), "adapter": how.get("adapter", {"kind": "bottleneck", "width": 1})},
-        "teachers": {
-            name: {"model": str(folder / name), "size": SIZE, "int8": "int8" in how}
-            for name in TEACHERS[: how.get("teachers", 3)]
-        },
-        "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
-        "transfer": {"standardize": "channel", "cosine_share": 0.5, "t2s": "none", "preserve": 0, **how["transfer"]},
-        "train": {"batch": batch, "steps": 1000, "optimizer": "adamw"},
-        "cache": cached, "out": str(folder / "run"),
-    })  # fmt: skip
+    return check_recipe(
+        {
+            "student": {"base": str(folder / base), "adapter": how.get("adapter", {"kind": "bottleneck", "width": 1})},
+            "teachers": {
+                name: {"model": str(folder / name), "size": SIZE, "int8": "int8" in how}
+                for name in TEACHERS[: how.get("teachers", 3)]
+            },
+            "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
+            "transfer": {
+                "standardize": "channel",
+                "cosine_share": 0.5,
+                "t2s": "none",
+                "preserve": 0,
+                **how["transfer"],
+            },
+            "train": {"batch": batch, "steps": 1000, "optimizer": "adamw"},
+            "cache": cached,
+            "out": str(folder / "run"),
+        }
+    )
 
 
 def write_cache(variant: str, folder: Path) -> None:

@@ -35,14 +35,25 @@ SHIPPED = HERE.parent / "teachers"
 BATCH, SIZE = 32, 64
 # three more teachers of other families, with random weights: only their cost matters here
 RANDOM: dict[str, Callable[[], Any]] = {
-    "vit": lambda: transformers.ViTModel(transformers.ViTConfig(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768, image_size=64,
-        patch_size=8)),
-    "convnext": lambda: transformers.ConvNextModel(transformers.ConvNextConfig(
-        depths=[2, 2, 4], hidden_sizes=[48, 96, 192], num_stages=3, image_size=64, patch_size=4)),
-    "regnet": lambda: transformers.RegNetModel(transformers.RegNetConfig(
-        embedding_size=32, hidden_sizes=[64, 128, 256], depths=[1, 2, 2], groups_width=16)),
-}  # fmt: skip
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=192,
+            num_hidden_layers=6,
+            num_attention_heads=3,
+            intermediate_size=768,
+            image_size=64,
+            patch_size=8,
+        )
+    ),
+    "convnext": lambda: transformers.ConvNextModel(
+        transformers.ConvNextConfig(
+            depths=[2, 2, 4], hidden_sizes=[48, 96, 192], num_stages=3, image_size=64, patch_size=4
+        )
+    ),
+    "regnet": lambda: transformers.RegNetModel(
+        transformers.RegNetConfig(embedding_size=32, hidden_sizes=[64, 128, 256], depths=[1, 2, 2], groups_width=16)
+    ),
+}
 
 
 def main() -> None:
@@ -97,12 +108,16 @@ def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0
         dice = np.random.default_rng(0)
         for i in range(64):
             Image.fromarray(dice.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
-    recipe = check_recipe({
-        "student": {"base": str(SHIPPED / "base")}, "teachers": specs, "out": str(scratch / "run"),
-        "images": {"path": str(folder), "size": SIZE, "workers": 0},
-        "train": {"batch": BATCH, "steps": 1000, "optimizer": "adamw"},
-        "transfer": {"calibration": 64, "preserve": preserve},
-    })  # fmt: skip
+    recipe = check_recipe(
+        {
+            "student": {"base": str(SHIPPED / "base")},
+            "teachers": specs,
+            "out": str(scratch / "run"),
+            "images": {"path": str(folder), "size": SIZE, "workers": 0},
+            "train": {"batch": BATCH, "steps": 1000, "optimizer": "adamw"},
+            "transfer": {"calibration": 64, "preserve": preserve},
+        }
+    )
     run = prepare(recipe, {}, Rank(0, 1, torch.device("cpu")))
     run.calibrate()
     return run

@@ -34,8 +34,10 @@ def labelled(style: str, number: int) -> Image.Image:
     image = Image.fromarray(scene.image)
     corners = ("xmin", "ymin", "xmax", "ymax")
     names = [CLASSES[kind] for kind in scene.classes]
-    boxes = [{"label": n, "score": 1.0, "box": dict(zip(corners, b, strict=True))}
-             for n, b in zip(names, scene.boxes.tolist(), strict=True)]  # fmt: skip
+    boxes = [
+        {"label": n, "score": 1.0, "box": dict(zip(corners, b, strict=True))}
+        for n, b in zip(names, scene.boxes.tolist(), strict=True)
+    ]
     masks = [{"label": n, "score": None, "mask": torch.from_numpy(m)} for n, m in zip(names, scene.masks, strict=True)]
     each = [{**one, "label": f"{one['label']} {at + 1}", "score": 1.0} for at, one in enumerate(masks)]
     parts = [image.resize((480, 480), Image.Resampling.BICUBIC)]

@@ -50,8 +50,15 @@ def main() -> None:
             drawn = rate(lambda style=style: [draw(style, 9, index) for index in range(SCENES)], SCENES)  # type: ignore[misc]
             told.setdefault(f"draw {style}", []).append(drawn)
             told.setdefault(f"draw and write {style}", []).append(rate(lambda style=style: write(style), SCENES))  # type: ignore[misc]
-    rows = [{"what": what, "per_s": round(statistics.median(each), 1), "least": round(min(each), 1),
-             "most": round(max(each), 1)} for what, each in told.items()]  # fmt: skip
+    rows = [
+        {
+            "what": what,
+            "per_s": round(statistics.median(each), 1),
+            "least": round(min(each), 1),
+            "most": round(max(each), 1),
+        }
+        for what, each in told.items()
+    ]
     Path(__file__).with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         print(row)

@@ -232,9 +232,15 @@ class Builder:
             with self.claims.claim(f"plan-{name}") as ours:
                 if ours and not (self.folders[name] / store.PLAN).exists():
                     index = self.indices[name]
-                    plan = write_plan(self.folders[name], asking, partial(self._draw_range, index),
-                                      index.first_heldout, self.counts[name], self.prints[name],
-                                      self.recipe.cache)  # fmt: skip
+                    plan = write_plan(
+                        self.folders[name],
+                        asking,
+                        partial(self._draw_range, index),
+                        index.first_heldout,
+                        self.counts[name],
+                        self.prints[name],
+                        self.recipe.cache,
+                    )
                     for part, lost in plan["lost"].items():
                         self.say(f"  {name}/{part}: storing loses {lost:.2e} of the variance (fvu)")
             if not ours:

@@ -168,8 +168,9 @@ def _lay_out(taps: Mapping[str, Tap], how: Cache) -> Iterator[Piece]:
     end = 0
     for tap, facts in taps.items():
         for part, width, tokens in (
-            ("summary", facts.summary, 1), ("spatial", facts.spatial, facts.grid[0] * facts.grid[1]),
-        ):  # fmt: skip
+            ("summary", facts.summary, 1),
+            ("spatial", facts.spatial, facts.grid[0] * facts.grid[1]),
+        ):
             if width is None:
                 continue
             kept = min(width, how.pca or width)

@@ -114,11 +114,17 @@ def _describe(folder: Path) -> dict[str, Any]:
         "pool": made_for["cache.pool"],
         "pca": made_for["cache.pca"],
         "taps": [
-            {"tap": piece.tap, "part": piece.part, "tokens": piece.tokens, "width": piece.width,
-             "bytes_per_view": codec.size_of(piece), "fvu_lost": plan["lost"][f"{piece.tap}/{piece.part}"]}
+            {
+                "tap": piece.tap,
+                "part": piece.part,
+                "tokens": piece.tokens,
+                "width": piece.width,
+                "bytes_per_view": codec.size_of(piece),
+                "fvu_lost": plan["lost"][f"{piece.tap}/{piece.part}"],
+            }
             for piece in codec.pieces
         ],
-    }  # fmt: skip
+    }
 
 
 def say(line: str) -> None:

@@ -109,16 +109,27 @@ def _of_spec(name: str, spec: TeacherSpec) -> Asked:
     checkpoint = read_checkpoint(name, spec)
     pretrained, pixels = checkpoint.pretrained, checkpoint.preprocessing
     whose = {"source": pretrained.source, "revision": pretrained.revision, "licence": checkpoint.licence}
-    fields = {**_of_files(pretrained), "size": list(pixels.size), "mean": list(pixels.mean), "std": list(pixels.std),
-              "taps": list(checkpoint.taps), "int8": spec.int8 or None}  # fmt: skip
+    fields = {
+        **_of_files(pretrained),
+        "size": list(pixels.size),
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "taps": list(checkpoint.taps),
+        "int8": spec.int8 or None,
+    }
     return Asked(name, pixels.size, whose, fields)
 
 
 def _of_base(spec: Student, size: Size, places: tuple[str, ...]) -> Asked:
     pretrained, pixels = read_base(spec)
     whose = {"source": spec.base, "revision": pretrained.revision, "licence": None}
-    fields = {**_of_files(pretrained), "size": list(size), "mean": list(pixels.mean), "std": list(pixels.std),
-              "taps": list(places)}  # fmt: skip
+    fields = {
+        **_of_files(pretrained),
+        "size": list(size),
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "taps": list(places),
+    }
     # students that read other places share the teachers: each has a folder of its own for the base
     folder = BASE if places == ("latent",) else ".".join((BASE, *places))
     return Asked(folder, size, whose, fields)
@@ -150,11 +161,14 @@ def _of_module(name: str, teacher: Teacher) -> Asked:
         code = repr(teacher.module)
     whose = {"source": teacher.source, "revision": teacher.revision, "licence": teacher.licence}
     fields = {
-        "weights": [digest_of_weights(teacher)], "config": [_digest(kind.__qualname__, code)],
+        "weights": [digest_of_weights(teacher)],
+        "config": [_digest(kind.__qualname__, code)],
         "revision": teacher.revision,
-        "size": list(teacher.size), "mean": teacher.mean.flatten().tolist(), "std": teacher.std.flatten().tolist(),
+        "size": list(teacher.size),
+        "mean": teacher.mean.flatten().tolist(),
+        "std": teacher.std.flatten().tolist(),
         "taps": list(teacher.taps),
-    }  # fmt: skip
+    }
     return Asked(name, teacher.size, whose, fields)
 
 

@@ -160,8 +160,15 @@ class CachedTeachers(nn.Module):
 
     fingerprint: Tensor
 
-    def __init__(self, shelves: Mapping[str, Shelf], asked: Mapping[str, Asked], sizes: list[Size], size: Size,
-                 bf16: bool, load: Callable[[str], Teacher]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        shelves: Mapping[str, Shelf],
+        asked: Mapping[str, Asked],
+        sizes: list[Size],
+        size: Size,
+        bf16: bool,
+        load: Callable[[str], Teacher],
+    ) -> None:
         super().__init__()
         self.shelves, self.asked, self.sizes = dict(shelves), dict(asked), sizes
         self.bf16, self.load = bf16, load

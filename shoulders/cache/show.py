@@ -21,18 +21,28 @@ def show_plan(told: dict[str, Any]) -> Table:
 def show_contents(told: dict[str, Any]) -> Table:
     """Of `shoulders.cache.info_cache` and those that answer like it."""
     rows = [
-        [f"{row['teacher']}/{tap['tap']}/{tap['part']}", f"{tap['tokens']} x {tap['width']} {row['dtype']}",
-         str(tap["bytes_per_view"]), f"{tap['fvu_lost']:.1e}"]
-        for row in told["teachers"] for tap in row["taps"]
-    ]  # fmt: skip
+        [
+            f"{row['teacher']}/{tap['tap']}/{tap['part']}",
+            f"{tap['tokens']} x {tap['width']} {row['dtype']}",
+            str(tap["bytes_per_view"]),
+            f"{tap['fvu_lost']:.1e}",
+        ]
+        for row in told["teachers"]
+        for tap in row["taps"]
+    ]
     below = []
     for row in told["teachers"]:
         done = "whole" if row["finished"] else f"{row['shards_there']} of {row['shards']} shards"
         bad = f" ({row['undecodable']} without an image that could be decoded)" if row["undecodable"] else ""
         below.append(f"{row['folder']}: {row['views']} views{bad}, {done}, {size_text(row['bytes'])}")
-    return ["teacher / tap / part", "stored as", "bytes per view", "fvu lost"], rows, [
-        *below, f"{told['path']}: {size_text(told['bytes'])}",
-    ]  # fmt: skip
+    return (
+        ["teacher / tap / part", "stored as", "bytes per view", "fvu lost"],
+        rows,
+        [
+            *below,
+            f"{told['path']}: {size_text(told['bytes'])}",
+        ],
+    )
 
 
 def size_text(count: float) -> str:

@@ -9,6 +9,18 @@ from shoulders.grafts.load import Head, check_graft, head_class, load_graft, rea
 from shoulders.grafts.zero_shot import PADDING, Names, ZeroShot, open_zero_shot
 
 __all__ = [
-    "CUTS", "PADDING", "Cut", "Graft", "Head", "Names", "Taps", "ZeroShot", "check_graft", "head_class", "load_graft",
-    "open_zero_shot", "read_processor", "taps_of",
-]  # fmt: skip
+    "CUTS",
+    "PADDING",
+    "Cut",
+    "Graft",
+    "Head",
+    "Names",
+    "Taps",
+    "ZeroShot",
+    "check_graft",
+    "head_class",
+    "load_graft",
+    "open_zero_shot",
+    "read_processor",
+    "taps_of",
+]

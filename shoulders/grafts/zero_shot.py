@@ -156,8 +156,9 @@ def check_zero_shot(name: str, classes: Sequence[str] | None, checkpoint: Checkp
         raise fault(name, "model", f"{source!r} has no tokenizer that loads here ({why}); add its files") from error
 
 
-def load_zero_shot(checkpoint: Checkpoint, classes: Sequence[str], prompts: Sequence[str] | None,
-                   taps: Mapping[str, Tap]) -> ZeroShot:  # fmt: skip
+def load_zero_shot(
+    checkpoint: Checkpoint, classes: Sequence[str], prompts: Sequence[str] | None, taps: Mapping[str, Tap]
+) -> ZeroShot:
     """The zero-shot head of a checkpoint that `check_zero_shot` accepts.
 
     Raises:
@@ -205,8 +206,13 @@ def embed(model: Any, pretrained: Pretrained, classes: Sequence[str], prompts: S
     texts = [prompt.format(name) for name in classes for prompt in prompts]
     parts = []
     for start in range(0, len(texts), TEXTS):
-        tokens = tokenizer(texts[start : start + TEXTS], padding=PADDING[config.model_type], max_length=longest,
-                           truncation=True, return_tensors="pt")  # fmt: skip
+        tokens = tokenizer(
+            texts[start : start + TEXTS],
+            padding=PADDING[config.model_type],
+            max_length=longest,
+            truncation=True,
+            return_tensors="pt",
+        )
         parts.append(model.eval().get_text_features(**tokens).pooler_output)
     told = torch.cat(parts).unflatten(0, (len(classes), len(prompts)))  # (K, prompts, E)
     # the model itself scales to unit length, so that a single prompt stays what its tower said, bit for bit

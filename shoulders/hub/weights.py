@@ -54,9 +54,15 @@ def check_weights(pretrained: Pretrained) -> None:
 
 
 def load_strict(
-    pretrained: Pretrained, model_class: type[PreTrainedModel], config: PreTrainedConfig, *, inside: str = "",
-    apart_from: tuple[str, ...] = (), remote_code: bool = False, **options: Any,
-) -> PreTrainedModel:  # fmt: skip
+    pretrained: Pretrained,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    inside: str = "",
+    apart_from: tuple[str, ...] = (),
+    remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
     """A model with its weights in float32; weights left over are fine: a head or a text tower that is not read.
 
     Args:

@@ -10,8 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".gif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+)
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 MAX_BYTES = 2**29  # 512 MiB: no image within reach of max_pixels is larger, so what is larger is not read
 

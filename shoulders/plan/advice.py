@@ -159,8 +159,15 @@ def side(facts: Facts) -> Suggestion | None:
 
 
 ADVICE: tuple[Callable[[Facts], Suggestion | None], ...] = (
-    accumulate, cache, bf16, int8, workers, reads, narrower, side,
-)  # fmt: skip
+    accumulate,
+    cache,
+    bf16,
+    int8,
+    workers,
+    reads,
+    narrower,
+    side,
+)
 
 
 def suggestions(facts: Facts) -> list[Suggestion]:

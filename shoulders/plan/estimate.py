@@ -89,10 +89,20 @@ def _measure(run: Run, recipe: Recipe, own: Mapping[str, Teacher]) -> dict[str, 
     hours, disk = _hours(run, step, parts, decode), _disk(run)
     storing = _storing(run, recipe, own, parts, step)
     facts = Facts(
-        recipe, step, parts, decode, surroundings()["cpus"], memory["peak_bytes"], memory["there_bytes"],
-        memory["accumulate"], run.student.config.projector_width, _ladder(run), storing, bf16,
+        recipe,
+        step,
+        parts,
+        decode,
+        surroundings()["cpus"],
+        memory["peak_bytes"],
+        memory["there_bytes"],
+        memory["accumulate"],
+        run.student.config.projector_width,
+        _ladder(run),
+        storing,
+        bf16,
         _in_int8(run, parts, step),
-    )  # fmt: skip
+    )
     return {
         "step_s": step,
         "images_per_s": recipe.train.batch / step,
@@ -186,10 +196,12 @@ def _storing(
     epochs = round(recipe.train.steps * recipe.train.batch / len(run.images))
     views = min(MOST_VIEWS, max(1, epochs)) if recipe.images.views == "fresh" else recipe.images.views
     path = recipe.cache.path or Path("caches") / recipe.out.name
-    cached = recipe.model_copy(update={
-        "images": recipe.images.model_copy(update={"views": views}),
-        "cache": recipe.cache.model_copy(update={"path": path}),
-    })  # fmt: skip
+    cached = recipe.model_copy(
+        update={
+            "images": recipe.images.model_copy(update={"views": views}),
+            "cache": recipe.cache.model_copy(update={"path": path}),
+        }
+    )
     run.rank.say(f"asking what a cache of {views} views would take")
     try:
         return plan_cache(cached, own=own) | {"views": views}

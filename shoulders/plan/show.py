@@ -17,12 +17,17 @@ def show_plan(told: dict[str, Any]) -> Table:
     below = [_memory(told["memory"]), _disk(told["disk"]), _hours(told["hours"])]
     if decode["workers"]:
         busy = decode["s_per_batch"] / decode["workers"] / step
-        below.insert(0, f"decode  {1000 * decode['s_per_batch']:.1f} ms a batch for one worker; {decode['workers']} at "
-                        f"work beside the step, busy for {busy:.0%} of it")  # fmt: skip
+        below.insert(
+            0,
+            f"decode  {1000 * decode['s_per_batch']:.1f} ms a batch for one worker; {decode['workers']} at "
+            f"work beside the step, busy for {busy:.0%} of it",
+        )
     if told["storing"]:
         storing = told["storing"]
-        below.append(f"cache   of {storing['views']} views: {size_text(storing['disk_bytes'])} on disk, made in "
-                     f"{_time(storing['minutes'] / 60)}")  # fmt: skip
+        below.append(
+            f"cache   of {storing['views']} views: {size_text(storing['disk_bytes'])} on disk, made in "
+            f"{_time(storing['minutes'] / 60)}"
+        )
     return ["part of a step", "ms", "share"], rows, [*below, "", *_advice(told["suggestions"])]
 
 

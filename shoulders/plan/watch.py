@@ -82,9 +82,11 @@ class Watch:
 def watched(run: Run, watch: Watch) -> Iterator[None]:
     """Within this context the parts of every step of the run are timed."""
     student, teachers = run.student, run.teachers
-    whom = {CACHE: teachers} if isinstance(teachers, CachedTeachers) else {
-        TEACHER + name: teachers[name] for name in teachers.chosen
-    }  # fmt: skip
+    whom = (
+        {CACHE: teachers}
+        if isinstance(teachers, CachedTeachers)
+        else {TEACHER + name: teachers[name] for name in teachers.chosen}
+    )
     places = watch.timed(FORWARD, student.places)
 
     def seen_by_student(*args: Any) -> dict[str, Features]:
@@ -165,8 +167,16 @@ def seconds_to_decode(run: Run, first: int) -> float:
     how, train = run.recipe.images, run.recipe.train
     alone = how.model_copy(update={"workers": min(1, how.workers)})
     end = time.perf_counter() + SECONDS
-    stream = batches(run.images, run.drawn, alone, batch=train.batch, seed=train.seed, first_step=first,
-                     steps=1 + STEPS, decoded_for=run.sizes)  # fmt: skip
+    stream = batches(
+        run.images,
+        run.drawn,
+        alone,
+        batch=train.batch,
+        seed=train.seed,
+        first_step=first,
+        steps=1 + STEPS,
+        decoded_for=run.sizes,
+    )
     arrived = []
     with closing(stream):
         for _ in stream:

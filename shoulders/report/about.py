@@ -36,9 +36,13 @@ def headline(told: Told, found: Sequence[Line], parameters: Mapping[str, int]) -
     base = str((told.tree.get("student") or {}).get("base", "its base")).rstrip("/").rsplit("/", 1)[-1]
     arrived = "is now in" if told.config else "is on its way into"
     lede = paragraph(
-        "What ", element("b", listed(names) or "no teacher"), f" know{'s' * (len(names) < 2)} {arrived} one encoder, "
-        "built on ", element("b", base), ". No label was used.", class_="lede",
-    )  # fmt: skip
+        "What ",
+        element("b", listed(names) or "no teacher"),
+        f" know{'s' * (len(names) < 2)} {arrived} one encoder, built on ",
+        element("b", base),
+        ". No label was used.",
+        class_="lede",
+    )
     facts = [
         element("div", element("dt", name), element("dd", element("b", value), rest))
         for name, value, rest in _first_numbers(told, found, parameters)
@@ -48,9 +52,7 @@ def headline(told: Told, found: Sequence[Line], parameters: Mapping[str, int]) -
     return element("header", eyebrow, element("h1", title), lede, paragraph(METHOD), *numbers, id="top")
 
 
-def _first_numbers(
-    told: Told, found: Sequence[Line], parameters: Mapping[str, int]
-) -> list[tuple[str, str, str]]:  # fmt: skip
+def _first_numbers(told: Told, found: Sequence[Line], parameters: Mapping[str, int]) -> list[tuple[str, str, str]]:
     facts = []
     if parameters:
         both, trained = parameters["base"] + parameters["adapter"], parameters["adapter"]
@@ -89,21 +91,30 @@ def run(told: Told) -> Html:
     facts = [Html(element("dt", name) + element("dd", value)) for name, value in _facts(told) if value]
     note = missing("This run did not note its machine, memory and versions; a new one does:", "shoulders distill")
     recipe = element(
-        "details", element("summary", "The recipe, complete"),
+        "details",
+        element("summary", "The recipe, complete"),
         element("pre", element("code", told.text), tabindex="0", role="region", aria_label="The recipe"),
-    )  # fmt: skip
+    )
     return section(
-        "run", "What was run", element("dl", *facts, class_="pairs"), *([] if told.surroundings else [note]),
-        *_licences(told), _measurements(told), recipe,
-    )  # fmt: skip
+        "run",
+        "What was run",
+        element("dl", *facts, class_="pairs"),
+        *([] if told.surroundings else [note]),
+        *_licences(told),
+        _measurements(told),
+        recipe,
+    )
 
 
 def _facts(told: Told) -> list[tuple[str, str]]:
     around, tree = told.surroundings, told.tree
     train, images = (tree.get(part) or {} for part in ("train", "images"))
     memory, speed = told.of_training("peak_gib"), told.images_per_s
-    counted = [(around.get("processes", 1), "process", "es"), (around.get("cpus", 0), "CPU", "s"),
-               (around.get("threads", 0), "thread", "s")]  # fmt: skip
+    counted = [
+        (around.get("processes", 1), "process", "es"),
+        (around.get("cpus", 0), "CPU", "s"),
+        (around.get("threads", 0), "thread", "s"),
+    ]
     machine = [str(around["device"])] if "device" in around else []
     machine += [f"{many} {word}{more * (many != 1)}" for many, word, more in counted if many and around]
     versions = [f"{key} {around[key]}" for key in ("shoulders", "torch", "transformers", "python") if key in around]
@@ -137,11 +148,16 @@ def _licences(told: Told) -> list[Html]:
 def _measurements(told: Told) -> Html:
     """Every number that was measured, those of single classes apart."""
     rows = [
-        [", ".join(str(row[key]) for key in ("model", "head", "kind") if row.get(key)), str(row["task"]),
-         str(row["metric"]), element("td", f"{row['value']:.4f}", class_="number"), str(row.get("n", "–"))]
+        [
+            ", ".join(str(row[key]) for key in ("model", "head", "kind") if row.get(key)),
+            str(row["task"]),
+            str(row["metric"]),
+            element("td", f"{row['value']:.4f}", class_="number"),
+            str(row.get("n", "–")),
+        ]
         for row in told.rows
         if row.get("task") in METRICS and "/" not in str(row["metric"]) and row.get("value") is not None
-    ]  # fmt: skip
+    ]
     if not rows:
         return Html()
     whole = table("All measurements", ["model, head", "task", "metric", "value", "images"], rows)

@@ -41,9 +41,13 @@ class Frame(NamedTuple):
 
 
 def line_chart(
-    series: Sequence[Series], label: str, size: tuple[int, int] = LARGE,
-    low: float | None = None, high: float | None = None, top: float | None = None,
-) -> Html:  # fmt: skip
+    series: Sequence[Series],
+    label: str,
+    size: tuple[int, int] = LARGE,
+    low: float | None = None,
+    high: float | None = None,
+    top: float | None = None,
+) -> Html:
     """Curves over steps, each named where it ends.
 
     Args:
@@ -121,9 +125,16 @@ def bars(values: Sequence[tuple[str, float]], label: str) -> Html:
         box = f'y="{number * (thick + gap)}" width="{max(min(value, 1.0), 0.0) * width:.1f}" height="{thick}"'
         drawn.append(Html(f'<rect class="bar {class_}" {box} rx="1.5"/>'))
     return element(
-        "svg", *drawn, viewBox=f"0 0 {width} {height}", width=width, height=height, preserveAspectRatio="none",
-        role="img", aria_label=label, class_="bars",
-    )  # fmt: skip
+        "svg",
+        *drawn,
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label,
+        class_="bars",
+    )
 
 
 def thin(points: Points) -> Points:

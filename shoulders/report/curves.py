@@ -24,10 +24,12 @@ def learning(told: Told) -> Html:
         return section("learning", "Learning", missing("This run keeps no metrics.jsonl; it is written by", command))
     said = paragraph(
         "fvu is the fraction of a teacher’s variance that the student does not hold, on held-out images: at 0 it holds "
-        "everything, at 1 it knows no more than the mean. ", element("b", "Projector"), " is what the student’s own "
-        "projector says of the teacher’s features; ", element("b", "latent"), " what a fresh linear map reads from the "
-        "student’s last layer alone.",
-    )  # fmt: skip
+        "everything, at 1 it knows no more than the mean. ",
+        element("b", "Projector"),
+        " is what the student’s own projector says of the teacher’s features; ",
+        element("b", "latent"),
+        " what a fresh linear map reads from the student’s last layer alone.",
+    )
     parts = [element("div", *losses, class_="grid two")] if losses else []
     parts += [said, element("div", *small, class_="grid three")] if small else []
     return section("learning", "Learning", *parts)

@@ -156,9 +156,13 @@ def _maps(features: Features, name: str, like: Features | None = None) -> list[I
 
 
 def _draw_teacher(
-    name: str, spec: TeacherSpec | None, student: ShouldersModel, seen: Mapping[str, Features], asked: Asked,
+    name: str,
+    spec: TeacherSpec | None,
+    student: ShouldersModel,
+    seen: Mapping[str, Features],
+    asked: Asked,
     figures: Figures,
-) -> None:  # fmt: skip
+) -> None:
     """What there is to show of a teacher, or of its head alone."""
     teacher: Teacher | None = None
     graft: Head | None = None
@@ -177,9 +181,7 @@ def _draw_teacher(
         figures.notes.append(f"The head of {name} cannot answer ({error}).")
 
 
-def _compare(
-    name: str, teacher: Teacher, seen: Mapping[str, Features], images: list[Tensor], figures: Figures
-) -> None:  # fmt: skip
+def _compare(name: str, teacher: Teacher, seen: Mapping[str, Features], images: list[Tensor], figures: Figures) -> None:
     """Draw a teacher's features and the student's account of them in the same colours."""
     w, h = figures.latent[1].images[0].size  # of the student's grid
     grids = {tap: tap_.grid for tap, tap_ in teacher.taps.items() if tap_.spatial and f"{name}/{tap}" in seen}
@@ -198,9 +200,12 @@ def _compare(
 
 
 def _pairs(
-    name: str, student: ShouldersModel, teacher: Teacher | None, graft: Head | None,
+    name: str,
+    student: ShouldersModel,
+    teacher: Teacher | None,
+    graft: Head | None,
     images: Sequence[tuple[str, Tensor]],
-) -> Iterator[Pair]:  # fmt: skip
+) -> Iterator[Pair]:
     """A head's answers to images, on its teacher's features and on the student's."""
     size = as_size(tuple(student.config.image_size))
     for title, decoded in images:
@@ -216,11 +221,12 @@ def _pairs(
         both = labels[0] | labels[1]
         colours = palette(list(both))
         yield Pair(
-            name, task_of(student.head(name)),
+            name,
+            task_of(student.head(name)),
             None if theirs is None else _said(shown, theirs, colours, f"{title}: the teacher with the head of {name}"),
             _said(shown, ours, colours, f"{title}: the student with the head of {name}"),
             (labels[0] & labels[1]).total() / max(both.total(), 1),
-        )  # fmt: skip
+        )
 
 
 def _pixels(decoded: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,11 +16,13 @@ def hero(figures: Figures) -> Html:
     best = {pair.head: pair for pair in sorted(telling, key=lambda pair: pair.agreed)}
     chosen = sorted(best.values(), key=lambda pair: [*TASKS, pair.task].index(pair.task))[:4]
     shown = [
-        element("figure", image(pair.student.image), element(
-            "figcaption", element("strong", TASKS.get(str(pair.task), DEPTH)), _chips(pair.student, most=2)
-        ))
+        element(
+            "figure",
+            image(pair.student.image),
+            element("figcaption", element("strong", TASKS.get(str(pair.task), DEPTH)), _chips(pair.student, most=2)),
+        )
         for pair in chosen
-    ]  # fmt: skip
+    ]
     said = paragraph(
         "What this one encoder sees, through its teachers’ own heads. Of the images below, for each head the one on "
         "which it is nearest to its teacher.",
@@ -35,10 +37,15 @@ def heads(told: Told, figures: Figures) -> Html:
     if figures.fault:
         return section("heads", title, _without_student(told, figures))
     if not figures.pairs:
-        return section("heads", title, *_notes(figures), missing(
-            "This student keeps no heads that could be shown; name teachers in keep_heads: of the recipe and run",
-            "shoulders distill",
-        ))  # fmt: skip
+        return section(
+            "heads",
+            title,
+            *_notes(figures),
+            missing(
+                "This student keeps no heads that could be shown; name teachers in keep_heads: of the recipe and run",
+                "shoulders distill",
+            ),
+        )
     said = paragraph(
         "Each head is the teacher’s own, cut off its encoder; on the right it runs on the student’s features instead, "
         "with no label and no training of the head. The images are chosen by a hash of their names, not by the answer."
@@ -71,10 +78,16 @@ def _chips(said: Said, most: int = 99) -> Html:
     if not said.found:
         return Html("" if "depth" in said.image.alt else element("span", "nothing found", class_="quiet"))
     chips = [
-        element("span", element("i", style=f"background:{colour}") if colour else "", label, " ",
-                element("b", scores) if scores else "", class_="chip")
+        element(
+            "span",
+            element("i", style=f"background:{colour}") if colour else "",
+            label,
+            " ",
+            element("b", scores) if scores else "",
+            class_="chip",
+        )
         for label, colour, scores in said.found[:most]
-    ]  # fmt: skip
+    ]
     more = said.more + len(said.found[most:])
     return Html(" ".join([*chips, *([element("span", f"+{more}", class_="quiet")] if more else [])]))
 
@@ -85,10 +98,15 @@ def features(told: Told, figures: Figures) -> Html:
     if figures.fault:
         return section("features", title, _without_student(told, figures))
     if not figures.latent:
-        return section("features", title, *_notes(figures), missing(
-            "Maps of features need the student and the images of the recipe; both are there after",
-            f"shoulders distill {told.folder / 'recipe.yaml'}",
-        ))  # fmt: skip
+        return section(
+            "features",
+            title,
+            *_notes(figures),
+            missing(
+                "Maps of features need the student and the images of the recipe; both are there after",
+                f"shoulders distill {told.folder / 'recipe.yaml'}",
+            ),
+        )
     said = paragraph(
         "The first three principal components of the features of held-out images, as red, green and blue. Student and "
         "base share the student’s components. Then each teacher’s own features and, in the same colours, what the "
@@ -105,12 +123,19 @@ def features(told: Told, figures: Figures) -> Html:
 
 def _strips(strips: list[Strip]) -> Html:
     """The same images as several models see them: a row for each on narrow screens, else a column."""
-    return element("div", *(
-        element("div", element("p", strip.name, class_="whose"), *(
-            image(one, "photo" if strip.name == "image" else "map") for one in strip.images
-        ), class_="strip")
-        for strip in strips
-    ), class_="strips")  # fmt: skip
+    return element(
+        "div",
+        *(
+            element(
+                "div",
+                element("p", strip.name, class_="whose"),
+                *(image(one, "photo" if strip.name == "image" else "map") for one in strip.images),
+                class_="strip",
+            )
+            for strip in strips
+        ),
+        class_="strips",
+    )
 
 
 def _without_student(told: Told, figures: Figures) -> Html:

@@ -24,14 +24,23 @@ from shoulders.report.scores import results
 
 # whatever stands in the page, a browser loads nothing from elsewhere and runs no script
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-LINKS = {"results": "Results", "heads": "Heads", "features": "Features", "learning": "Learning", "balance": "Balance",
-         "run": "Run"}  # fmt: skip
+LINKS = {
+    "results": "Results",
+    "heads": "Heads",
+    "features": "Features",
+    "learning": "Learning",
+    "balance": "Balance",
+    "run": "Run",
+}
 
 
 def write_report(
-    run: Path | str, *, rows: Sequence[Mapping[str, Any]] | None = None,
-    images: Given = None, out: Path | str | None = None,
-) -> Path:  # fmt: skip
+    run: Path | str,
+    *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
+    images: Given = None,
+    out: Path | str | None = None,
+) -> Path:
     """Write the page of a run folder, whatever of a run is there.
 
     Args:
@@ -62,9 +71,16 @@ def render(told: Told, figures: Figures) -> str:
     """The page as text."""
     found = lines(told.rows)
     main = [
-        headline(told, found, count_parameters(told.folder)), hero(figures), _links(),
-        results(told, found), heads(told, figures), features(told, figures), learning(told), balance(told), about(told),
-    ]  # fmt: skip
+        headline(told, found, count_parameters(told.folder)),
+        hero(figures),
+        _links(),
+        results(told, found),
+        heads(told, figures),
+        features(told, figures),
+        learning(told),
+        balance(told),
+        about(told),
+    ]
     style = resources.files("shoulders.report").joinpath("page.css").read_text()
     name = told.folder.resolve().name
     head = (

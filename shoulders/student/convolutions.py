@@ -69,9 +69,13 @@ class Convolutions(Adapter):
         self.reads = tuple(places)
         quarter, half = width // 4, width // 2
         self.stem = nn.Sequential(
-            _three(3, quarter, 2), *_before(quarter), _three(quarter, half, 2), Residual(half),
-            *_before(half), _three(half, width, 2),
-        )  # fmt: skip
+            _three(3, quarter, 2),
+            *_before(quarter),
+            _three(quarter, half, 2),
+            Residual(half),
+            *_before(half),
+            _three(half, width, 2),
+        )
         self.rungs = nn.ModuleDict({place: Rung(d, width, depth) for place in places})
 
     def refine(self, said: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:

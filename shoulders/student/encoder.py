@@ -49,14 +49,23 @@ BASES = {
         "DINOv3ViTModel", "model.layer", "norm", lambda c: 1 + c.num_register_tokens, _class_token
     ),
     "siglip_vision_model": BaseFamily(
-        "SiglipVisionModel", "encoder.layers", "post_layernorm", lambda config: 0, _attention_pool,
+        "SiglipVisionModel",
+        "encoder.layers",
+        "post_layernorm",
+        lambda config: 0,
+        _attention_pool,
         forward={"interpolate_pos_encoding": True},
     ),
     "vit": BaseFamily(
-        "ViTModel", "layers", "layernorm", lambda config: 1, _class_token,
-        build={"add_pooling_layer": False}, forward={"interpolate_pos_encoding": True},
+        "ViTModel",
+        "layers",
+        "layernorm",
+        lambda config: 1,
+        _class_token,
+        build={"add_pooling_layer": False},
+        forward={"interpolate_pos_encoding": True},
     ),
-}  # fmt: skip
+}
 
 
 class Encoder(nn.Module):
@@ -71,8 +80,9 @@ class Encoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, base: transformers.PreTrainedModel, adapter: dict[str, Any], mean: Sequence[float],
-                 std: Sequence[float]):  # fmt: skip
+    def __init__(
+        self, base: transformers.PreTrainedModel, adapter: dict[str, Any], mean: Sequence[float], std: Sequence[float]
+    ):
         super().__init__()
         self.family = BASES[base.config.model_type]
         self.base = base.eval().requires_grad_(False)

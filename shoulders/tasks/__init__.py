@@ -40,5 +40,14 @@ TASKS = {
 }
 
 __all__ = [
-    "TASKS", "DenseSplit", "DenseSplits", "Row", "Split", "Splits", "Task", "find_masks", "find_objects", "find_splits",
-]  # fmt: skip
+    "TASKS",
+    "DenseSplit",
+    "DenseSplits",
+    "Row",
+    "Split",
+    "Splits",
+    "Task",
+    "find_masks",
+    "find_objects",
+    "find_splits",
+]

@@ -123,9 +123,13 @@ def image_vectors(features: Features) -> Tensor:
 
 
 def evaluate(
-    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int,
+    train: Extracted,
+    val: Extracted | None,
+    test: Extracted,
+    n_classes: int,
+    seed: int,
     on_head: Callable[[nn.Module], object] = lambda head: None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Fit on train, choose on val (or a tenth of train), score on test.
 
     A few-shot row is left out where a class has fewer training images than it asks for.
@@ -186,9 +190,13 @@ class Linear(nn.Module):
 
 
 def linear_top1(
-    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int,
+    train: Extracted,
+    val: Extracted | None,
+    test: Extracted,
+    n_classes: int,
+    seed: int,
     on_head: Callable[[nn.Module], object] = lambda head: None,
-) -> tuple[float, Settings]:  # fmt: skip
+) -> tuple[float, Settings]:
     """Top-1 of `fit_linear`."""
     head, settings = fit_linear(train, val, n_classes, seed)
     on_head(head)

@@ -119,8 +119,9 @@ def find_masks(path: Path | str, column: str = "image") -> DenseSplits[MaskFile]
         told = ", ".join(map(str, unnamed[:5]))
         warnings.warn(
             f"{path}: masks hold {told}, classes.json names 0 to {len(classes) - 1}: such pixels count as none; is its "
-            "first name that of index 0?", stacklevel=2,
-        )  # fmt: skip
+            "first name that of index 0?",
+            stacklevel=2,
+        )
     return _splits(found, classes)
 
 

@@ -49,9 +49,14 @@ class Frozen(Generic[T]):
     """
 
     def __init__(
-        self, features_of: Callable[[Batch], Features], split: DenseSplit[T], size: tuple[int, int], batch: int,
-        workers: int, keep_bytes: int = KEEP_BYTES,
-    ) -> None:  # fmt: skip
+        self,
+        features_of: Callable[[Batch], Features],
+        split: DenseSplit[T],
+        size: tuple[int, int],
+        batch: int,
+        workers: int,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
         self.features_of, self.split, self.size, self.batch, self.workers = features_of, split, size, batch, workers
         self.skipped: list[Skipped] = []
         self.device = torch.device("cpu")

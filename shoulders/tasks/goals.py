@@ -136,9 +136,14 @@ class Segment:
         return summed / (truth != IGNORED).sum().clamp(min=1)
 
     def measure(
-        self, head: nn.Module, features_of: FeaturesOf, split: DenseSplit[MaskFile], size: tuple[int, int], batch: int,
+        self,
+        head: nn.Module,
+        features_of: FeaturesOf,
+        split: DenseSplit[MaskFile],
+        size: tuple[int, int],
+        batch: int,
         workers: int,
-    ) -> tuple[dict[str, float], int]:  # fmt: skip
+    ) -> tuple[dict[str, float], int]:
         frozen = Frozen(features_of, split, size, batch, workers)
         counted = semantic.confusion(head, frozen, len(self.splits.classes))
         return semantic.scores(counted, self.splits.classes), len(frozen)
@@ -175,9 +180,14 @@ class Find:
         return torch.stack(list(losses(head(maps), wanted, (2 * seen.grid[0], 2 * seen.grid[1])).values())).sum()
 
     def measure(
-        self, head: nn.Module, features_of: FeaturesOf, split: DenseSplit[Picture], size: tuple[int, int], batch: int,
+        self,
+        head: nn.Module,
+        features_of: FeaturesOf,
+        split: DenseSplit[Picture],
+        size: tuple[int, int],
+        batch: int,
         workers: int,
-    ) -> tuple[dict[str, float], int]:  # fmt: skip
+    ) -> tuple[dict[str, float], int]:
         frozen = Frozen(features_of, split, size, batch, workers)
         return objects.measure(head, frozen, self.splits.classes, self.masks), len(frozen)  # type: ignore[arg-type]
 

@@ -118,9 +118,14 @@ def masks_found(processor: Any, output: Any, sizes: list[tuple[int, int]]) -> It
 
 
 def _objects(
-    task: str, head: Head, splits: DenseSplits[Picture], batch: int, workers: int,
-    found: Callable[[Any, Any, list[tuple[int, int]]], Iterator[Found]], kinds: dict[str, Any],
-) -> list[Row]:  # fmt: skip
+    task: str,
+    head: Head,
+    splits: DenseSplits[Picture],
+    batch: int,
+    workers: int,
+    found: Callable[[Any, Any, list[tuple[int, int]]], Iterator[Found]],
+    kinds: dict[str, Any],
+) -> list[Row]:
     begun = time.perf_counter()
     theirs = np.array(_indices(head.classes, splits.classes), dtype=np.int64)
     answers: list[Found] = []

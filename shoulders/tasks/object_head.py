@@ -59,10 +59,14 @@ class ObjectHead(nn.Module):
         self.scores = _linear(n_classes, bias=-4.0)  # most places are background
         self.sides = _linear(4, bias=1.0)
         self.embeddings = nn.Conv2d(FINE_WIDTH, PROTOTYPES, 1) if masks else None
-        self.prototypes = nn.Sequential(
-            *_block(nn.ConvTranspose2d(FINE_WIDTH, FINE_WIDTH // 2, 2, stride=2), FINE_WIDTH // 2),
-            nn.Conv2d(FINE_WIDTH // 2, PROTOTYPES, 3, padding=1),
-        ) if masks else None  # fmt: skip
+        self.prototypes = (
+            nn.Sequential(
+                *_block(nn.ConvTranspose2d(FINE_WIDTH, FINE_WIDTH // 2, 2, stride=2), FINE_WIDTH // 2),
+                nn.Conv2d(FINE_WIDTH // 2, PROTOTYPES, 3, padding=1),
+            )
+            if masks
+            else None
+        )
 
     def forward(self, maps: Tensor) -> Answer:
         fine = self.trunk(maps)  # (B, 64, 2 H, 2 W)

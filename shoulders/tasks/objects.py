@@ -65,18 +65,31 @@ def run(
     fit_on, choose_on = hold_out(train) if val is None else (train, val)
     computed = time.perf_counter()
     metric = "mask_AP" if masks else "AP"
-    fitted = fit(fit_on, splits.classes, masks, seed, steps_for(len(fit_on), effort),
-                 lambda head: measure(head, choose_on, splits.classes, masks).get(metric, 0.0))  # fmt: skip
+    fitted = fit(
+        fit_on,
+        splits.classes,
+        masks,
+        seed,
+        steps_for(len(fit_on), effort),
+        lambda head: measure(head, choose_on, splits.classes, masks).get(metric, 0.0),
+    )
     if val is None:  # with what was held out
         fitted = fit(train, splits.classes, masks, seed, fitted.steps)
     on_head(fitted.head)
     values = measure(fitted.head, test, splits.classes, masks)
     settings: dict[str, float | int | str] = {
-        "head": "dense", "lr": LR, "steps": fitted.steps, "batch": BATCH, "weight_decay": WEIGHT_DECAY,
-        "seed": seed, "chosen_on": "val" if val is not None else "a fifth of train", "split": splits.how,
-        "train": len(train), "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
+        "head": "dense",
+        "lr": LR,
+        "steps": fitted.steps,
+        "batch": BATCH,
+        "weight_decay": WEIGHT_DECAY,
+        "seed": seed,
+        "chosen_on": "val" if val is not None else "a fifth of train",
+        "split": splits.how,
+        "train": len(train),
+        "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": computed - begun,
-    }  # fmt: skip
+    }
     seconds, task = time.perf_counter() - computed, "instance" if masks else "detection"
     return [
         Row(task=task, metric=metric, value=value, n=len(test), seconds=seconds, settings=settings)
@@ -90,9 +103,13 @@ def steps_for(images: int, effort: float = 1.0) -> int:
 
 
 def fit(
-    frozen: Frozen[Picture], classes: tuple[str, ...], masks: bool, seed: int, steps: int,
+    frozen: Frozen[Picture],
+    classes: tuple[str, ...],
+    masks: bool,
+    seed: int,
+    steps: int,
     look: Callable[[ObjectHead], float] | None = None,
-) -> Fitted:  # fmt: skip
+) -> Fitted:
     """The averaged weights after `steps`, or after those of the looks at which they did best.
 
     The rate stays what it is after the warm-up, so that a fit that stops early is the beginning of a longer one.
@@ -199,10 +216,15 @@ def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) 
     """Objects in places as `Found` in an image of ``size`` = (h, w) px."""
     boxes, masks = in_pixels(objects, size, grid), objects.masks
     few = max(1, AT_ONCE // (size[0] * size[1]))
-    drawn = None if masks is None else (
-        mask for part, inside in zip(masks.split(few), boxes.split(few), strict=True)
-        for mask in encode(draw(part, inside, size).numpy())
-    )  # fmt: skip
+    drawn = (
+        None
+        if masks is None
+        else (
+            mask
+            for part, inside in zip(masks.split(few), boxes.split(few), strict=True)
+            for mask in encode(draw(part, inside, size).numpy())
+        )
+    )
     return Found(
         objects.classes.cpu().numpy(),
         objects.scores.cpu().double().numpy(),
@@ -216,8 +238,9 @@ def in_pixels(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) ->
     h, w = size
     px = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
     boxes = objects.boxes.cpu() * px
-    return torch.stack([boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h),
-                        boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1)  # fmt: skip
+    return torch.stack(
+        [boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h), boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1
+    )
 
 
 def draw(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -55,12 +55,18 @@ def run(
     on_head(head)
     counted = confusion(head, test, n_classes)
     settings: dict[str, float | int | str] = {
-        "head": "linear", "lr": lr, "steps": steps_for(len(train), effort), "batch": BATCH,
-        "weight_decay": WEIGHT_DECAY, "seed": seed, "split": splits.how,
+        "head": "linear",
+        "lr": lr,
+        "steps": steps_for(len(train), effort),
+        "batch": BATCH,
+        "weight_decay": WEIGHT_DECAY,
+        "seed": seed,
+        "split": splits.how,
         "chosen_on": "val" if val is not None else "a fifth of train",
-        "train": len(train), "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
+        "train": len(train),
+        "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": computed - begun,
-    }  # fmt: skip
+    }
     seconds = time.perf_counter() - computed
     return [
         Row(task="semantic", metric=metric, value=value, n=len(test), seconds=seconds, settings=settings)

@@ -86,11 +86,20 @@ class Detector(nn.Module):
     def __init__(self, width: int, n_classes: int) -> None:
         super().__init__()
         config = hf.RTDetrV2Config(
-            backbone_config=_stand_in(3), freeze_backbone_batch_norms=False, encoder_in_channels=[WIDTH] * 3,
-            encoder_hidden_dim=WIDTH, d_model=WIDTH, decoder_in_channels=[WIDTH] * 3, encoder_ffn_dim=2 * WIDTH,
-            decoder_ffn_dim=2 * WIDTH, decoder_layers=LAYERS, num_queries=QUERIES, num_labels=n_classes,
-            hidden_expansion=0.5, num_denoising=DENOISED,
-        )  # fmt: skip
+            backbone_config=_stand_in(3),
+            freeze_backbone_batch_norms=False,
+            encoder_in_channels=[WIDTH] * 3,
+            encoder_hidden_dim=WIDTH,
+            d_model=WIDTH,
+            decoder_in_channels=[WIDTH] * 3,
+            encoder_ffn_dim=2 * WIDTH,
+            decoder_ffn_dim=2 * WIDTH,
+            decoder_layers=LAYERS,
+            num_queries=QUERIES,
+            num_labels=n_classes,
+            hidden_expansion=0.5,
+            num_denoising=DENOISED,
+        )
         self.model = hf.RTDetrV2ForObjectDetection(config)
         self.model.model.backbone.model = Pyramid(width, levels=3)
         with quiet():  # it would say what it does without torchvision
@@ -112,10 +121,18 @@ class MaskFinder(nn.Module):
         super().__init__()
         with quiet():  # it would say that it does not know our backbone, and what it does without torchvision
             config = hf.Mask2FormerConfig(
-                backbone_config=_stand_in(4), feature_size=WIDTH, mask_feature_size=WIDTH, hidden_dim=WIDTH,
-                encoder_feedforward_dim=2 * WIDTH, dim_feedforward=4 * WIDTH, encoder_layers=LAYERS,
-                decoder_layers=1 + LAYERS, num_queries=QUERIES, num_labels=n_classes, train_num_points=POINTS,
-            )  # fmt: skip
+                backbone_config=_stand_in(4),
+                feature_size=WIDTH,
+                mask_feature_size=WIDTH,
+                hidden_dim=WIDTH,
+                encoder_feedforward_dim=2 * WIDTH,
+                dim_feedforward=4 * WIDTH,
+                encoder_layers=LAYERS,
+                decoder_layers=1 + LAYERS,
+                num_queries=QUERIES,
+                num_labels=n_classes,
+                train_num_points=POINTS,
+            )
             self.model = hf.Mask2FormerForUniversalSegmentation(config)
             self.processor = hf.Mask2FormerImageProcessor()
         self.model.model.pixel_level_module.encoder = Pyramid(width, levels=4)

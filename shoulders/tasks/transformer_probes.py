@@ -34,9 +34,15 @@ FeaturesOf = Callable[[Batch], Features]
 
 
 def upernet(
-    features_of: FeaturesOf, splits: DenseSplits[MaskFile], sizes: list[tuple[int, int]], batch: int = 64,
-    workers: int = 0, seed: int = 0, on_head: Callable[[nn.Module], object] = lambda head: None, effort: float = 1.0,
-) -> list[Row]:  # fmt: skip
+    features_of: FeaturesOf,
+    splits: DenseSplits[MaskFile],
+    sizes: list[tuple[int, int]],
+    batch: int = 64,
+    workers: int = 0,
+    seed: int = 0,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
+    effort: float = 1.0,
+) -> list[Row]:
     """mIoU, pixel accuracy and the IoU of each class, by UperNet; see `classification.run`."""
     begun, n_classes = time.perf_counter(), len(splits.classes)
     train, test = (Frozen(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
@@ -49,10 +55,16 @@ def upernet(
 
 
 def find_objects(
-    features_of: FeaturesOf, splits: DenseSplits[Picture], sizes: list[tuple[int, int]], batch: int = 64,
-    workers: int = 0, seed: int = 0, masks: bool = False, on_head: Callable[[nn.Module], object] = lambda head: None,
+    features_of: FeaturesOf,
+    splits: DenseSplits[Picture],
+    sizes: list[tuple[int, int]],
+    batch: int = 64,
+    workers: int = 0,
+    seed: int = 0,
+    masks: bool = False,
+    on_head: Callable[[nn.Module], object] = lambda head: None,
     effort: float = 1.0,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """AP of boxes by RT-DETR v2, or of masks and the boxes around them by Mask2Former; as `objects.run` says them."""
     begun = time.perf_counter()
     train, test = (Frozen(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
@@ -72,9 +84,13 @@ def steps_for(images: int, effort: float = 1.0) -> int:
 
 
 def fit(
-    frozen: Frozen[Any], build: Callable[[], Any], targets: Sequence[Any], seed: int, steps: int,
+    frozen: Frozen[Any],
+    build: Callable[[], Any],
+    targets: Sequence[Any],
+    seed: int,
+    steps: int,
     on_step: Callable[[float], object] = lambda loss: None,
-) -> Any:  # fmt: skip
+) -> Any:
     """A head after so many minibatches by its own loss; AdamW, linear warm-up, the rate falling by half a cosine.
 
     Args:
@@ -131,16 +147,32 @@ def score(found: list[Found], frozen: Frozen[Picture], classes: tuple[str, ...],
 
 
 def _rows(
-    task: str, name: str, values: dict[str, float], head: nn.Module, train: Frozen[Any], test: Frozen[Any], how: str,
-    seed: int, effort: float, times: tuple[float, float],
-) -> list[Row]:  # fmt: skip
+    task: str,
+    name: str,
+    values: dict[str, float],
+    head: nn.Module,
+    train: Frozen[Any],
+    test: Frozen[Any],
+    how: str,
+    seed: int,
+    effort: float,
+    times: tuple[float, float],
+) -> list[Row]:
     begun, computed = times
     settings: dict[str, float | int | str] = {
-        "head": name, "lr": LR, "steps": steps_for(len(train), effort), "batch": BATCH, "weight_decay": WEIGHT_DECAY,
-        "seed": seed, "chosen_on": "nothing: the settings are fixed", "split": how, "train": len(train),
-        "skipped": len(train.skipped) + len(test.skipped), "features_seconds": computed - begun,
+        "head": name,
+        "lr": LR,
+        "steps": steps_for(len(train), effort),
+        "batch": BATCH,
+        "weight_decay": WEIGHT_DECAY,
+        "seed": seed,
+        "chosen_on": "nothing: the settings are fixed",
+        "split": how,
+        "train": len(train),
+        "skipped": len(train.skipped) + len(test.skipped),
+        "features_seconds": computed - begun,
         "parameters": sum(parameter.numel() for parameter in head.parameters()),
-    }  # fmt: skip
+    }
     seconds = time.perf_counter() - computed
     return [
         Row(task=task, metric=metric, value=value, n=len(test), seconds=seconds, settings=settings)

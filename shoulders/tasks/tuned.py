@@ -198,9 +198,15 @@ def train_end_to_end(trainee: Trainee, views: Views, plan: Plan, steps: int, how
 
 
 def run(
-    make: Callable[[], Trainee], goal: Goal, size: tuple[int, int], plan: Plan, batch: int = 64, workers: int = 0,
-    seed: int = 0, told: dict[str, float | int | str] | None = None,
-) -> tuple[list[Row], Trainee]:  # fmt: skip
+    make: Callable[[], Trainee],
+    goal: Goal,
+    size: tuple[int, int],
+    plan: Plan,
+    batch: int = 64,
+    workers: int = 0,
+    seed: int = 0,
+    told: dict[str, float | int | str] | None = None,
+) -> tuple[list[Row], Trainee]:
     """Choose one of the tries on val (or a fifth of train), train with all of train, score on test.
 
     Args:
@@ -236,13 +242,20 @@ def run(
     train_end_to_end(trainee, views, plan, plan.steps, how, workers)
     measured, n = _measure(goal, trainee, splits.test, size, batch, workers)
     settings: dict[str, float | int | str] = {
-        "optimizer": how.optimizer, "lr": how.rate, "steps": plan.steps, "batch": plan.batch,
-        "weight_decay": plan.weight_decay, "seed": seed, "steps_of_each_try": tried,
+        "optimizer": how.optimizer,
+        "lr": how.rate,
+        "steps": plan.steps,
+        "batch": plan.batch,
+        "weight_decay": plan.weight_decay,
+        "seed": seed,
+        "steps_of_each_try": tried,
         "tries": ", ".join(f"{one.optimizer} {one.rate:g}" for one in plan.tries),
         "chosen_on": "nothing" if not tried else "val" if splits.val is not None else "a fifth of train",
         "split": splits.how,
-        "train": len(splits.train.indices), "skipped": len(views.unread), **(told or {}),
-    }  # fmt: skip
+        "train": len(splits.train.indices),
+        "skipped": len(views.unread),
+        **(told or {}),
+    }
     seconds = time.perf_counter() - begun
     return [
         Row(task=goal.task, metric=metric, value=value, n=n, seconds=seconds, settings=settings)

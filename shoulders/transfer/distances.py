@@ -39,8 +39,11 @@ def distance(kind: str, cosine_share: float = 0.9) -> Distance:
         ValueError: for a kind that is not in the table.
     """
     table: dict[str, Distance] = {
-        "blend": partial(blend, a=cosine_share), "cosine": cosine, "smooth_l1": smooth_l1, "mse": mse
-    }  # fmt: skip
+        "blend": partial(blend, a=cosine_share),
+        "cosine": cosine,
+        "smooth_l1": smooth_l1,
+        "mse": mse,
+    }
     if kind not in table:
         raise ValueError(f"distance {kind!r} is not one of {', '.join(table)}")
     return table[kind]

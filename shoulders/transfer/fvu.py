@@ -21,9 +21,9 @@ def fvu(latents: Tensor, targets: Tensor) -> float:
     decides; the ridge is the best of ``RIDGES`` between the two quarters of the first half.
     """
     half = len(latents) // 2
-    x_fit, y_fit, x, y = (rows.flatten(0, 1).double() for rows in (
-        latents[:half], targets[:half], latents[half:], targets[half:]
-    ))  # fmt: skip
+    x_fit, y_fit, x, y = (
+        rows.flatten(0, 1).double() for rows in (latents[:half], targets[:half], latents[half:], targets[half:])
+    )
     x_fit, x = channel_standardized(x_fit, x)
     y_fit, y = channel_standardized(y_fit, y)
     middle = half // 2 * latents.shape[1]  # whole images on either side: places of one image are alike

@@ -120,9 +120,12 @@ class JointToStudent(nn.Module):
         self.mlps = nn.ModuleDict({part: mlp(d, hidden, d) for part in present})
 
     def forward(
-        self, taught: Mapping[str, Features], grid: tuple[int, int], present: Mapping[str, Tensor],
+        self,
+        taught: Mapping[str, Features],
+        grid: tuple[int, int],
+        present: Mapping[str, Tensor],
         asked: Asked = EVERYBODY,
-    ) -> Features:  # fmt: skip
+    ) -> Features:
         """{tap: standardized Features} and {tap: (B,) 1 where it takes part, else 0} -> one guess on ``grid``.
 
         Args:

@@ -19,6 +19,17 @@ TASKS_OF = {
 }
 
 __all__ = [
-    "CLASSES", "COUNTS", "SIZE", "SPLITS", "STYLES", "TASKS_OF", "TEACHERS", "Drawn", "Scene", "draw", "seed_of",
-    "unlabelled", "write_world",
-]  # fmt: skip
+    "CLASSES",
+    "COUNTS",
+    "SIZE",
+    "SPLITS",
+    "STYLES",
+    "TASKS_OF",
+    "TEACHERS",
+    "Drawn",
+    "Scene",
+    "draw",
+    "seed_of",
+    "unlabelled",
+    "write_world",
+]

@@ -81,9 +81,17 @@ def arrow(x: Field, y: Field, bend: Bend) -> Field:
 
 
 SHAPES: dict[str, Callable[[Field, Field, Bend], Field]] = {
-    "pebble": pebble, "triangle": triangle, "brick": brick, "star": star, "flower": flower,
-    "ring": ring, "moon": moon, "cross": cross, "heart": heart, "arrow": arrow,
-}  # fmt: skip
+    "pebble": pebble,
+    "triangle": triangle,
+    "brick": brick,
+    "star": star,
+    "flower": flower,
+    "ring": ring,
+    "moon": moon,
+    "cross": cross,
+    "heart": heart,
+    "arrow": arrow,
+}
 CLASSES = tuple(SHAPES)
 
 

@@ -60,15 +60,31 @@ def test_both_recipes_are_sound_and_keep_the_heads_that_the_jobs_ask_for() -> No
 
 def test_rows_have_our_metrics_and_intervals() -> None:
     job = next(job for job in script("jobs").SETTINGS["real"].jobs if job.task == "instance")
-    told = [{"metric": name, "value": value, "n": 50, "seconds": 1.5, "settings": {}} for name, value in (
-        ("mask_AP", 0.5), ("mask_AP50", 0.9), ("mask_AP_low", 0.4), ("mask_AP_high", 0.6), ("AP", 0.7),
-    )]  # fmt: skip
+    told = [
+        {"metric": name, "value": value, "n": 50, "seconds": 1.5, "settings": {}}
+        for name, value in (
+            ("mask_AP", 0.5),
+            ("mask_AP50", 0.9),
+            ("mask_AP_low", 0.4),
+            ("mask_AP_high", 0.6),
+            ("AP", 0.7),
+        )
+    ]
     rows_of = script("measure").rows_of
     masks, boxes = rows_of(job, "teacher", told, None)
     assert masks == {
-        "dataset": "pennfudan", "task": "instance", "kind": "teacher", "metric": "mask_AP", "value": 0.5, "low": 0.4,
-        "high": 0.6, "seed": None, "probe_seed": None, "n": 50, "seconds": 1.5,
-    }  # fmt: skip
+        "dataset": "pennfudan",
+        "task": "instance",
+        "kind": "teacher",
+        "metric": "mask_AP",
+        "value": 0.5,
+        "low": 0.4,
+        "high": 0.6,
+        "seed": None,
+        "probe_seed": None,
+        "n": 50,
+        "seconds": 1.5,
+    }
     assert (boxes["metric"], boxes["value"]) == ("box_AP", 0.7) and "low" not in boxes
     of_probe = {row["metric"]: row["value"] for row in rows_of(job, "student_probe", told, 0, 2)}
     assert of_probe == {"mask_AP": 0.5, "box_AP": 0.7}
@@ -144,8 +160,10 @@ class Counted:
         self.asked.append((job.dataset, kind, *seeds))
         if len(self.asked) == self.breaks_at:
             raise KeyboardInterrupt
-        return [row(job.dataset, kind, metric, 0.5) | {"seed": seeds[0], "probe_seed": (*seeds, None)[1]}
-                for metric in job.metrics]  # fmt: skip
+        return [
+            row(job.dataset, kind, metric, 0.5) | {"seed": seeds[0], "probe_seed": (*seeds, None)[1]}
+            for metric in job.metrics
+        ]
 
 
 def run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_at: int | None) -> list[tuple[Any, ...]]:
@@ -162,8 +180,16 @@ def run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_at: int | N
             yield counted.rows(job, kind, seed, one)
 
     monkeypatch.setattr(measure, "by_probe", by_probe)
-    given = Namespace(work=tmp_path, data=tmp_path, seeds=[0, 1], probe_seeds=[0, 1, 2], kinds=list(jobs.KINDS),
-                      scratch_steps=None, overrides=[], doc=tmp_path / "page.md")  # fmt: skip
+    given = Namespace(
+        work=tmp_path,
+        data=tmp_path,
+        seeds=[0, 1],
+        probe_seeds=[0, 1, 2],
+        kinds=list(jobs.KINDS),
+        scratch_steps=None,
+        overrides=[],
+        doc=tmp_path / "page.md",
+    )
     try:
         run.run(jobs.SETTINGS["real"], kept.Kept(tmp_path / "results.json"), given)
     except KeyboardInterrupt:
@@ -203,8 +229,12 @@ def test_features_of_an_image_are_computed_once_whatever_the_number_of_fits() ->
 def test_other_sizes_are_multiples_of_the_patch() -> None:
     student = Namespace(encoder=Namespace(patch_size=14), config=Namespace(image_size=[98, 140]))
     assert script("sizes").sizes_of(student) == {
-        0.5: (56, 70), 0.75: (70, 112), 1.0: (98, 140), 1.5: (140, 210), 2.0: (196, 280),
-    }  # fmt: skip
+        0.5: (56, 70),
+        0.75: (70, 112),
+        1.0: (98, 140),
+        1.5: (140, 210),
+        2.0: (196, 280),
+    }
     rows = [row("bccd", "inherited", "box_AP", value, factor=factor) for factor, value in ((0.5, 0.1), (2.0, 0.3))]
     line = "| bccd (box AP) | the teacher's head | .100 | - | - | - | .300 |"
     assert script("sizes").table(rows).splitlines()[2:] == [line]
@@ -218,8 +248,11 @@ def test_serving_tells_median_spread_and_gain() -> None:
         for batch in serving.BATCHES
         for at, speed in enumerate((10.0, 12.0, 11.0) if side == serving.TEACHERS else (30.0, 36.0, 33.0))
     ]
-    rows += [{"dataset": "world", "side": side, "batch": batch, "peak_mib": 500.0, "before_mib": 300.0}
-             for side in serving.SIDES for batch in serving.BATCHES]  # fmt: skip
+    rows += [
+        {"dataset": "world", "side": side, "batch": batch, "peak_mib": 500.0, "before_mib": 300.0}
+        for side in serving.SIDES
+        for batch in serving.BATCHES
+    ]
     lines = serving.table(rows).splitlines()
     assert len(lines) == 2 + len(serving.SIDES) * len(serving.BATCHES)
     assert "| 11.0 (10.0 to 12.0) |" in lines[2] and "| 1.00x | 500 | 200 |" in lines[2]
@@ -263,8 +296,10 @@ def test_sheets_show_what_was_said(task: str, answer: list[Any], truth: list[Any
     drawn = sheets.sheet(job, "title", ["a", "b"], [(image, answer, [answer[0]] if answer else [], truth)] * 3)
     columns = 3 if task == "classification" else 4
     assert drawn.width == 2 * (columns * (sheets.SMALL_CELL + sheets.GAP) - sheets.GAP) + 3 * sheets.MARGIN
-    cells = [np.asarray(drawn)[sheets.TITLE + sheets.HEADING + 40, at * (sheets.SMALL_CELL + sheets.GAP) + 60]
-             for at in range(2)]  # fmt: skip
+    cells = [
+        np.asarray(drawn)[sheets.TITLE + sheets.HEADING + 40, at * (sheets.SMALL_CELL + sheets.GAP) + 60]
+        for at in range(2)
+    ]
     assert (cells[0] == 200).all()
     assert bool(answer) == (np.asarray(drawn.crop((214, 68, 406, 196))) != 200).any()
 

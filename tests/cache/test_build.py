@@ -300,11 +300,14 @@ class Broken(Colours):
         return told
 
 
-@pytest.mark.parametrize(("value", "dtype", "message"), [
-    (float("nan"), "bfloat16", "teachers.broken: mean/summary of an image is not finite"),
-    (float("inf"), "int8", "is not finite"),
-    (1e5, "float16", "holds 100000, too much for float16; take cache.dtype=bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (float("nan"), "bfloat16", "teachers.broken: mean/summary of an image is not finite"),
+        (float("inf"), "int8", "is not finite"),
+        (1e5, "float16", "holds 100000, too much for float16; take cache.dtype=bfloat16"),
+    ],
+)
 def test_what_cannot_be_stored_stops_the_build(
     value: float, dtype: str, message: str, root: Path, tmp_path: Path
 ) -> None:

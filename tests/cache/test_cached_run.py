@@ -56,12 +56,17 @@ def recipe(world: Path, dtype: str, out: str, mode: str = "require", **changes: 
         "images": {"path": str(world / "images"), "size": 32, "views": 2, "holdout": 12, "workers": 0},
         "transfer": {"calibration": 16},
         "train": {
-            "steps": STEPS, "batch": 8, "lr": 1e-3, "precision": "fp32", "log_every": 1, "save_every": 4,
+            "steps": STEPS,
+            "batch": 8,
+            "lr": 1e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            "save_every": 4,
             "evaluate_every": 8,
         },
         "cache": {"path": str(world / dtype), "dtype": dtype, "mode": mode},
         "out": str(world / "runs" / out),
-    }  # fmt: skip
+    }
     return check_recipe(tree | changes)
 
 

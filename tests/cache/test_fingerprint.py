@@ -136,12 +136,15 @@ def test_whatever_changes_a_feature_is_refused_by_name(
     assert contents(tmp_path / "made/cache") == before
 
 
-@pytest.mark.parametrize(("name", "value", "named"), [
-    ("FORMAT", 2, "format was 1, is 2"),
-    ("RENDERING", "nearest", "rendering was bicubic"),
-    ("torch.__version__", "2.99.1", "torch was"),
-    ("transformers.__version__", "9.0", "transformers was"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("FORMAT", 2, "format was 1, is 2"),
+        ("RENDERING", "nearest", "rendering was bicubic"),
+        ("torch.__version__", "2.99.1", "torch was"),
+        ("transformers.__version__", "9.0", "transformers was"),
+    ],
+)
 def test_other_code_is_refused_too(
     name: str, value: Any, named: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,9 +213,14 @@ def test_where_it_lies_and_when_it_was_touched_do_not_matter(made: Path, tmp_pat
 
 def test_what_changes_no_feature_may_change(made: Path) -> None:
     for changes in (
-        {"train__steps": 7}, {"train__lr": 1e-5}, {"train__batch": 4}, {"transfer__standardize": "none"},
-        {"student__adapter": {"kind": "lora", "rank": 2}}, {"transfer__preserve": 0.0}, {"images__workers": 2},
-    ):  # fmt: skip
+        {"train__steps": 7},
+        {"train__lr": 1e-5},
+        {"train__batch": 4},
+        {"transfer__standardize": "none"},
+        {"student__adapter": {"kind": "lora", "rank": 2}},
+        {"transfer__preserve": 0.0},
+        {"images__workers": 2},
+    ):
         assert open_again(recipe(made, **changes)) is not None
     fewer = {"segmenter": recipe(made).model_dump(mode="json")["teachers"]["segmenter"]}
     cached = open_again(recipe(made, teachers=fewer))

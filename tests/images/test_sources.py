@@ -301,13 +301,22 @@ class Own:
         return None
 
 
-@pytest.mark.parametrize(("wrong", "message"), [
-    ({"read": np.zeros((4, 4, 3))}, r"test_sources:Own: read\(0\) returned ndarray; return the bytes of an image file"),
-    ({"read": "1.jpg"}, r"read\(0\) returned str"),
-    ({"labels": [0, 1, 2]}, r"labels is a list of shape \(3,\); give None, or a numpy array of a number for each of the 3"),
-    ({"labels": 7}, r"labels is a int of shape \(\)"),
-    ({"labels": np.zeros(2)}, r"labels is a ndarray of shape \(2,\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"read": np.zeros((4, 4, 3))},
+            r"test_sources:Own: read\(0\) returned ndarray; return the bytes of an image file",
+        ),
+        ({"read": "1.jpg"}, r"read\(0\) returned str"),
+        (
+            {"labels": [0, 1, 2]},
+            r"labels is a list of shape \(3,\); give None, or a numpy array of a number for each of the 3",
+        ),
+        ({"labels": 7}, r"labels is a int of shape \(\)"),
+        ({"labels": np.zeros(2)}, r"labels is a ndarray of shape \(2,\)"),
+    ],
+)
 def test_sources_of_ones_own_are_tried(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         call_source("tests.images.test_sources:Own", **wrong)

@@ -30,14 +30,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_images(root / "images", 40)
     save_images(root / "cells" / "classification" / "test", 12, classes=3)
     specs = {kind: save_teacher(kind, root / kind).model_dump() for kind in HEADS}
-    distill(Recipe.model_validate({
-        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
-        "teachers": specs,
-        "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
-        "transfer": {"calibration": 16},
-        "train": {"steps": 4, "batch": 4, "precision": "fp32", "log_every": 1, "evaluate_every": 2},
-        "keep_heads": list(HEADS), "out": str(root / "run"),
-    }))  # fmt: skip
+    distill(
+        Recipe.model_validate(
+            {
+                "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
+                "teachers": specs,
+                "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
+                "transfer": {"calibration": 16},
+                "train": {"steps": 4, "batch": 4, "precision": "fp32", "log_every": 1, "evaluate_every": 2},
+                "keep_heads": list(HEADS),
+                "out": str(root / "run"),
+            }
+        )
+    )
     labels, masks = root / "cells" / "classification", root / "gone" / "semantic"
     rows = [
         *rows_of("resnet", "classification", labels, "resnet", top1=0.8),

@@ -209,8 +209,9 @@ def names_of(recipe: Recipe) -> list[str]:
 def test_rows_can_be_given(run: Path, tmp_path: Path) -> None:
     rows = [
         {"task": "semantic", "kind": kind, "metric": "mIoU", "value": value + seed / 100, "seed": seed}
-        for kind, value in (("teacher", 0.9), ("inherited", 0.45), ("scratch", 0.2)) for seed in (0, 1)
-    ]  # fmt: skip
+        for kind, value in (("teacher", 0.9), ("inherited", 0.45), ("scratch", 0.2))
+        for seed in (0, 1)
+    ]
     page = Page(write_report(run, rows=rows, out=tmp_path / "page.html"))
     assert "from scratch, equal cost" in page.words and "2 seeds" in page.words and "50 %" in page.words
     assert "0.800" not in page.words

@@ -52,10 +52,18 @@ def test_data_sets_whose_folders_have_one_name_are_not_mixed() -> None:
 def test_rows_of_benchmarks_say_the_same() -> None:
     (line,) = lines(evaluated())
     said = [
-        {"dataset": "world/ink", "task": "instance", "kind": kind, "metric": "mask_AP", "value": cell.value,
-         "low": cell.low, "high": cell.high, "seed": None if kind == "teacher" else 0}
+        {
+            "dataset": "world/ink",
+            "task": "instance",
+            "kind": kind,
+            "metric": "mask_AP",
+            "value": cell.value,
+            "low": cell.low,
+            "high": cell.high,
+            "seed": None if kind == "teacher" else 0,
+        }
         for kind, cell in line.cells.items()
-    ]  # fmt: skip
+    ]
     (again,) = lines(said)
     assert again.cells == line.cells and again.data == line.data
 
@@ -87,8 +95,11 @@ def test_student_and_base_are_compared_by_the_same_probe() -> None:
 
 
 def test_without_a_head_the_best_probe_on_a_teacher_stands_for_it() -> None:
-    rows = [row for name, value in (("one", 0.6), ("two", 0.7)) for row in
-            rows_of(name, "classification", INK, knn_top1=0.99, linear_top1=value)]  # fmt: skip
+    rows = [
+        row
+        for name, value in (("one", 0.6), ("two", 0.7))
+        for row in rows_of(name, "classification", INK, knn_top1=0.99, linear_top1=value)
+    ]
     (line,) = lines(rows)
     assert (line.cells["teacher"].value, line.cells["teacher"].note) == (0.7, "probe on two")
     assert line.retention is None and line.best is None
@@ -103,6 +114,8 @@ def test_other_data_other_tasks_and_other_heads_have_lines_of_their_own() -> Non
     ]
     found = [(line.task, line.data, line.head, [c.value for c in line.cells.values()]) for line in lines(rows)]
     assert found == [
-        ("classification", "ink", None, [0.9]), ("semantic", "ink", None, [0.3]),
-        ("semantic", "camvid", "one", [0.4]), ("semantic", "camvid", "two", [0.5]),
-    ]  # fmt: skip
+        ("classification", "ink", None, [0.9]),
+        ("semantic", "ink", None, [0.3]),
+        ("semantic", "camvid", "one", [0.4]),
+        ("semantic", "camvid", "two", [0.5]),
+    ]

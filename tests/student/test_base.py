@@ -84,12 +84,15 @@ def test_the_patch_size_is_known_where_the_config_leaves_it_out(tmp_path: Path) 
     assert "patch size 14" in refusal(tmp_path)  # what transformers then builds
 
 
-@pytest.mark.parametrize(("kind", "changes", "reason"), [
-    ("vit", {"num_channels": 1}, "it takes 1 channels"),
-    ("vit", {"patch_size": [8, 8]}, "patch_size"),
-    ("dinov2", {"image_size": [32, 48]}, "made for images of 32 x 48 px"),
-    ("siglip_vision_model", {"vision_use_head": False}, "no pooling head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("vit", {"num_channels": 1}, "it takes 1 channels"),
+        ("vit", {"patch_size": [8, 8]}, "patch_size"),
+        ("dinov2", {"image_size": [32, 48]}, "made for images of 32 x 48 px"),
+        ("siglip_vision_model", {"vision_use_head": False}, "no pooling head"),
+    ],
+)
 def test_a_base_of_a_known_family_that_does_not_fit(
     kind: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
@@ -108,9 +111,11 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
     assert base.preprocessing.mean == (0.1, 0.2, 0.3) and base.preprocessing.std == (0.4, 0.5, 0.6)
     assert (base.licence, base.revision) == ("mit", None)
     # the reference: transformers by itself, with the pooler that a vit is loaded without
-    saved = {k: v for k, v in transformers.AutoModel.from_pretrained(tmp_path).state_dict().items() if (
-        not k.startswith("pooler.")
-    )}  # fmt: skip
+    saved = {
+        k: v
+        for k, v in transformers.AutoModel.from_pretrained(tmp_path).state_dict().items()
+        if (not k.startswith("pooler."))
+    }
     loaded = base.model.state_dict()
     assert saved.keys() == loaded.keys()
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)

@@ -52,12 +52,16 @@ def kept_bytes(encoder: Encoder, pixels: Tensor) -> int:
 
 def run(tmp_path: Path, adapter: dict[str, Any], **transfer: Any) -> Run:
     save_images(tmp_path / "images", 80)
-    recipe = check_recipe({
-        "student": {"base": str(save_base(tmp_path / "base")), "adapter": adapter},
-        "teachers": {"convnext": {"model": str(save_convnext(tmp_path / "convnext"))}},
-        "images": {"path": str(tmp_path / "images"), "size": 32, "workers": 0}, "transfer": transfer,
-        "train": {"batch": 4, "steps": 10, "precision": "fp32"}, "out": str(tmp_path / "run"),
-    })  # fmt: skip
+    recipe = check_recipe(
+        {
+            "student": {"base": str(save_base(tmp_path / "base")), "adapter": adapter},
+            "teachers": {"convnext": {"model": str(save_convnext(tmp_path / "convnext"))}},
+            "images": {"path": str(tmp_path / "images"), "size": 32, "workers": 0},
+            "transfer": transfer,
+            "train": {"batch": 4, "steps": 10, "precision": "fp32"},
+            "out": str(tmp_path / "run"),
+        }
+    )
     return prepare(recipe, {}, Rank(0, 1, torch.device("cpu")))
 
 

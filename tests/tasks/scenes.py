@@ -74,11 +74,17 @@ def save_objects(path: Path, counts: dict[str, int] = COUNTS) -> Path:
             images.append({"id": index, "file_name": f"{index}.png", "height": len(pixels), "width": len(pixels[0])})
             for kind, left, top, right, bottom in boxes:
                 polygon = [left, top, right, top, right, bottom, left, bottom]
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": index, "category_id": kind + 1, "iscrowd": 0,
-                    "bbox": [left, top, right - left, bottom - top], "segmentation": [polygon],
-                    "area": (right - left) * (bottom - top),
-                })  # fmt: skip
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index,
+                        "category_id": kind + 1,
+                        "iscrowd": 0,
+                        "bbox": [left, top, right - left, bottom - top],
+                        "segmentation": [polygon],
+                        "area": (right - left) * (bottom - top),
+                    }
+                )
         categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (path / f"{split}.json").write_text(json.dumps(content))

@@ -116,16 +116,18 @@ MASK_FAULTS = {
     "no mask": (lambda root: (root / "annotations/val/3.png").unlink(), "annotations/val/3.png: missing"),
     "no masks at all": (lambda root: (root / "annotations").rename(root / "labels"), "train/0.png: missing"),
     "half a mask": (
-        lambda root: (root / "annotations/train/5.png").write_bytes(b"\x89PNG\r\n"), "train/5.png: not a mask that can",
+        lambda root: (root / "annotations/train/5.png").write_bytes(b"\x89PNG\r\n"),
+        "train/5.png: not a mask that can",
     ),
     "colours": (
-        lambda root: Image.new("RGB", (64, 48)).save(root / "annotations/test/0.png"), "test/0.png: .* holds colours",
+        lambda root: Image.new("RGB", (64, 48)).save(root / "annotations/test/0.png"),
+        "test/0.png: .* holds colours",
     ),
     "names": (lambda root: (root / "classes.json").write_text('{"a": 0}'), "classes.json: not a list of names"),
     "no JSON": (lambda root: (root / "classes.json").write_text("["), "classes.json: not JSON"),
     "twice": (lambda root: (root / "classes.json").write_text('["a", "a"]'), "2 names, 1 different"),
     "one class": (lambda root: (root / "classes.json").write_text('["ground"]'), "needs at least two"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", MASK_FAULTS)
@@ -154,12 +156,13 @@ OBJECT_FAULTS = {
         "train.json: annotation 5: box",
     ),
     "classes": (
-        lambda root: change_json(root / "val.json", lambda told: told["categories"].reverse()), "but train has",
+        lambda root: change_json(root / "val.json", lambda told: told["categories"].reverse()),
+        "but train has",
     ),
     "masks": (lambda root: change_json(root / "test.json", no_masks), "test.json: 0.png has objects without masks"),
     "nothing to learn from": (lambda root: change_json(root / "train.json", no_objects), "train.json: no object in it"),
     "nothing to find": (lambda root: change_json(root / "test.json", no_objects), "test.json: no object in it"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", OBJECT_FAULTS)

@@ -91,11 +91,14 @@ def test_a_split_may_lack_classes_that_train_has(tmp_path: Path) -> None:
     assert splits.test.images.classes == ["cat", "dog", "fox"] and splits.n_classes == 3
 
 
-@pytest.mark.parametrize("files", [
-    ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
-    ("plain_text/train.parquet", "plain_text/test.parquet"),
-    ("imagenet1k-train-0000.parquet", "imagenet1k-validation-0000.parquet"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("plain_text/train.parquet", "plain_text/test.parquet"),
+        ("imagenet1k-train-0000.parquet", "imagenet1k-validation-0000.parquet"),
+    ],
+)
 def test_splits_are_not_mixed_wherever_their_files_lie(files: tuple[str, str], tmp_path: Path) -> None:
     for file in files:
         write_parquet(tmp_path / file, [0, 1] * 10)

@@ -125,8 +125,12 @@ def test_groups_cost_nothing_wherever_they_are_found() -> None:
 
 
 def test_a_batch_without_objects_has_a_finite_loss() -> None:
-    empty = Target(torch.zeros(0, dtype=torch.long), torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool),
-                   torch.zeros(0, 32, 32, dtype=torch.bool))  # fmt: skip
+    empty = Target(
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(0, 4),
+        torch.zeros(0, dtype=torch.bool),
+        torch.zeros(0, 32, 32, dtype=torch.bool),
+    )
     head = object_head.ObjectHead(3, 2, masks=True)
     terms = losses(head(torch.rand(2, 3, 8, 8)), [empty, empty], (16, 16))
     sum(terms.values(), torch.zeros(())).backward()

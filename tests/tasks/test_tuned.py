@@ -73,8 +73,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     objects = save_objects(root / "objects", counts)
     return {
         "classification": save_classes(root / "classes", {"train": 8, "val": 4, "test": 4}),
-        "semantic": save_masks(root / "masks", counts), "detection": objects, "instance": objects,
-    }  # fmt: skip
+        "semantic": save_masks(root / "masks", counts),
+        "detection": objects,
+        "instance": objects,
+    }
 
 
 def goal_of(task: str, path: Path) -> Goal:

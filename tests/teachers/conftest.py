@@ -12,57 +12,109 @@ import transformers as hf
 from transformers.utils import logging
 
 VIT = {
-    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 32,
+    "patch_size": 8,
+}
 DINO = {
-    "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
 TEXT = {
-    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-    "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 99,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
 NARROW = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 2, 1, 1]}
 FOUR = ["stage1", "stage2", "stage3", "stage4"]
 DETR = {
-    "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2, "num_queries": 5, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
-}  # fmt: skip
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 5,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+}
 RT_DETR = {
-    "encoder_hidden_dim": 16, "d_model": 16, "encoder_in_channels": [12, 16, 20], "encoder_ffn_dim": 16,
-    "encoder_attention_heads": 2, "decoder_in_channels": [16, 16, 16], "decoder_ffn_dim": 16,
-    "decoder_layers": 2, "decoder_attention_heads": 2, "num_queries": 5, "num_denoising": 2,
+    "encoder_hidden_dim": 16,
+    "d_model": 16,
+    "encoder_in_channels": [12, 16, 20],
+    "encoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_in_channels": [16, 16, 16],
+    "decoder_ffn_dim": 16,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 2,
+    "num_queries": 5,
+    "num_denoising": 2,
     "hidden_expansion": 0.5,
-}  # fmt: skip
+}
 RF_DETR = {
     "backbone_config": {
-        "model_type": "rf_detr_dinov2", "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "image_size": 32, "patch_size": 8, "num_windows": 2, "out_features": ["stage2", "stage3"],
+        "model_type": "rf_detr_dinov2",
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_windows": 2,
+        "out_features": ["stage2", "stage3"],
     },
-    "d_model": 16, "decoder_layers": 2, "decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 2,
-    "decoder_ffn_dim": 16, "num_queries": 5, "group_detr": 2, "c2f_num_blocks": 1, "intermediate_size": 16,
-}  # fmt: skip
+    "d_model": 16,
+    "decoder_layers": 2,
+    "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 2,
+    "decoder_ffn_dim": 16,
+    "num_queries": 5,
+    "group_detr": 2,
+    "c2f_num_blocks": 1,
+    "intermediate_size": 16,
+}
 SAM_HEADS = {
     "prompt_encoder_config": {
-        "hidden_size": 16, "image_size": 64, "patch_size": 16, "mask_input_channels": 4,
+        "hidden_size": 16,
+        "image_size": 64,
+        "patch_size": 16,
+        "mask_input_channels": 4,
     },
     "mask_decoder_config": {
-        "hidden_size": 16, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "hidden_size": 16,
+        "mlp_dim": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "iou_head_hidden_dim": 8,
     },
-}  # fmt: skip
+}
 SAM2_VISION = {
     "backbone_config": {
-        "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1,
+        "model_type": "sam2_hiera_det_model",
+        "hidden_size": 8,
+        "num_attention_heads": 1,
         "image_size": [64, 64],
-        "blocks_per_stage": [1, 2, 2, 1], "embed_dim_per_stage": [8, 16, 32, 64],
-        "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 4, 2],
-        "window_positional_embedding_background_size": [2, 2], "global_attention_blocks": [4],
+        "blocks_per_stage": [1, 2, 2, 1],
+        "embed_dim_per_stage": [8, 16, 32, 64],
+        "num_attention_heads_per_stage": [1, 2, 4, 8],
+        "window_size_per_stage": [8, 4, 4, 2],
+        "window_positional_embedding_background_size": [2, 2],
+        "global_attention_blocks": [4],
     },
-    "backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 16,
+    "backbone_channel_list": [64, 32, 16, 8],
+    "fpn_hidden_size": 16,
     "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-}  # fmt: skip
+}
 
 
 def swin(config: type = hf.SwinConfig, **more: Any) -> Any:
@@ -79,9 +131,14 @@ def rt_resnet() -> Any:
 
 def depth_backbone() -> Any:
     return hf.Dinov2Config(
-        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14,
-        out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+    )
 
 
 def far(config: Any) -> Any:
@@ -104,15 +161,11 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "dinov3_vit": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**VIT, num_register_tokens=2)),
     "dinov3_convnext": lambda: hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(image_size=64, **STAGES)),
-    "radio": lambda: hf.RadioModel(
-        hf.RadioConfig(**{**VIT, "mlp_ratio": 2.0}, num_registers=2, max_img_size=128)
-    ),
+    "radio": lambda: hf.RadioModel(hf.RadioConfig(**{**VIT, "mlp_ratio": 2.0}, num_registers=2, max_img_size=128)),
     "clip": lambda: hf.CLIPModel(
         hf.CLIPConfig(vision_config={**VIT, "projection_dim": 12}, text_config=TEXT, projection_dim=12)
     ),
-    "clip_vision_model": lambda: hf.CLIPVisionModelWithProjection(
-        hf.CLIPVisionConfig(**VIT, projection_dim=12)
-    ),
+    "clip_vision_model": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**VIT, projection_dim=12)),
     "siglip": lambda: hf.SiglipModel(hf.SiglipConfig(vision_config=VIT, text_config=TEXT)),
     "siglip_vision_model": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VIT)),
     "siglip2": lambda: hf.Siglip2Model(
@@ -124,9 +177,7 @@ TINY: dict[str, Callable[[], Any]] = {
     "convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(image_size=64, **STAGES)),
     "convnextv2": lambda: hf.ConvNextV2ForImageClassification(hf.ConvNextV2Config(image_size=64, **STAGES)),
     "resnet": lambda: hf.ResNetForImageClassification(resnet("stage4")),
-    "regnet": lambda: hf.RegNetForImageClassification(
-        hf.RegNetConfig(embedding_size=8, groups_width=4, **STAGES)
-    ),
+    "regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=8, groups_width=4, **STAGES)),
     "swin": lambda: hf.SwinForImageClassification(swin()),
     "swinv2": lambda: hf.Swinv2ForImageClassification(swin(hf.Swinv2Config)),
     "hiera": lambda: hf.HieraForImageClassification(
@@ -139,33 +190,47 @@ TINY: dict[str, Callable[[], Any]] = {
         hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, finegrained_output=False)
     ),
     "segformer": lambda: hf.SegformerForSemanticSegmentation(
-        hf.SegformerConfig(
-            num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=8, **NARROW
-        )
+        hf.SegformerConfig(num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=8, **NARROW)
     ),
     "upernet": lambda: hf.UperNetForSemanticSegmentation(
         hf.UperNetConfig(
-            backbone_config=swin(out_features=FOUR), hidden_size=8, auxiliary_channels=8,
+            backbone_config=swin(out_features=FOUR),
+            hidden_size=8,
+            auxiliary_channels=8,
             auxiliary_in_channels=32,
         )
     ),
     "mask2former": lambda: hf.Mask2FormerForUniversalSegmentation(
         hf.Mask2FormerConfig(
-            backbone_config=swin(out_features=FOUR), hidden_dim=32, feature_size=32, encoder_layers=1,
-            decoder_layers=2, num_attention_heads=2, **MASKS,
+            backbone_config=swin(out_features=FOUR),
+            hidden_dim=32,
+            feature_size=32,
+            encoder_layers=1,
+            decoder_layers=2,
+            num_attention_heads=2,
+            **MASKS,
         )
     ),
     "maskformer": lambda: hf.MaskFormerForInstanceSegmentation(
         hf.MaskFormerConfig(
-            backbone_config=swin(), decoder_config=hf.DetrConfig(backbone_config=resnet("stage4"), **DETR),
-            fpn_feature_size=32, mask_feature_size=32,
+            backbone_config=swin(),
+            decoder_config=hf.DetrConfig(backbone_config=resnet("stage4"), **DETR),
+            fpn_feature_size=32,
+            mask_feature_size=32,
         )
     ),
     "sam": lambda: hf.SamModel(
         hf.SamConfig(
             vision_config={
-                "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "output_channels": 16,
-                "image_size": 64, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 32, "num_pos_feats": 8,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "output_channels": 16,
+                "image_size": 64,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 32,
+                "num_pos_feats": 8,
             },
             **SAM_HEADS,
         )
@@ -173,11 +238,18 @@ TINY: dict[str, Callable[[], Any]] = {
     "sam2": lambda: hf.Sam2Model(hf.Sam2Config(vision_config=SAM2_VISION, **SAM_HEADS)),
     "sam2_video": lambda: hf.Sam2VideoModel(
         hf.Sam2VideoConfig(
-            vision_config=SAM2_VISION, image_size=64, memory_attention_hidden_size=16,
+            vision_config=SAM2_VISION,
+            image_size=64,
+            memory_attention_hidden_size=16,
             memory_attention_num_layers=1,
-            memory_attention_feed_forward_hidden_size=16, memory_attention_rope_feat_sizes=[4, 4],
-            memory_encoder_hidden_size=16, memory_encoder_output_channels=8, memory_fuser_embed_dim=16,
-            memory_fuser_intermediate_dim=16, mask_downsampler_embed_dim=16, **SAM_HEADS,
+            memory_attention_feed_forward_hidden_size=16,
+            memory_attention_rope_feat_sizes=[4, 4],
+            memory_encoder_hidden_size=16,
+            memory_encoder_output_channels=8,
+            memory_fuser_embed_dim=16,
+            memory_fuser_intermediate_dim=16,
+            mask_downsampler_embed_dim=16,
+            **SAM_HEADS,
         )
     ),
     "detr": lambda: hf.DetrForObjectDetection(hf.DetrConfig(backbone_config=resnet("stage4"), **DETR)),
@@ -186,28 +258,25 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "deformable_detr": lambda: hf.DeformableDetrForObjectDetection(
         hf.DeformableDetrConfig(
-            backbone_config=resnet(*FOUR[1:]), two_stage=True, with_box_refine=True,
-            two_stage_num_proposals=5, **{**DETR, "d_model": 64},
+            backbone_config=resnet(*FOUR[1:]),
+            two_stage=True,
+            with_box_refine=True,
+            two_stage_num_proposals=5,
+            **{**DETR, "d_model": 64},
         )
     ),
     "rt_detr": lambda: hf.RTDetrForObjectDetection(hf.RTDetrConfig(backbone_config=rt_resnet(), **RT_DETR)),
-    "rt_detr_v2": lambda: hf.RTDetrV2ForObjectDetection(
-        hf.RTDetrV2Config(backbone_config=rt_resnet(), **RT_DETR)
-    ),
+    "rt_detr_v2": lambda: hf.RTDetrV2ForObjectDetection(hf.RTDetrV2Config(backbone_config=rt_resnet(), **RT_DETR)),
     "d_fine": lambda: hf.DFineForObjectDetection(hf.DFineConfig(backbone_config=rt_resnet(), **RT_DETR)),
     "rf_detr": lambda: hf.RfDetrForObjectDetection(hf.RfDetrConfig(**RF_DETR)),
     "depth_anything": lambda: hf.DepthAnythingForDepthEstimation(
-        hf.DepthAnythingConfig(
-            backbone_config=depth_backbone(), reassemble_hidden_size=16, head_hidden_size=4, **NECK
-        )
+        hf.DepthAnythingConfig(backbone_config=depth_backbone(), reassemble_hidden_size=16, head_hidden_size=4, **NECK)
     ),
     "dpt": lambda: far(
-        hf.DPTConfig(
-            **{**VIT, "num_hidden_layers": 5, "patch_size": 16}, backbone_out_indices=[0, 1, 3, 4], **NECK
-        )
+        hf.DPTConfig(**{**VIT, "num_hidden_layers": 5, "patch_size": 16}, backbone_out_indices=[0, 1, 3, 4], **NECK)
     ),
     "dpt_backbone": lambda: far(hf.DPTConfig(backbone_config=depth_backbone(), **NECK)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)

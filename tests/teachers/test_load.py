@@ -228,13 +228,24 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert line.startswith("teachers.t.trust_remote_code: ") and "another repository" in line
 
 
-@pytest.mark.parametrize("model", [
-    transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**VIT, use_mask_token=True)),
-    transformers.HieraForPreTraining(transformers.HieraConfig(
-        embed_dim=8, image_size=[64, 64], depths=[1, 2, 1, 1], num_heads=[1, 1, 2, 2], decoder_hidden_size=16,
-        decoder_depth=1, decoder_num_heads=2,
-    )),
-], ids=lambda model: type(model).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**VIT, use_mask_token=True)),
+        transformers.HieraForPreTraining(
+            transformers.HieraConfig(
+                embed_dim=8,
+                image_size=[64, 64],
+                depths=[1, 2, 1, 1],
+                num_heads=[1, 1, 2, 2],
+                decoder_hidden_size=16,
+                decoder_depth=1,
+                decoder_num_heads=2,
+            )
+        ),
+    ],
+    ids=lambda model: type(model).__name__,
+)
 def test_what_was_saved_without_its_pooling_layer_has_places_alone(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     taps = load_teacher("t", TeacherSpec(model=str(tmp_path))).taps

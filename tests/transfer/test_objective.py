@@ -50,9 +50,15 @@ def scene() -> tuple[Features, dict[str, Features], dict[str, Features]]:
         "two/stage1": features(None, 7, (4, 2), 3),
         "base/latent": features(D, D, (4, 4), 4),
     }
-    told = {tap: features(f.parts().get("summary", torch.zeros(1, 0)).shape[-1] or None,
-                          f.parts()["spatial"].shape[-1], (4, 4), 10 + i)
-            for i, (tap, f) in enumerate(taught.items())}  # fmt: skip
+    told = {
+        tap: features(
+            f.parts().get("summary", torch.zeros(1, 0)).shape[-1] or None,
+            f.parts()["spatial"].shape[-1],
+            (4, 4),
+            10 + i,
+        )
+        for i, (tap, f) in enumerate(taught.items())
+    }
     return latent, told, taught
 
 
@@ -82,9 +88,13 @@ def test_s2t_is_the_weighted_sum_of_each_teachers_mean_distance(scene, a: float)
         expected += (mean["one"] + mean["two"] + 0.7 * mean["base"]) / B
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert set(terms) == {
-        "s2t/one/last/summary", "s2t/one/last/spatial", "s2t/two/stage0/spatial", "s2t/two/stage1/spatial",
-        "s2t/base/latent/summary", "s2t/base/latent/spatial",
-    }  # fmt: skip
+        "s2t/one/last/summary",
+        "s2t/one/last/spatial",
+        "s2t/two/stage0/spatial",
+        "s2t/two/stage1/spatial",
+        "s2t/base/latent/summary",
+        "s2t/base/latent/spatial",
+    }
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -95,8 +105,10 @@ def layer_norm(x: Tensor) -> Tensor:
 def test_t2s_each_adds_every_teachers_guess_of_the_normalised_latent(scene) -> None:
     latent, told, taught = scene
     torch.manual_seed(0)
-    widths = {tap: Widths(f.parts().get("summary", torch.zeros(1, 0)).shape[-1] or None, f.parts()["spatial"].shape[-1])
-              for tap, f in taught.items()}  # fmt: skip
+    widths = {
+        tap: Widths(f.parts().get("summary", torch.zeros(1, 0)).shape[-1] or None, f.parts()["spatial"].shape[-1])
+        for tap, f in taught.items()
+    }
     guess = TeacherToStudent(D, widths, 16)
     both = [Settings(preserve=0.7, t2s=kind, t2s_weight=0.3, t2s_gradient="both") for kind in ("none", "each")]
     losses = [
@@ -137,8 +149,10 @@ def test_a_teacher_with_many_taps_has_one_voice(scene) -> None:
     _, _, taught = scene
     torch.manual_seed(0)
     joint = JointToStudent(D, {tap: Widths(None, f.parts()["spatial"].shape[-1]) for tap, f in taught.items()}, 16)
-    said = {tap: joint.taps[tap.replace("/", "-")]["spatial"](align(f, (4, 4)).parts()["spatial"])  # type: ignore[index]
-            for tap, f in taught.items()}  # fmt: skip
+    said = {
+        tap: joint.taps[tap.replace("/", "-")]["spatial"](align(f, (4, 4)).parts()["spatial"])  # type: ignore[index]
+        for tap, f in taught.items()
+    }
     two = (said["two/stage0"] + said["two/stage1"]) / 2
     mean = (said["one/last"] + two + said["base/latent"]) / 3
     only_spatial = {tap: Features(None, f.spatial, f.grid) for tap, f in taught.items()}
@@ -161,8 +175,10 @@ def test_an_image_that_nobody_speaks_of_is_not_pulled_anywhere(scene) -> None:
     assert [p > 0 for p in pulled] == [False, True, True] * 2
 
 
-@pytest.mark.parametrize(("gradient", "latent_moves", "guess_moves"),
-                         [("both", True, True), ("student", True, False), ("projector", False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gradient", "latent_moves", "guess_moves"),
+    [("both", True, True), ("student", True, False), ("projector", False, True)],
+)
 def test_t2s_gradient_goes_where_it_is_told(scene, gradient: str, latent_moves: bool, guess_moves: bool) -> None:
     latent, told, taught = scene
     latent = latent.map(lambda x: x.clone().requires_grad_())
