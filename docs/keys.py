@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from shoulders import recipe, recipe_student
+from shoulders.config import recipe
+from shoulders.config import student as recipe_student
 
 PAGE = Path(__file__).with_name("recipe.md")
 # (what stands before its keys, which kind it is of, its model)

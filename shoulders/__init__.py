@@ -2,7 +2,7 @@
 
 The front door. Names are imported when they are first used, so that ``shoulders --help`` does not wait for torch;
 transformers' Auto classes know the student as soon as both packages are imported, in whichever order.
-A run is ``from shoulders.distill import distill``, its scores ``from shoulders.evaluate import evaluate``.
+A run is ``from shoulders.distillation import distill``, its scores ``from shoulders.evaluation.evaluate import evaluate``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shoulders.config.recipe import Recipe, read_recipe
     from shoulders.features import Batch, Features
     from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, load
-    from shoulders.recipe import Recipe, read_recipe
     from shoulders.teachers import Teacher
 
 __version__ = "0.1.0"
@@ -37,13 +37,13 @@ __all__ = [
 _HOME = {
     "Batch": "features",
     "Features": "features",
-    "Recipe": "recipe",
+    "Recipe": "config.recipe",
     "ShouldersBackbone": "model",
     "ShouldersConfig": "model",
     "ShouldersModel": "model",
     "Teacher": "teachers",
     "load": "model",
-    "read_recipe": "recipe",
+    "read_recipe": "config.recipe",
 }
 _AUTO = "transformers.models.auto.configuration_auto"
 

@@ -23,19 +23,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from shoulders.checkpoint import write_folder, write_text
-from shoulders.checks import check
-from shoulders.distill import distill, student_at_birth
-from shoulders.errors import Stopped
-from shoulders.evaluate import evaluate, evaluate_heads
+from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.distillation import distill, init_student
+from shoulders.distributed.context import DistContext
+from shoulders.distributed.device import this_device
+from shoulders.errors import Interrupted
+from shoulders.evaluation.evaluate import evaluate, evaluate_heads
 from shoulders.model import save_student
-from shoulders.ranks import Rank, this_device
-from shoulders.recipe import Recipe, check_recipe
 from shoulders.report import write_report
-from shoulders.scratch import scratch
+from shoulders.storage.atomic import write_folder, write_text
 from shoulders.tasks import TASKS
-from shoulders.tasks.tuned import Try
+from shoulders.tasks.finetune import HParams
 from shoulders.teachers import Teachers, load_teacher
+from shoulders.training.preflight import check
+from shoulders.training.supervised_baseline import scratch
 from shoulders.world import SIZE, TASKS_OF, TEACHERS, write_world
 
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ METRICS = {"classification": "top1", "detection": "AP", "semantic": "mIoU", "ins
 PROCESSES = 2  # that measure
 FIRST = ("scratch", "base_probe")  # these ask nothing of the student
 LAST = ("student_probe", "inherited", "teacher")
-TRIES = (Try("muon", 2e-3),)  # of training from scratch
+TRIES = (HParams("muon", 2e-3),)  # of training from scratch
 # what the table shows of each task, and how it calls that
 KINDS = {
     "teacher": "teacher",
@@ -65,13 +66,13 @@ class Effort:
         steps: of the distillation, with `batch` images each.
         probe: share of the steps that a probe usually takes.
         scratch: steps of training from nothing, by task: four trainings that together cost the training FLOPs of the
-            one distillation, as `shoulders.scratch.equal_flops` counts them (tests/test_demo.py holds them against it).
+            one distillation, as `shoulders.training.supervised_baseline.equal_flops` counts them (tests/test_demo.py holds them against it).
     """
 
     scenes: dict[str, int]
     steps: int
     batch: int
-    calibration: int
+    calibration_images: int
     holdout: int
     probe: float
     scratch: dict[str, int]
@@ -101,7 +102,7 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     Raises:
         RecipeError: the folder holds something else.
         SpaceError: the disk is full.
-        Stopped: after SIGTERM or SIGINT.
+        Interrupted: after SIGTERM or SIGINT.
     """
     effort = QUICK if quick else FULL
     told = recipe(Path(out), effort)
@@ -109,11 +110,13 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        check(told, {}, Rank(0, 1, this_device()), resume)
+        check(told, {}, DistContext(0, 1, this_device()), resume)
         _draw(out / "scenes", effort)
         _save_newborn(told)
         with _processes() as pool:
-            asked = [pool.submit(ask, out, out / "newborn", effort, *what) for what in product(FIRST, TASKS_OF)]
+            asked = [
+                pool.submit(ask, out, out / "init_from_scratch", effort, *what) for what in product(FIRST, TASKS_OF)
+            ]
             distill(told, resume=resume)
             asked += [pool.submit(ask, out, out, effort, *what) for what in product(LAST, TASKS_OF)]
             for done in tqdm(as_completed(asked), "measuring", len(asked), leave=False, disable=None):
@@ -121,8 +124,8 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
         rows = [json.loads(_file(out, kind, teacher).read_text()) for teacher, kind in product(TASKS_OF, KINDS)]
         write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
         write_report(out, rows=rows, images=None)
-    except Stopped as stopped:
-        raise Stopped(stopped.number) from stopped  # a demo that is started again goes on by itself
+    except Interrupted as stopped:
+        raise Interrupted(stopped.number) from stopped  # a demo that is started again goes on by itself
     finally:
         torch.set_num_threads(before)
     return rows
@@ -147,10 +150,10 @@ def recipe(out: Path, effort: Effort) -> Recipe:
                 "holdout": effort.holdout,
             },
             "transfer": {
-                "calibration": effort.calibration,
+                "calibration_images": effort.calibration_images,
                 "preserve": 0.1,
-                "cosine_share": 0.5,
-                "reads": ["block1", "block3", "latent"],
+                "cosine_weight": 0.5,
+                "layers": ["block1", "block3", "latent"],
             },
             "keep_heads": list(TASKS_OF),
             "train": {
@@ -174,10 +177,10 @@ def _draw(folder: Path, effort: Effort) -> None:
 
 def _save_newborn(told: Recipe) -> None:
     """The student before it learned anything: enough for all that is not asked of a student, which need not wait."""
-    if not (told.out / "newborn").exists():
+    if not (told.out / "init_from_scratch").exists():
         teachers = Teachers({name: load_teacher(name, spec) for name, spec in told.teachers.items()})
         torch.manual_seed(told.train.seed)
-        write_folder(told.out / "newborn", partial(save_student, student_at_birth(told, teachers), heads={}))
+        write_folder(told.out / "init_from_scratch", partial(save_student, init_student(told, teachers), heads={}))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class SpaceError(ShouldersError):
     exit_code = 5
 
 
-class Stopped(ShouldersError):
+class Interrupted(ShouldersError):
     """A signal asked the run to stop; its checkpoint, or what is made of a cache, is saved."""
 
     def __init__(self, number: int, step: int | None = None):

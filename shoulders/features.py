@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -154,3 +155,18 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def align(features: Features, grid: tuple[int, int]) -> Features:
+    """The same Features with the spatial part resized bilinearly (antialiased where it shrinks) to ``grid``."""
+    if features.spatial is None or features.grid == grid:
+        return features
+    resized = F.interpolate(features.to_map(), size=grid, mode="bilinear", antialias=True, align_corners=False)
+    return Features.from_map(resized, features.summary)
+
+
+def align_pair(one: Features, other: Features) -> tuple[Features, Features]:
+    """Both on the smaller of their two grids (fewer places)."""
+    places = [f.grid[0] * f.grid[1] for f in (one, other)]
+    grid = one.grid if places[0] <= places[1] else other.grid
+    return align(one, grid), align(other, grid)

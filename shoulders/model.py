@@ -24,16 +24,17 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
 import shoulders.student.encoder as encoder
-from shoulders.card import write_card
-from shoulders.config import ShouldersConfig
+from shoulders.config.recipe import Recipe, as_size
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import EVERYBODY, Asked, Features
-from shoulders.grafts import Head, taps_of
-from shoulders.heads import answers, open_head, save_head
 from shoulders.hub import quiet
-from shoulders.recipe import Recipe, as_size
-from shoulders.transfer.objective import BASE
-from shoulders.transfer.projectors import Projector, Widths, key, teacher_of
+from shoulders.hub.card import write_card
+from shoulders.student.config import ShouldersConfig
+from shoulders.teachers.heads import Head, taps_of
+from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads.saved import open_head, save_head
+from shoulders.transfer.losses import BASE
+from shoulders.transfer.projectors import FeatureDims, Projector, key, teacher_name
 from shoulders.transfer.standardize import TapStandardizer
 
 
@@ -82,7 +83,7 @@ class ShouldersPreTrainedModel(PreTrainedModel):
 
 
 class ShouldersModel(ShouldersPreTrainedModel):
-    """The student: ``model(pixels).latent`` are its Features, ``model.inherit(...)`` its teachers' features.
+    """The student: ``model(pixels).latent`` are its Features, ``model.predict_teacher_features(...)`` its teachers' features.
 
     Pixels are (B, 3, h, w) in [0, 1]; h and w any multiples of the patch size.
     """
@@ -93,8 +94,8 @@ class ShouldersModel(ShouldersPreTrainedModel):
         # in the precision asked for, not in the one that the base was stored in
         base = AutoModel.from_config(built, dtype=torch.get_default_dtype(), **encoder.BASES[built.model_type].build)
         self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
-        widths = {tap: Widths(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
-        project = partial(Projector, self.encoder.width, reads=config.reads, hidden=config.projector_width)
+        widths = {tap: FeatureDims(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
+        project = partial(Projector, self.encoder.width, layers=config.layers, hidden=config.projector_width)
         fine, coarse = config.fine or {}, config.coarse or {}
         self.projectors = nn.ModuleDict(
             {key(tap): project(w, fine=fine.get(tap, 1), coarse=coarse.get(tap, 1)) for tap, w in widths.items()}
@@ -117,47 +118,47 @@ class ShouldersModel(ShouldersPreTrainedModel):
         return StudentOutput(latent=latent, last_hidden_state=latent.spatial, pooler_output=latent.summary)
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def layers(self) -> tuple[str, ...]:
         """The latent and every place that the projectors read."""
-        return tuple(dict.fromkeys(("latent", *self.config.reads)))
+        return tuple(dict.fromkeys(("latent", *self.config.layers)))
 
     @property
     def asks(self) -> tuple[str, ...]:
         """Places of the base itself that are needed to train: the latent to preserve, all that a side adapter reads."""
-        beside = self.encoder.adapter.reads
+        beside = self.encoder.adapter.input_layers
         kept = ["latent"] if f"{BASE}/latent" in self.taps else []
-        return tuple(dict.fromkeys((*kept, *beside, *(self.reads if beside else ()))))
+        return tuple(dict.fromkeys((*kept, *beside, *(self.layers if beside else ()))))
 
-    def places(self, pixels: Tensor, said: Mapping[str, Features] | None = None) -> dict[str, Features]:
+    def forward_features(self, pixels: Tensor, said: Mapping[str, Features] | None = None) -> dict[str, Features]:
         """{place: Features} of the latent and of every place that the projectors read.
 
         Args:
             said: what the base itself says of the pixels at :attr:`asks`, where it has been asked already: with an
                 adapter beside the base it is not asked again.
         """
-        if said and self.encoder.adapter.reads:
-            return self.encoder.refine(said, pixels, self.reads)
-        return self.encoder(pixels, self.reads)
+        if said and self.encoder.adapter.input_layers:
+            return self.encoder.refine(said, pixels, self.layers)
+        return self.encoder(pixels, self.layers)
 
-    def tell(self, seen: Mapping[str, Features], asked: Asked = EVERYBODY) -> dict[str, Features]:
+    def project(self, seen: Mapping[str, Features], asked: Asked = EVERYBODY) -> dict[str, Features]:
         """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized.
 
         Args:
             asked: {teacher: (b,) the images to tell of}; of one not named, all.
         """
         told: dict[str, Features] = {}
-        for teacher in dict.fromkeys(map(teacher_of, self.taps)):
+        for teacher in dict.fromkeys(map(teacher_name, self.taps)):
             near = {place: features.take(asked.get(teacher)) for place, features in seen.items()}
-            told |= {tap: self.projectors[key(tap)](near) for tap in self.taps if teacher_of(tap) == teacher}
+            told |= {tap: self.projectors[key(tap)](near) for tap in self.taps if teacher_name(tap) == teacher}
         return told
 
     def standardized(self, taught: Mapping[str, Features]) -> dict[str, Features]:
-        """Teachers' own features -> the space of :meth:`tell`."""
+        """Teachers' own features -> the space of :meth:`project`."""
         return {tap: self.standardizer(tap)(features) for tap, features in taught.items()}
 
-    def inherit(self, pixels: Tensor) -> dict[str, Features]:
+    def predict_teacher_features(self, pixels: Tensor) -> dict[str, Features]:
         """{tap: Features} in each teacher's own space, with no teacher present: what its head can be fed with."""
-        told = self.tell(self.places(pixels))
+        told = self.project(self.forward_features(pixels))
         return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -202,7 +203,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
             For each image what the transformers pipeline of the head's task gives.
         """
         graft = self.head(name)
-        output = graft(taps_of(name, self.inherit(pixels)), **prompts)
+        output = graft(taps_of(name, self.predict_teacher_features(pixels)), **prompts)
         return answers(graft, output, sizes or [(pixels.shape[2], pixels.shape[3])] * len(pixels), threshold)
 
     def standardizer(self, tap: str) -> TapStandardizer:
@@ -233,7 +234,7 @@ def student_config(
     mean: Sequence[float],
     std: Sequence[float],
     teachers: Mapping[str, dict[str, Any]],
-    taps: Mapping[str, Widths],
+    taps: Mapping[str, FeatureDims],
     fine: Mapping[str, int],
     coarse: Mapping[str, int],
 ) -> ShouldersConfig:
@@ -241,7 +242,7 @@ def student_config(
 
     Args:
         mean, std: the base's pixel normalisation.
-        teachers: {name: {"source", "revision", "licence"}}.
+        teachers: {name: {"source", "revision", "license"}}.
         taps: {tap: widths} of all teachers, the preserved base among them.
         fine: {tap: how many times finer than the student's its grid is}, for those inherited on their own grid.
         coarse: {tap: how many times coarser it is}.
@@ -255,7 +256,7 @@ def student_config(
         taps={tap: widths._asdict() for tap, widths in taps.items()},
         fine=dict(fine),
         coarse=dict(coarse),
-        reads=list(recipe.transfer.reads),
+        layers=list(recipe.transfer.layers),
         projector_width=recipe.transfer.projector_width or 2 * base.config.hidden_size,
         standardize=recipe.transfer.standardize,
         teachers={name: dict(facts) for name, facts in teachers.items()},

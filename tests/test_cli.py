@@ -82,7 +82,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "student": {"base": "base", "adapter": {"kind": "lora", "rank": 2}},
         "teachers": {"classifier": {"model": "classifier"}, "segmenter": {"model": "segmenter", "taps": ["stage1"]}},
         "images": {"path": "labelled", "size": 32, "holdout": 16, "workers": 0},
-        "transfer": {"calibration": 16},
+        "transfer": {"calibration_images": 16},
         "train": {"steps": 4, "batch": 8, "log_every": 2, "tensorboard": True},
         "out": "runs/x",
     }
@@ -141,7 +141,7 @@ def test_it_says_what_teachers_are(world: Path) -> None:
         (["distill", "recipe.yaml", "teachers.classifier.taps=[stage7]", "out=runs/y"], "teachers.classifier.taps: "),
         (["distill", "recipe.yaml", "images.size=30", "out=runs/y"], "images.size: "),
         (["distill", "recipe.yaml", "student.base=nowhere/at/all", "out=runs/y"], "student.base: "),
-        (["distill", "recipe.yaml", "transfer.reads=[block9]", "out=runs/y"], "transfer.reads: "),
+        (["distill", "recipe.yaml", "transfer.layers=[block9]", "out=runs/y"], "transfer.layers: "),
         (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
         (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
         (
@@ -173,7 +173,7 @@ def test_what_the_readme_shows_works(tmp_path: Path) -> None:
     save_images(tmp_path / "labelled", 90, classes=3)
     commands = commands_of(readme)
     assert [command.split()[1] for command in commands] == ["distill", "evaluate", "teachers"]
-    small = ["train.steps=2", "train.batch=8", "transfer.calibration=16", "images.holdout=8"]
+    small = ["train.steps=2", "train.batch=8", "transfer.calibration_images=16", "images.holdout=8"]
     for command in commands:
         args = shlex.split(command)[1:]
         done = shoulders(*args, *(small if args[0] == "distill" else []), cwd=tmp_path)

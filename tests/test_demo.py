@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from shoulders.checkpoint import checkpoints
 from shoulders.demo import FULL, KINDS, METRICS, QUICK, TRIES, Row, demo, recipe
-from shoulders.scratch import BATCH, equal_flops
 from shoulders.tasks import TASKS
+from shoulders.training.checkpoint import checkpoints
+from shoulders.training.supervised_baseline import BATCH, equal_flops
 from shoulders.world import TASKS_OF
 
 

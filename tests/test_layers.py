@@ -15,19 +15,23 @@ PACKAGE = Path(__file__).resolve().parents[1] / "shoulders"
 LAYERS = (
     ("__init__", "__main__", "cli"),
     ("demo",),
-    ("distill", "evaluate", "plan", "predict", "report", "scratch", "world"),
-    ("checks", "fidelity", "cache", "trainees", "probes"),
-    ("model", "config", "card", "grafts", "heads", "pictures", "checkpoint", "tasks", "heldout", "journal", "learner"),
+    ("distillation", "planning"),
+    ("feature_cache",),
+    ("training",),
+    ("prediction", "report"),
+    ("evaluation",),
+    ("inference",),
+    ("model", "tasks", "world"),
     ("images", "teachers", "student", "transfer"),
-    ("parallel", "locks"),
-    ("features", "recipe", "recipe_faults", "recipe_student", "printing", "errors", "hub", "own", "ranks", "fast"),
+    ("distributed", "storage", "hub"),
+    ("features", "config", "errors"),
 )
 # These stand side by side and never import each other.
 APART = {"images", "teachers", "student", "transfer"}
 HEIGHT = {part: height for height, parts in enumerate(reversed(LAYERS)) for part in parts}
 
 
-def part_of(file: Path, package: Path = PACKAGE) -> str:
+def shard_like(file: Path, package: Path = PACKAGE) -> str:
     """``shoulders/tasks/classification.py`` belongs to ``tasks``, ``shoulders/model.py`` to ``model``."""
     return file.relative_to(package).parts[0].removesuffix(".py")
 
@@ -45,14 +49,14 @@ def imported_parts(file: Path, package: Path = PACKAGE) -> set[str]:
             modules |= {f"{origin}.{alias.name}" for alias in node.names}
     names = [module.split(".") for module in modules]
     inside = {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == package.name}
-    known = {part_of(file, package) for file in package.rglob("*.py")}
+    known = {shard_like(file, package) for file in package.rglob("*.py")}
     return {part if part in known else "__init__" for part in inside}
 
 
 def faults(package: Path) -> list[str]:
     found = []
     for file in sorted(package.rglob("*.py")):
-        part, where = part_of(file, package), file.relative_to(package.parent)
+        part, where = shard_like(file, package), file.relative_to(package.parent)
         if part not in HEIGHT:
             found.append(f"{where}: no layer is given for {part!r}; add it to LAYERS in tests/test_layers.py")
             continue
@@ -92,7 +96,7 @@ def test_a_wrong_import_is_found(tmp_path: Path, file: str, code: str, fault: st
     assert fault in faults(package)[0]
 
 
-@pytest.mark.parametrize("module", ["shoulders", "shoulders.cli", "shoulders.recipe"])
+@pytest.mark.parametrize("module", ["shoulders", "shoulders.cli", "shoulders.config.recipe"])
 def test_the_front_door_opens_without_heavy_imports(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({{'torch', 'transformers'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -32,7 +32,7 @@ def student(kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standar
         std=list(STD),
         image_size=[32, 32],
         taps=TAPS,
-        reads=["block0", "latent"],
+        layers=["block0", "latent"],
         projector_width=16,
         standardize=standardize,
     )
@@ -50,13 +50,13 @@ def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[st
     pixels = torch.rand(2, 3, 32, 48)
     ours.save_pretrained(tmp_path / "student")
     with torch.no_grad():
-        expected = {tap: f.parts() for tap, f in ours.inherit(pixels).items()}
+        expected = {tap: f.parts() for tap, f in ours.predict_teacher_features(pixels).items()}
         latent = ours(pixels).latent
     reloaded = AutoModel.from_pretrained(tmp_path / "student").eval()
     assert not any(p.requires_grad for p in reloaded.encoder.base.parameters())
     with torch.no_grad():
         assert torch.equal(reloaded(pixels).latent.spatial, latent.spatial)
-        for tap, features in reloaded.inherit(pixels).items():
+        for tap, features in reloaded.predict_teacher_features(pixels).items():
             assert all(torch.equal(x, expected[tap][part]) for part, x in features.parts().items())
 
 
@@ -67,7 +67,7 @@ def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
     half = AutoModel.from_pretrained(tmp_path / "student", dtype=torch.bfloat16).eval()
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        expected, told = ours.inherit(pixels), half.inherit(pixels.bfloat16())
+        expected, told = ours.predict_teacher_features(pixels), half.predict_teacher_features(pixels.bfloat16())
     for tap, features in told.items():
         for part, x in features.parts().items():
             assert torch.allclose(x.float(), expected[tap].parts()[part], atol=0.1, rtol=0.1)
@@ -170,8 +170,8 @@ def test_inherited_features_are_in_the_teachers_own_space() -> None:
         part.mean.fill_(100.0)  # type: ignore[operator]
         part.std.fill_(0.5)  # type: ignore[operator]
         pixels = torch.rand(1, 3, 32, 32)
-        told = ours.tell(ours.places(pixels))["one/last"]
-        inherited = ours.inherit(pixels)["one/last"]
+        told = ours.project(ours.forward_features(pixels))["one/last"]
+        inherited = ours.predict_teacher_features(pixels)["one/last"]
         assert torch.allclose(inherited.parts()["spatial"], told.parts()["spatial"] * 0.5 + 100)
         back = ours.standardized({"one/last": inherited})["one/last"]
         assert torch.allclose(back.parts()["spatial"], told.parts()["spatial"], atol=1e-4)
@@ -179,10 +179,10 @@ def test_inherited_features_are_in_the_teachers_own_space() -> None:
 
 def test_the_config_is_plain_json_that_says_whose_knowledge_it_is(tmp_path: Path) -> None:
     ours = student()
-    ours.config.teachers = {"one": {"source": "a/b", "revision": None, "licence": "mit"}}
+    ours.config.teachers = {"one": {"source": "a/b", "revision": None, "license": "mit"}}
     ours.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["teachers"]["one"]["licence"] == "mit"
+    assert config["teachers"]["one"]["license"] == "mit"
     assert config["base"]["model_type"] == "dinov2"
     assert config["taps"] == TAPS
 

@@ -34,7 +34,7 @@ def main() -> None:
         one_way(way, given)
     kept = [given.work / f"{way}.json" for way in WAYS]
     if all(path.exists() for path in kept):
-        from shoulders.checkpoint import write_text
+        from shoulders.storage.atomic import write_text
 
         rows = [json.loads(path.read_text()) for path in kept]
         write_text(HERE / "real.json", json.dumps(rows, indent=1) + "\n")
@@ -44,11 +44,11 @@ def main() -> None:
 
 def one_way(way: str, given: argparse.Namespace) -> None:
     """Train and probe; what is there already is not done again."""
-    from shoulders.cache import build_cache
-    from shoulders.checkpoint import write_text
-    from shoulders.distill import distill
-    from shoulders.evaluate import evaluate
-    from shoulders.recipe import read_recipe
+    from shoulders.config.recipe import read_recipe
+    from shoulders.distillation import distill
+    from shoulders.evaluation.evaluate import evaluate
+    from shoulders.feature_cache import build_cache
+    from shoulders.storage.atomic import write_text
 
     done = given.work / f"{way}.json"
     if done.exists():

@@ -23,16 +23,16 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from shoulders.cache import build_cache, store
-from shoulders.cache.build import Builder
-from shoulders.cache.codec import Codec
-from shoulders.cache.index import Index
-from shoulders.cache.read import Shelf
-from shoulders.checkpoint import write_text
-from shoulders.distill import Run, prepare
+from shoulders.config.recipe import Cache, Recipe, read_recipe
+from shoulders.distillation import Run, prepare
+from shoulders.distributed.context import DistContext
+from shoulders.feature_cache import build_cache, store
+from shoulders.feature_cache.build import Builder
+from shoulders.feature_cache.codec import Codec
+from shoulders.feature_cache.index import Index
+from shoulders.feature_cache.read import TeacherStore
 from shoulders.features import Features
-from shoulders.ranks import Rank
-from shoulders.recipe import Cache, Recipe, read_recipe
+from shoulders.storage.atomic import write_text
 from shoulders.teachers import Tap
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +57,7 @@ def main() -> None:
             made = build_cache(caches[dtype])
             builder = Builder(caches[dtype], {}, lambda line: None)
             world = [builder.shelf(name) for name in builder.prints]
-            lost = [tap["fvu_lost"] for row in made["teachers"] for tap in row["taps"]]
+            lost = [tap["reconstruction_fvu"] for row in made["teachers"] for tap in row["taps"]]
             rows.append({"what": "world", "dtype": dtype, "fvu_lost_most": max(lost)})
             jobs |= reading(f"world {dtype}", world)
             vit = three_vits(Path(scratch) / f"vit-{dtype}", dtype)
@@ -89,7 +89,7 @@ def recipe(scratch: Path, views: int, dtype: str) -> Recipe:
             "images.views=1",
             "images.workers=0",
             "images.holdout=64",
-            "transfer.calibration=64",
+            "transfer.calibration_images=64",
             f"cache.path={scratch / dtype}",
             f"cache.dtype={dtype}",
             "cache.mode=require",
@@ -109,7 +109,7 @@ class Numbered:
         return 512
 
 
-def three_vits(folder: Path, dtype: str) -> list[Shelf]:
+def three_vits(folder: Path, dtype: str) -> list[TeacherStore]:
     """512 views of random features, as three ViT-B-sized teachers would say."""
     shelves = []
     taps = {"last": Tap(768, 768, (14, 14))}
@@ -127,7 +127,7 @@ def three_vits(folder: Path, dtype: str) -> list[Shelf]:
             keys = [[(shard * 256 + 64 * part + i, 0) for i in range(64)] for part in range(4)]
             sealed = (store.seal(payload, [0] * 64, part, 7) for part in keys)
             store.write_shard(folder / name / store.SHARD.format(shard), sealed, 0)
-        shelf = Shelf.__new__(Shelf)  # without a plan: there is no teacher that it could be of
+        shelf = TeacherStore.__new__(TeacherStore)  # without a plan: there is no teacher that it could be of
         shelf.folder, shelf.command, shelf.codec, shelf.salt = folder / name, "", codec, 7
         shelf.index = cast(Index, Numbered())
         shelf.shards = store.Shards(folder / name, codec.bytes + store.TRAILER, [256, 256])
@@ -135,13 +135,13 @@ def three_vits(folder: Path, dtype: str) -> list[Shelf]:
     return shelves
 
 
-def shares(shelves: list[Shelf]) -> list[float]:
+def shares(shelves: list[TeacherStore]) -> list[float]:
     """Of all views, those that each teacher is asked about."""
     most = max(len(shelf.index) for shelf in shelves)
     return [len(shelf.index) / most for shelf in shelves]
 
 
-def reading(name: str, shelves: list[Shelf]) -> dict[str, Callable[[], None]]:
+def reading(name: str, shelves: list[TeacherStore]) -> dict[str, Callable[[], None]]:
     """Reading a batch of all teachers to float32, with checksums and without."""
     dice = np.random.default_rng(0)
 
@@ -179,7 +179,7 @@ def step_seconds(caches: dict[str, Recipe], rounds: int, steps: int) -> Seconds:
     live = caches["int8"].model_copy(update={"cache": Cache()})
     runs: dict[str, Run] = {}
     for name, one in {"live": live, **caches}.items():
-        runs[name] = prepare(one, {}, Rank(0, 1, torch.device("cpu")))
+        runs[name] = prepare(one, {}, DistContext(0, 1, torch.device("cpu")))
         runs[name].calibrate()
     told: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):

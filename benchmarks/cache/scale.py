@@ -41,7 +41,7 @@ def main() -> None:
             for job in JOBS:
                 row |= child(job, folder, images, asked.steps)
             rows.append(row)
-    from shoulders.checkpoint import write_text
+    from shoulders.storage.atomic import write_text
 
     write_text(HERE / "scale.json", json.dumps(rows, indent=1) + "\n")
     write_text(HERE / "scale.md", table(rows))
@@ -60,7 +60,7 @@ def child(job: str, folder: str, images: int, steps: int) -> dict[str, Any]:
 
 
 def recipe(folder: Path, images: int) -> Any:
-    from shoulders.recipe import check_recipe
+    from shoulders.config.recipe import check_recipe
 
     return check_recipe(
         {
@@ -75,7 +75,7 @@ def recipe(folder: Path, images: int) -> Any:
                 "holdout": 64,
                 "workers": 0,
             },
-            "transfer": {"calibration": 64},
+            "transfer": {"calibration_images": 64},
             "train": {"batch": 16, "steps": 10_000},
             "cache": {"path": str(folder / "cache"), "dtype": "int8", "mode": "require"},
             "out": str(folder / "run"),
@@ -85,7 +85,7 @@ def recipe(folder: Path, images: int) -> Any:
 
 def make(folder: Path, images: int, steps: int) -> dict[str, float]:
     """Make the cache."""
-    from shoulders.cache import build_cache
+    from shoulders.feature_cache import build_cache
 
     begun = time.process_time()
     build_cache(recipe(folder, images))
@@ -97,11 +97,11 @@ def train(folder: Path, images: int, steps: int) -> dict[str, float]:
     """Open the run and take some steps from views all over the cache."""
     import torch
 
-    from shoulders.distill import prepare
-    from shoulders.ranks import Rank
+    from shoulders.distillation import prepare
+    from shoulders.distributed.context import DistContext
 
     begun = time.process_time()
-    run = prepare(recipe(folder, images), {}, Rank(0, 1, torch.device("cpu")))
+    run = prepare(recipe(folder, images), {}, DistContext(0, 1, torch.device("cpu")))
     opened = time.process_time() - begun
     run.calibrate()
     begun = time.process_time()

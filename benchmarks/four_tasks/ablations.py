@@ -1,6 +1,6 @@
 """What the heads keep when one thing of the recipe is another: the grids that taps are inherited on, the adapter.
 
-    python benchmarks/four_tasks/ablations.py own_grids [--data DATA] [--work runs/four_tasks] [--only world|real]
+    python benchmarks/four_tasks/ablations.py match_teacher_grid [--data DATA] [--work runs/four_tasks] [--only world|real]
     python benchmarks/four_tasks/ablations.py adapters --only world
 
 Distils a student for each variant and measures the teachers' heads on it. Writes ablations/NAME.json and NAME.md beside
@@ -20,7 +20,7 @@ from kept import Kept, Row, publish
 from run import missing
 from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, mean, number, retention, short
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 INSIDE, LOW_RANK, SIDE, CONV = (
@@ -34,9 +34,9 @@ INSIDE, LOW_RANK, SIDE, CONV = (
 )
 # {ablation: {variant: changes to the recipe}}
 ABLATIONS: dict[str, dict[str, list[str]]] = {
-    "own_grids": {
+    "match_teacher_grid": {
         "own grids": ["train.steps=800"],
-        "the student's grid": ["train.steps=800", "transfer.own_grids=false"],
+        "the student's grid": ["train.steps=800", "transfer.match_teacher_grid=false"],
     },
     # with each 800 steps; then as many as fit the time of the first, which takes 290 ms a step on one core, the others
     # 341, 225 and 259 (processor time, medians of six steps taken in turns; `shoulders plan` says the like)

@@ -19,7 +19,7 @@ from kept import Kept, Row, publish
 from measure import by_teacher, inherited
 from tables import DOC, METRIC_NAMES, insert, line_of, number, retention
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 from shoulders.world import write_world
 
 HERE = Path(__file__).resolve().parent

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 
 Row = dict[str, Any]
 

@@ -16,9 +16,9 @@ import torch
 import transformers as hf
 from PIL import Image
 
-from shoulders.checkpoint import write_text
-from shoulders.distill import distill
-from shoulders.recipe import check_recipe
+from shoulders.config.recipe import check_recipe
+from shoulders.distillation import distill
+from shoulders.storage.atomic import write_text
 
 SIZE, IMAGES = 256, 40
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16, "image_size": SIZE}
@@ -62,7 +62,7 @@ def large_run(work: Path) -> Path:
             "student": {"base": str(folder / BASE), "adapter": {"kind": "conv", "width": 128}},
             "teachers": {name: {"model": str(folder / name), "size": SIZE} for name in teachers},
             "images": {"path": str(folder / "images"), "size": SIZE, "holdout": 8, "workers": 0},
-            "transfer": {"calibration": 16, "reads": ["block3", "block7", "latent"]},
+            "transfer": {"calibration_images": 16, "layers": ["block3", "block7", "latent"]},
             "train": {"steps": 2, "batch": 4, "save_every": 2},
             "keep_heads": teachers,
             "out": str(run),

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from jobs import TOLD, Job, Setting
 
-from shoulders.distill import distill
-from shoulders.evaluate import FeaturesOf, evaluate_heads, features_of_student
+from shoulders.config.recipe import as_size, read_recipe
+from shoulders.distillation import distill
+from shoulders.distributed.device import this_device
+from shoulders.evaluation.evaluate import evaluate_heads
 from shoulders.features import Batch, Features
-from shoulders.grafts import load_graft
-from shoulders.heads import Fed
+from shoulders.inference import FeaturesOf, HeadInput, features_of_student
 from shoulders.model import load
-from shoulders.ranks import this_device
-from shoulders.recipe import as_size, read_recipe
-from shoulders.scratch import scratch
 from shoulders.tasks import TASKS, Split, Splits
-from shoulders.tasks.inherited import HEADS
+from shoulders.tasks.teacher_head_eval import HEADS
 from shoulders.teachers import load_teacher
+from shoulders.teachers.heads import load_head
+from shoulders.training.supervised_baseline import scratch
 
 BATCH = 50
 FIT_ON, REPORT = 5000, 2000  # images of classification that probes are fitted on, and that they report
@@ -70,8 +70,8 @@ def by_teacher(job: Job, setting: Setting, labels: Path) -> list[Row]:
     spec = read_recipe(setting.recipe).teachers[job.teacher]
     device = this_device()
     teacher = load_teacher(job.teacher, spec).to(device)
-    graft = load_graft(job.teacher, spec, teacher).to(device)
-    head = Fed(graft, teacher.size, lambda pixels: teacher(pixels.to(device)))
+    graft = load_head(job.teacher, spec, teacher).to(device)
+    head = HeadInput(graft, teacher.size, lambda pixels: teacher(pixels.to(device)))
     splits = TASKS[job.task].find(labels / job.labels, "image")
     return rows_of(job, "teacher", HEADS[job.task](head, splits, BATCH, 0), None)
 

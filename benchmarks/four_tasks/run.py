@@ -27,7 +27,7 @@ from kept import Kept, Row, publish
 from side_by_side import draw_sheets
 from tables import DOC, insert, table
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 

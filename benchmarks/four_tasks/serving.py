@@ -29,14 +29,14 @@ from large import large_run
 from tables import DOC, insert, line_of
 from torch import Tensor
 
-from shoulders.checkpoint import write_text
-from shoulders.grafts import load_graft
-from shoulders.heads import answers
+from shoulders.config.recipe import as_size, read_recipe
+from shoulders.distributed.device import this_device
 from shoulders.model import ShouldersModel, load
-from shoulders.predict import ask_heads
-from shoulders.ranks import this_device
-from shoulders.recipe import as_size, read_recipe
+from shoulders.prediction import ask_heads
+from shoulders.storage.atomic import write_text
 from shoulders.teachers import load_teacher
+from shoulders.teachers.heads import load_head
+from shoulders.teachers.heads.post_process import answers
 
 HERE = Path(__file__).resolve().parent
 LARGE = "large"
@@ -52,7 +52,7 @@ def teachers_side(run: Path) -> Ask:
     device = this_device()
     specs = read_recipe(run / "recipe.yaml").teachers
     loaded = {name: load_teacher(name, spec).to(device) for name, spec in specs.items()}
-    pairs = [(teacher, load_graft(name, specs[name], teacher).to(device)) for name, teacher in loaded.items()]
+    pairs = [(teacher, load_head(name, specs[name], teacher).to(device)) for name, teacher in loaded.items()]
     return torch.no_grad()(lambda count: [graft(teacher(_pixels(count, teacher.size))) for teacher, graft in pairs])
 
 
@@ -65,13 +65,13 @@ def student_side(run: Path) -> Ask:
 def projectors_side(run: Path) -> Ask:
     """The student as far as the features that the heads read."""
     student, size = _student(run)
-    return torch.no_grad()(lambda count: student.inherit(_pixels(count, size)))
+    return torch.no_grad()(lambda count: student.predict_teacher_features(_pixels(count, size)))
 
 
 def encoder_side(run: Path) -> Ask:
     """The student's encoder alone."""
     student, size = _student(run)
-    return torch.no_grad()(lambda count: student.places(_pixels(count, size)))
+    return torch.no_grad()(lambda count: student.forward_features(_pixels(count, size)))
 
 
 def after_side(run: Path) -> Ask:

@@ -13,17 +13,17 @@ from PIL import Image, ImageDraw, ImageFont
 from tables import METRIC_NAMES, retention, short
 from torch import Tensor
 
-from shoulders.grafts import load_graft
-from shoulders.heads import answers
+from shoulders.config.recipe import TeacherSpec, as_size, read_recipe
+from shoulders.distributed.device import this_device
 from shoulders.images import View, render
+from shoulders.images.pictures import picture
 from shoulders.model import ShouldersModel, load
-from shoulders.pictures import picture
-from shoulders.ranks import this_device
-from shoulders.recipe import TeacherSpec, as_size, read_recipe
 from shoulders.tasks import TASKS
-from shoulders.tasks.coco import decode
-from shoulders.tasks.dense import IGNORED, read_mask
+from shoulders.tasks.data.coco import decode
+from shoulders.tasks.data.dense import IGNORED, read_mask
 from shoulders.teachers import load_teacher
+from shoulders.teachers.heads import load_head
+from shoulders.teachers.heads.post_process import answers
 
 SHOWN = 8  # images, in two blocks of four
 THRESHOLD = 0.5
@@ -33,7 +33,7 @@ CELL, SMALL_CELL = 256, 192  # px, the longer side of a picture; small ones are 
 DOCS = 1400  # px, the width of a sheet in the documentation
 GAP, MARGIN, TITLE, HEADING, LEGEND = 6, 16, 44, 24, 30
 WHITE, INK, QUIET, RIGHT, WRONG = (255, 255, 255), (30, 30, 30), (120, 120, 120), (0, 140, 110), (205, 70, 50)
-# of the classes in their order: further apart than those of `shoulders.pictures`, which knows no order
+# of the classes in their order: further apart than those of `shoulders.images.pictures`, which knows no order
 COLOURS = (
     (31, 119, 180),
     (255, 127, 14),
@@ -139,7 +139,7 @@ TRUTHS: dict[str, Callable[[Any, int, Sequence[str]], Answer]] = {
 def ask_teacher(name: str, spec: TeacherSpec, images: Sequence[Tensor]) -> list[Answer]:
     """What the teacher says, one image at a time: they differ in size."""
     teacher = load_teacher(name, spec).to(this_device())
-    graft = load_graft(name, spec, teacher).to(this_device())
+    graft = load_head(name, spec, teacher).to(this_device())
     told = []
     for image in images:
         pixels = (render(image, WHOLE, teacher.size)[None] / 255).to(this_device())

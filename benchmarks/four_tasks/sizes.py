@@ -20,12 +20,12 @@ from kept import Kept, Row, publish
 from measure import fewer
 from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, short
 
-from shoulders.checkpoint import write_text
-from shoulders.evaluate import features_of_student, inherited_head
+from shoulders.distributed.device import this_device
+from shoulders.inference import features_of_student, teacher_head_on_student
 from shoulders.model import ShouldersModel, load
-from shoulders.ranks import this_device
+from shoulders.storage.atomic import write_text
 from shoulders.tasks import TASKS
-from shoulders.tasks.inherited import HEADS
+from shoulders.tasks.teacher_head_eval import HEADS
 
 HERE = Path(__file__).resolve().parent
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -44,7 +44,7 @@ def sizes_of(student: ShouldersModel) -> dict[float, tuple[int, int]]:
 def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tuple[int, int]) -> list[Row]:
     """By the teacher's head on the student, or by probes on the student, at a size."""
     if kind == "inherited":
-        told = HEADS[job.task](inherited_head(student, job.teacher, size), splits, BATCH, 0)
+        told = HEADS[job.task](teacher_head_on_student(student, job.teacher, size), splits, BATCH, 0)
     else:
         told = TASKS[job.task].run(features_of_student(student, size), splits, [size], BATCH, 0, 0)
     by_metric = {row["metric"]: row for row in told}

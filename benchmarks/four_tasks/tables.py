@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs import ROOT, SETTINGS, Job
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 
 Row = dict[str, Any]
 

@@ -17,10 +17,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from shoulders.checkpoint import write_text
-from shoulders.distill import distill
-from shoulders.evaluate import evaluate
-from shoulders.recipe import read_recipe
+from shoulders.config.recipe import read_recipe
+from shoulders.distillation import distill
+from shoulders.evaluation.evaluate import evaluate
+from shoulders.storage.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "real_small.yaml"

@@ -15,11 +15,12 @@ from plain import Plain
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shoulders.cache import CachedTeachers, build_cache
-from shoulders.distill import Run, prepare
-from shoulders.ranks import Rank, this_device
-from shoulders.recipe import Recipe, check_recipe
-from shoulders.transfer.objective import BASE
+from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.distillation import Run, prepare
+from shoulders.distributed.context import DistContext
+from shoulders.distributed.device import this_device
+from shoulders.feature_cache import CachedTeachers, build_cache
+from shoulders.transfer.losses import BASE
 
 SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M of parameters learn in all
 VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": SIZE}
@@ -39,7 +40,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 TEACHERS = ("vit", "clip", "dino", "siglip", "deit")  # the first three, unless a variant says how many
 
-LADDER = {"reads": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
+LADDER = {"layers": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
 LEAN = {"projector_width": HIDDEN}
 NARROW = {"projector_width": 512}  # the ladder is an MLP already
 INSIDE = {"kind": "bottleneck", "width": 64}
@@ -98,7 +99,7 @@ def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
             "images": {"path": str(folder / "images"), "size": SIZE, "workers": 0, "views": 1, "holdout": 8},
             "transfer": {
                 "standardize": "channel",
-                "cosine_share": 0.5,
+                "cosine_weight": 0.5,
                 "t2s": "none",
                 "preserve": 0,
                 **how["transfer"],
@@ -123,7 +124,7 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
         models = {name: type(MODELS[name]()).from_pretrained(folder / name) for name in ("student", *TEACHERS[:3])}
         plain = Plain(models.pop("student"), models, HIDDEN, bf16=variant == "plain_bf16").to(device)
         return partial(plain.step, torch.randn(batch, 3, SIZE, SIZE, device=device))
-    run = prepare(recipe_of(variant, folder, batch), {}, Rank(0, 1, device))
+    run = prepare(recipe_of(variant, folder, batch), {}, DistContext(0, 1, device))
     how = VARIANTS[variant]
     if how.get("forward"):
         return partial(run.teachers, next(run._batches(0, 1, 0, 1)))

@@ -24,11 +24,11 @@ import torch
 import transformers
 from PIL import Image
 
-from shoulders.checkpoint import write_text
-from shoulders.distill import Run, prepare
+from shoulders.config.recipe import check_recipe
+from shoulders.distillation import Run, prepare
+from shoulders.distributed.context import DistContext
 from shoulders.features import Batch, Features
-from shoulders.ranks import Rank
-from shoulders.recipe import check_recipe
+from shoulders.storage.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "teachers"
@@ -115,10 +115,10 @@ def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0
             "out": str(scratch / "run"),
             "images": {"path": str(folder), "size": SIZE, "workers": 0},
             "train": {"batch": BATCH, "steps": 1000, "optimizer": "adamw"},
-            "transfer": {"calibration": 64, "preserve": preserve},
+            "transfer": {"calibration_images": 64, "preserve": preserve},
         }
     )
-    run = prepare(recipe, {}, Rank(0, 1, torch.device("cpu")))
+    run = prepare(recipe, {}, DistContext(0, 1, torch.device("cpu")))
     run.calibrate()
     return run
 
@@ -133,7 +133,7 @@ def projectors(run: Run, batch: Batch) -> Callable[[], object]:
     """All that a teacher adds beside its own forward, given what student and teacher say of the batch."""
     taught = run.teachers(batch)
     with torch.no_grad(), run.autocast():
-        seen = run.student.places(batch.pixels((SIZE, SIZE)))
+        seen = run.student.forward_features(batch.pixels((SIZE, SIZE)))
     own = [p for name, p in run.learner.learns().items() if not name.startswith("student.encoder")]
     adamw = torch.optim.AdamW(own, fused=True)
 

@@ -208,7 +208,7 @@ def write_card(
         "command": f"`{command or f'python {script}.py --data DATA --out {script}'}`",
         "time": f"{minutes:.0f} minutes, one CPU thread of a busy machine",
         "seed": str(seed),
-        "licence": f"weights Apache-2.0 like the project; {terms}",
+        "license": f"weights Apache-2.0 like the project; {terms}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     front = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n"

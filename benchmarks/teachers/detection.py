@@ -14,8 +14,8 @@ from detection_loss import detection_loss, to_centre, to_corners
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
 
-from shoulders.tasks.average_precision import Found, average_precision, interval, match
-from shoulders.tasks.coco import Annotations, Picture
+from shoulders.tasks.average_precision import Detections, average_precision, interval, match
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations
 from shoulders.world import CLASSES, SIZE
 
 STYLE, SCENES, STEPS, BATCH, SEED = "neon", 12_000, 3000, 32, 0
@@ -155,7 +155,7 @@ def train(
 
 
 @torch.no_grad()
-def detect(model: nn.Module, pixels: Tensor, height: int, width: int) -> list[Found]:
+def detect(model: nn.Module, pixels: Tensor, height: int, width: int) -> list[Detections]:
     """The Q best pairs of query and class in each of the images uint8 (B, 3, H, W), boxes in their px."""
     model.eval()
     scale = torch.tensor([pixels.shape[3], pixels.shape[2]]).repeat(2)
@@ -166,7 +166,7 @@ def detect(model: nn.Module, pixels: Tensor, height: int, width: int) -> list[Fo
         scores, flat = output.logits.sigmoid().flatten(1).topk(queries)
         boxes = to_corners(output.pred_boxes).gather(1, (flat // kinds)[..., None].expand(-1, -1, 4)) * scale
         for each in zip(flat % kinds, scores.double(), boxes.double(), strict=True):
-            found.append(Found(*(part.numpy() for part in each)))
+            found.append(Detections(*(part.numpy() for part in each)))
     model.train()
     return found
 
@@ -183,7 +183,7 @@ def scene_truth(scenes: world_data.Scenes) -> Annotations:
     for index, (classes, boxes) in enumerate(zip(scenes.each_classes(), scenes.each_boxes(), strict=True)):
         areas = scenes.masks(index).sum((1, 2)).double().numpy()
         crowd = torch.zeros(len(classes), dtype=torch.bool).numpy()
-        pictures.append(Picture(str(index), (SIZE, SIZE), classes.numpy(), boxes.double().numpy(), areas, crowd))
+        pictures.append(AnnotatedImage(str(index), (SIZE, SIZE), classes.numpy(), boxes.double().numpy(), areas, crowd))
     return Annotations(CLASSES, tuple(pictures))
 
 

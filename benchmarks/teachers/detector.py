@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, RTDetrV2ForObjectDetection
 
 from shoulders.tasks.average_precision import average_precision, interval, match
-from shoulders.tasks.coco import Annotations, read_annotations
+from shoulders.tasks.data.coco import Annotations, read_annotations
 
 HEIGHT, WIDTH, BATCH, SEED = 192, 256, 8, 0
 QUERIES, NOISE = 80, 28  # an image has up to 30 cells

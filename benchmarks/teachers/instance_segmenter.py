@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForUniversalSegmentation, Mask2FormerForUniversalSegmentation
 
 from shoulders.tasks.average_precision import Matched, average_precision, interval, match
-from shoulders.tasks.coco import Annotations, decode, read_annotations
+from shoulders.tasks.data.coco import Annotations, decode, read_annotations
 
 SIDE, BATCH, MOST = 192, 8, 12
 HELD = 6  # each sixth training photo is held aside, to choose among the steps of a run

@@ -21,8 +21,8 @@ from transformers import (
     ResNetConfig,
 )
 
-from shoulders.tasks.average_precision import Found, Matched, average_precision, interval, match
-from shoulders.tasks.coco import Annotations, Picture, encode
+from shoulders.tasks.average_precision import Detections, Matched, average_precision, interval, match
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations, encode
 from shoulders.world import CLASSES, SIZE
 
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), classes (B, n) with -1 for none, covered (B, n, h, w)
@@ -161,7 +161,7 @@ def train(
     return progress.minutes()
 
 
-def read(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Found:
+def read(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Detections:
     """The objects of one image of `size` (H, W), of class logits (Q, K + 1) and mask logits (Q, h, w).
 
     As the family's image processor reads them: the Q best pairs of query and class; the score is the
@@ -175,7 +175,7 @@ def read(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Found:
     query = at // likely.shape[1]
     present = inside.any(2).any(1)[query]
     query, kinds, scores = query[present], (at % likely.shape[1])[present], (best * sure[query])[present]
-    return Found(kinds.numpy(), scores.double().numpy(), tight(inside[query]), encode(inside[query].numpy()))
+    return Detections(kinds.numpy(), scores.double().numpy(), tight(inside[query]), encode(inside[query].numpy()))
 
 
 def tight(masks: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -188,7 +188,7 @@ def tight(masks: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 @torch.no_grad()
-def find(model: PreTrainedModel, pixels: Sequence[Tensor], size: tuple[int, int], part: int = 50) -> list[Found]:
+def find(model: PreTrainedModel, pixels: Sequence[Tensor], size: tuple[int, int], part: int = 50) -> list[Detections]:
     """The objects of images (3, H, W) uint8 of any size, each looked at as `size` (H, W) px."""
     model.eval()
     found = []
@@ -201,14 +201,16 @@ def find(model: PreTrainedModel, pixels: Sequence[Tensor], size: tuple[int, int]
     return found
 
 
-def to_pictures(scenes: world_data.Scenes) -> list[Picture]:
+def to_pictures(scenes: world_data.Scenes) -> list[AnnotatedImage]:
     """Scenes in the words of an annotation file."""
     pictures = []
     for index, (classes, boxes) in enumerate(zip(scenes.each_classes(), scenes.each_boxes(), strict=True)):
         masks = scenes.masks(index).numpy()
         areas, crowd = masks.sum((1, 2)).astype(np.float64), np.zeros(len(masks), dtype=bool)
         corners = boxes.double().numpy()
-        pictures.append(Picture(f"{index}.png", (SIZE, SIZE), classes.numpy(), corners, areas, crowd, encode(masks)))
+        pictures.append(
+            AnnotatedImage(f"{index}.png", (SIZE, SIZE), classes.numpy(), corners, areas, crowd, encode(masks))
+        )
     return pictures
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from shoulders.grafts import load_graft
-from shoulders.heads import Fed
-from shoulders.recipe import TeacherSpec
+from shoulders.config.recipe import TeacherSpec
+from shoulders.inference import HeadInput
 from shoulders.tasks import TASKS
-from shoulders.tasks.inherited import HEADS
+from shoulders.tasks.teacher_head_eval import HEADS
 from shoulders.teachers import load_teacher
+from shoulders.teachers.heads import load_head
 from shoulders.world import STYLES, TEACHERS, write_world
 
 # teacher -> task, metric, folder of a style that holds the labels
@@ -36,7 +36,7 @@ def measure(world: Path) -> list[dict[str, object]]:
     for name, (task, metric, folder) in JOBS.items():
         spec = TeacherSpec(model=str(TEACHERS / name))
         teacher = load_teacher(name, spec)
-        head = Fed(load_graft(name, spec, teacher), teacher.size, teacher)
+        head = HeadInput(load_head(name, spec, teacher), teacher.size, teacher)
         for style in STYLES:
             told = HEADS[task](head, TASKS[task].find(world / style / folder, "image"), 50, 0)
             value = next(row["value"] for row in told if row["metric"] == metric)

@@ -1,6 +1,6 @@
 """How hard the small world is: top-1 of image classification, by style and over all styles.
 
-Frozen features are read by a linear map and by nearest neighbours: raw pixels, the base's architecture at random
+FeatureBank features are read by a linear map and by nearest neighbours: raw pixels, the base's architecture at random
 weights, the base itself. A small ResNet that is trained briefly with the labels says what can be reached at least.
 
     python benchmarks/world/difficulty.py [--base shoulders/world/teachers/base]
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from shoulders.checkpoint import write_text
+from shoulders.storage.atomic import write_text
 from shoulders.tasks.classification import Extracted, knn_top1, linear_top1
 from shoulders.world import CLASSES, SIZE, STYLES
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shoulders.pictures import picture
+from shoulders.images.pictures import picture
 from shoulders.world import CLASSES, STYLES, draw
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -4,7 +4,7 @@ What is particular to a family of teachers or bases is not here. Every message b
 recipe that names the model, such as ``student.base``.
 """
 
-from shoulders.hub.files import COMMIT, Pretrained, find, licence_of, locate, open_pretrained, read_json
+from shoulders.hub.files import COMMIT, Pretrained, find, license_of, locate, open_pretrained, read_json
 from shoulders.hub.preprocessing import HALF, IMAGENET, PixelStats, Preprocessing, read_preprocessing
 from shoulders.hub.weights import check_weights, load_strict, quiet, read_config
 
@@ -17,7 +17,7 @@ __all__ = [
     "Pretrained",
     "check_weights",
     "find",
-    "licence_of",
+    "license_of",
     "load_strict",
     "locate",
     "open_pretrained",

@@ -113,7 +113,7 @@ def read_json(pretrained: Pretrained, file: str) -> dict[str, Any] | None:
     return None if path is None else _parse(pretrained.where, path)
 
 
-def licence_of(pretrained: Pretrained) -> str:
+def license_of(pretrained: Pretrained) -> str:
     """``license:`` in the front matter of the model's README.md, else "unknown"."""
     path = find(pretrained, "README.md")
     text = path.read_text(errors="replace") if path else ""
@@ -122,10 +122,10 @@ def licence_of(pretrained: Pretrained) -> str:
         tree = yaml.safe_load(front.group(1)) if front else None
     except (yaml.YAMLError, ValueError):
         return "unknown"
-    licence = tree.get("license") if isinstance(tree, dict) else None
-    if licence == "other" and isinstance(tree, dict):
-        licence = tree.get("license_name", licence)
-    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence or "unknown")
+    license = tree.get("license") if isinstance(tree, dict) else None
+    if license == "other" and isinstance(tree, dict):
+        license = tree.get("license_name", license)
+    return ", ".join(map(str, license)) if isinstance(license, list) else str(license or "unknown")
 
 
 def _parse(where: str, path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shoulders import recipe
+from shoulders.config import recipe
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import CENTRAL, Batch, Skipped
 from shoulders.images.decode import Undecodable

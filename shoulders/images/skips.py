@@ -18,12 +18,12 @@ class SkipReport:
     Args:
         path: of the list; one that exists is continued, so that a resumed run does not count twice.
         total: images that training draws from.
-        max_bad: fraction of them that is put up with.
+        max_unreadable: fraction of them that is put up with.
         write: whether this process is the one of several that writes the list; all of them count.
     """
 
-    def __init__(self, path: Path, total: int, max_bad: float, write: bool = True) -> None:
-        self.path, self.total, self.max_bad, self.write = path, total, max_bad, write
+    def __init__(self, path: Path, total: int, max_unreadable: float, write: bool = True) -> None:
+        self.path, self.total, self.max_unreadable, self.write = path, total, max_unreadable, write
         self.reasons: dict[str, str] = {}
         if path.exists():
             self._continue()
@@ -35,7 +35,7 @@ class SkipReport:
         """Append what is new to the list.
 
         Raises:
-            DataError: more than ``max_bad * total`` images are bad.
+            DataError: more than ``max_unreadable * total`` images are bad.
         """
         new = {image.name: image.reason for image in skipped if image.name not in self.reasons}
         if not new:
@@ -45,7 +45,7 @@ class SkipReport:
             lines = [json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in new.items()]
             with self.path.open("a", encoding="ascii") as file:
                 file.writelines(lines)
-        if len(self.reasons) > self.max_bad * self.total:
+        if len(self.reasons) > self.max_unreadable * self.total:
             raise DataError(self._explain())
 
     def counts(self) -> list[tuple[str, int]]:
@@ -70,6 +70,6 @@ class SkipReport:
         needed = min(1.0, len(self.reasons) / max(self.total, 1) * 2)
         return (
             f"{len(self.reasons)} of {self.total} images cannot be used ({kinds}), more than "
-            f"images.max_bad={self.max_bad:g} allows; they are listed in {self.path}: repair them, "
-            f"or go on with images.max_bad={needed:.2g}"
+            f"images.max_unreadable={self.max_unreadable:g} allows; they are listed in {self.path}: repair them, "
+            f"or go on with images.max_unreadable={needed:.2g}"
         )

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from shoulders.config.recipe import Images
+from shoulders.config.user_code import call_function
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk
 from shoulders.images.image_set import ImageSet
 from shoulders.images.parquet import Parquet
 from shoulders.images.shards import Shards
 from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
-from shoulders.own import call_function
-from shoulders.recipe import Images
 
 
 def open_source(path: Path | str, column: str = "image") -> ImageSource:

@@ -76,7 +76,7 @@ def _first_numbers(told: Told, found: Sequence[Line], parameters: Mapping[str, i
 
 
 def _where(told: Told) -> str:
-    around = told.surroundings
+    around = told.environment
     if not around:
         return "to distil"
     device, threads = str(around.get("device", "cpu")), around.get("threads", 1)
@@ -87,7 +87,7 @@ def _where(told: Told) -> str:
 
 
 def run(told: Told) -> Html:
-    """What was run, on what, by which licences it is bound, and everything else that was written down."""
+    """What was run, on what, by which licenses it is bound, and everything else that was written down."""
     facts = [Html(element("dt", name) + element("dd", value)) for name, value in _facts(told) if value]
     note = missing("This run did not note its machine, memory and versions; a new one does:", "shoulders distill")
     recipe = element(
@@ -99,7 +99,7 @@ def run(told: Told) -> Html:
         "run",
         "What was run",
         element("dl", *facts, class_="pairs"),
-        *([] if told.surroundings else [note]),
+        *([] if told.environment else [note]),
         *_licences(told),
         _measurements(told),
         recipe,
@@ -107,7 +107,7 @@ def run(told: Told) -> Html:
 
 
 def _facts(told: Told) -> list[tuple[str, str]]:
-    around, tree = told.surroundings, told.tree
+    around, tree = told.environment, told.tree
     train, images = (tree.get(part) or {} for part in ("train", "images"))
     memory, speed = told.of_training("peak_gib"), told.images_per_s
     counted = [
@@ -136,12 +136,12 @@ def _licences(told: Told) -> list[Html]:
         command = f"shoulders distill {told.folder / 'recipe.yaml'} --resume"
         return [missing("No student is here yet; it comes from", command)]
     rows = [
-        [name, facts.get("source") or "–", str(facts.get("revision") or "–")[:12], facts.get("licence") or "unknown"]
+        [name, facts.get("source") or "–", str(facts.get("revision") or "–")[:12], facts.get("license") or "unknown"]
         for name, facts in whose.items()
     ]
     return [
-        table("The teachers and the base", ["name", "source", "revision", "licence"], rows),
-        paragraph("The student holds what these models know: the licences of all of them bind it."),
+        table("The teachers and the base", ["name", "source", "revision", "license"], rows),
+        paragraph("The student holds what these models know: the licenses of all of them bind it."),
     ]
 
 

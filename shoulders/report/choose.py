@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shoulders.config.recipe import Recipe
 from shoulders.errors import ShouldersError
 from shoulders.images import Collection, ImageSource, Undecodable, open_images, open_source
-from shoulders.recipe import Recipe
 from shoulders.report.gather import Told
 
 MAPS = 4  # images whose features are shown

@@ -58,7 +58,7 @@ def _each(told: Told) -> list[Html]:
     held, colour = told.curves("evaluation"), classes(told)
     shown = []
     for name in [*told.teachers, BASE]:
-        projectors = [points for key, points in held.items() if key.startswith(f"fvu_head/{name}/")]
+        projectors = [points for key, points in held.items() if key.startswith(f"fvu_projector/{name}/")]
         curves = {"latent": held.get(f"fvu/{name}", []), "projector": _mean(projectors)}
         series = [Series(which, points, f"{colour[name]} {which}") for which, points in curves.items() if points]
         if series:

@@ -12,20 +12,20 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from shoulders.config.recipe import TeacherSpec, as_size
+from shoulders.distributed.device import this_device
 from shoulders.errors import ShouldersError
 from shoulders.features import Features
-from shoulders.grafts import Head, load_graft
-from shoulders.heads import answer_kind, answers, prompted, task_of
 from shoulders.images import View, central_view, render
+from shoulders.images.pictures import Colours, palette, pca_pictures, picture
 from shoulders.model import ShouldersModel, load
-from shoulders.pictures import Colours, palette, pca_pictures, picture
-from shoulders.ranks import this_device
-from shoulders.recipe import TeacherSpec, as_size
 from shoulders.report.choose import Asked, Given, choose
 from shoulders.report.gather import Told
 from shoulders.report.inline import jpeg, png
 from shoulders.report.markup import Image
 from shoulders.teachers import Teacher, load_teacher
+from shoulders.teachers.heads import Head, load_head
+from shoulders.teachers.heads.post_process import answer_kind, answers, prompted, task_of
 
 SIDE, TILE = 400, 160  # px of the longer side of a prediction, and of a small picture
 WHOLE = View(0, 0, 1, 1)
@@ -131,7 +131,7 @@ def _draw_latent(student: ShouldersModel, images: list[Tensor], figures: Figures
     figures.shape = as_size(tuple(student.config.image_size))
     pixels = _batch(images, figures.shape, figures.shape).to(student.device)
     latent = student.encoder(pixels)["latent"]
-    with student.encoder.off():
+    with student.encoder.adapters_disabled():
         base = student.encoder(pixels)["latent"]
     photos = [Pillow.fromarray((one * 255).byte().permute(1, 2, 0).cpu().numpy()) for one in pixels]
     figures.latent = [
@@ -139,7 +139,7 @@ def _draw_latent(student: ShouldersModel, images: list[Tensor], figures: Figures
         Strip("student", _maps(latent, "student")),
         Strip("base", _maps(base, "base", latent)),
     ]
-    return student.inherit(pixels)
+    return student.predict_teacher_features(pixels)
 
 
 def _batch(images: list[Tensor], size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -172,7 +172,7 @@ def _draw_teacher(
             if asked.maps:
                 _compare(name, teacher, seen, asked.maps, figures)
             if name in asked.heads:
-                graft = load_graft(name, spec, teacher).to(this_device())
+                graft = load_head(name, spec, teacher).to(this_device())
     except (ShouldersError, OSError) as error:
         figures.notes.append(f"The teacher {name} is not here, or not as it was ({' '.join(str(error).split())}).")
     try:

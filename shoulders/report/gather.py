@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
+from shoulders.config.recipe import Recipe, read_recipe
 from shoulders.errors import DataError, RecipeError
-from shoulders.recipe import Recipe, read_recipe
 
 BASE = "base"  # under this name the base is a teacher, so that what it knows is kept
 Points = list[tuple[float, float]]  # (step, value)
@@ -64,7 +64,7 @@ class Told:
         return found
 
     @property
-    def surroundings(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
         """Versions and hardware of the newest process that worked on the run; {} where that was not noted."""
         noted = [row for row in self.log if row.get("kind") == "run"]
         return {key: value for key, value in noted[-1].items() if key not in ("step", "kind")} if noted else {}

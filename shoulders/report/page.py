@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shoulders.checkpoint import write_text
 from shoulders.report.about import headline
 from shoulders.report.about import run as about
 from shoulders.report.choose import Given
@@ -21,6 +20,7 @@ from shoulders.report.gather import Told, read_run
 from shoulders.report.markup import Html, element, text
 from shoulders.report.results import lines
 from shoulders.report.scores import results
+from shoulders.storage.atomic import write_text
 
 # whatever stands in the page, a browser loads nothing from elsewhere and runs no script
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -45,7 +45,7 @@ def write_report(
 
     Args:
         run: a run folder.
-        rows: measurements for the table instead of those in ``results.json``: rows of `shoulders.evaluate`, or of
+        rows: measurements for the table instead of those in ``results.json``: rows of `shoulders.evaluation.evaluate`, or of
             task, kind (a key of `shoulders.report.results.KINDS`), metric, value, seed and, where there are several
             data sets, dataset.
         images: an `ImageSource` to show, or one for each head by name; default: the test images that a head was

@@ -19,11 +19,11 @@ from shoulders.features import Features
 class Adapter(nn.Module):
     """What every kind shares: the switch, and what those beside the base do.
 
-    ``reads`` are the places of the base that an adapter beside it reads; one inside the base has none.
+    ``input_layers`` are the places of the base that an adapter beside it reads; one inside the base has none.
     """
 
     enabled: bool = True
-    reads: tuple[str, ...] = ()
+    input_layers: tuple[str, ...] = ()
 
     def refine(self, said: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
         """What the base says of normalised pixels (B, 3, h, w), by place, -> what the student says.
@@ -84,7 +84,7 @@ class LowRank(Adapter):
         return output + self.factor * self.b(self.a(inputs[0]))
 
 
-class PerBlock(Adapter):
+class AdapterSet(Adapter):
     """One adapter per layer that it sits at; keys are the layers' names in the base, so a changed base cannot load
     another base's adapters in silence."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import transformers
 
+from shoulders.config.recipe import as_size
+from shoulders.config.student import Conv, Side, Student
 from shoulders.errors import RecipeError
 from shoulders.hub import (
     HALF,
@@ -14,14 +16,12 @@ from shoulders.hub import (
     Preprocessing,
     Pretrained,
     check_weights,
-    licence_of,
+    license_of,
     load_strict,
     open_pretrained,
     read_config,
     read_preprocessing,
 )
-from shoulders.recipe import as_size
-from shoulders.recipe_student import Conv, Side, Student
 from shoulders.student.encoder import BASES
 from shoulders.student.kinds import places_read
 
@@ -38,22 +38,22 @@ class Base:
     Args:
         model: in float32, in evaluation mode.
         preprocessing: its own pixel normalisation.
-        licence: as its card states it, or "unknown".
+        license: as its card states it, or "unknown".
         revision: the commit that a hub id was resolved to; None for a folder.
     """
 
     model: transformers.PreTrainedModel
     preprocessing: Preprocessing
-    licence: str
+    license: str
     revision: str | None
 
 
-def check_base(spec: Student, size: tuple[int, int], reads: Sequence[str] = ()) -> None:
+def check_base(spec: Student, size: tuple[int, int], layers: Sequence[str] = ()) -> None:
     """What can be known before weights load: the family is supported, the size fits its patches, the places exist.
 
     Args:
         size: (h, w) in px that the student is trained at.
-        reads: places that the projectors are to read.
+        layers: places that the projectors are to read.
 
     Raises:
         RecipeError: one line with the fix.
@@ -68,10 +68,10 @@ def check_base(spec: Student, size: tuple[int, int], reads: Sequence[str] = ()) 
         )
     _places_beside(spec, config.num_hidden_layers)
     places = ["latent", *(f"block{i}" for i in range(config.num_hidden_layers))]
-    unknown = [place for place in reads if place not in places]
+    unknown = [place for place in layers if place not in places]
     if unknown:
         raise RecipeError(
-            f"transfer.reads: no place {unknown[0]!r} in {spec.base!r}; it has latent, block0 .. {places[-1]}"
+            f"transfer.layers: no place {unknown[0]!r} in {spec.base!r}; it has latent, block0 .. {places[-1]}"
         )
 
 
@@ -85,7 +85,7 @@ def load_base(spec: Student) -> Base:
     pretrained, config = _open(spec)
     family = BASES[config.model_type]
     model = load_strict(pretrained, getattr(transformers, family.model), config, **family.build)
-    return Base(model.eval(), _preprocessing(pretrained, config), licence_of(pretrained), pretrained.revision)
+    return Base(model.eval(), _preprocessing(pretrained, config), license_of(pretrained), pretrained.revision)
 
 
 def read_base(spec: Student) -> tuple[Pretrained, Preprocessing]:
@@ -98,11 +98,11 @@ def read_base(spec: Student) -> tuple[Pretrained, Preprocessing]:
     return pretrained, _preprocessing(pretrained, config)
 
 
-def asked_of_base(spec: Student, reads: Sequence[str], preserve: bool) -> tuple[str, ...]:
+def asked_of_base(spec: Student, layers: Sequence[str], preserve: bool) -> tuple[str, ...]:
     """The places at which a run asks the base itself, before its weights are loaded: as ``ShouldersModel.asks``.
 
     Args:
-        reads: places that the projectors read.
+        layers: places that the projectors read.
         preserve: whether the base is a teacher.
 
     Raises:
@@ -110,11 +110,11 @@ def asked_of_base(spec: Student, reads: Sequence[str], preserve: bool) -> tuple[
     """
     beside = _places_beside(spec, _open(spec)[1].num_hidden_layers)
     kept = ("latent",) if preserve else ()
-    return tuple(dict.fromkeys((*kept, *beside, *(("latent", *reads) if beside else ()))))
+    return tuple(dict.fromkeys((*kept, *beside, *(("latent", *layers) if beside else ()))))
 
 
 def _places_beside(spec: Student, depth: int) -> tuple[str, ...]:
-    """What an adapter beside a base of ``depth`` blocks reads of it; one inside it reads nothing."""
+    """What an adapter beside a base of ``depth`` blocks layers of it; one inside it layers nothing."""
     try:
         return places_read(depth, spec.adapter.blocks or []) if isinstance(spec.adapter, Side | Conv) else ()
     except ValueError as error:

@@ -66,7 +66,7 @@ class Convolutions(Adapter):
 
     def __init__(self, places: Sequence[str], d: int, width: int, depth: int):
         super().__init__()
-        self.reads = tuple(places)
+        self.input_layers = tuple(places)
         quarter, half = width // 4, width // 2
         self.stem = nn.Sequential(
             _three(3, quarter, 2),

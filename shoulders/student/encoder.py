@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shoulders.fast import quicken
 from shoulders.features import Features
+from shoulders.hub.fast import optimize_for_inference
 from shoulders.student.kinds import build_adapter
 
 
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.family = BASES[base.config.model_type]
         self.base = base.eval().requires_grad_(False)
-        quicken(self.base)
+        optimize_for_inference(self.base)
         self.width: int = base.config.hidden_size
         self.patch_size: int = base.config.patch_size
         self.prefix = self.family.prefix(base.config)
@@ -107,8 +107,8 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if h or w is not a multiple of the patch size, or a place does not exist.
         """
-        wanted = dict.fromkeys((*places, *self.adapter.reads))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapter.reads):
+        wanted = dict.fromkeys((*places, *self.adapter.input_layers))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapter.input_layers):
             said = self._ask(pixels, tuple(wanted))
         return self.refine(said, pixels, places)
 
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def own(self, pixels: Tensor, places: Sequence[str] = ("latent",)) -> dict[str, Features]:
         """What the base says by itself of pixels (B, 3, h, w), as :meth:`forward` with the adapter off."""
-        with self.off():
+        with self.adapters_disabled():
             return self._ask(pixels, places)
 
     def _ask(self, pixels: Tensor, places: Sequence[str]) -> dict[str, Features]:
@@ -142,7 +142,7 @@ class Encoder(nn.Module):
             found[f"block{block}"] = Features(summary, inside[:, self.prefix :], grid)
         return {place: found[place] for place in places}
 
-    def off(self) -> AbstractContextManager[None]:
+    def adapters_disabled(self) -> AbstractContextManager[None]:
         """Within this context the adapter is off: the base answers, bit for bit."""
         return self.adapter.off()
 

@@ -7,20 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from shoulders.student.adapters import Adapter, Bottleneck, LowRank, PerBlock
+from shoulders.student.adapters import Adapter, AdapterSet, Bottleneck, LowRank
 from shoulders.student.convolutions import Convolutions
 from shoulders.student.ladder import Ladder
 
 
 def bottleneck(layers: nn.ModuleList, d: int, width: int) -> Adapter:
     """A :class:`Bottleneck` beside the MLP of every block."""
-    return PerBlock({f"{i}.mlp": Bottleneck(block.get_submodule("mlp"), d, width) for i, block in enumerate(layers)})
+    return AdapterSet({f"{i}.mlp": Bottleneck(block.get_submodule("mlp"), d, width) for i, block in enumerate(layers)})
 
 
 def lora(layers: nn.ModuleList, d: int, rank: int, alpha: float) -> Adapter:
     """A :class:`LowRank` at every linear layer of every block, found by class: the names differ between families."""
     linears = {name: layer for name, layer in layers.named_modules() if isinstance(layer, nn.Linear)}
-    return PerBlock({name: LowRank(layer, rank, alpha) for name, layer in linears.items()})
+    return AdapterSet({name: LowRank(layer, rank, alpha) for name, layer in linears.items()})
 
 
 def places_read(depth: int, blocks: int | Sequence[int]) -> tuple[str, ...]:

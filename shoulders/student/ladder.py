@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders import fast
 from shoulders.features import Features
+from shoulders.hub import fast
 from shoulders.student.adapters import Adapter
 
 HEAD = 64  # channels of one head of a ladder's attention
 
 
-class Mixing(nn.Module):
+class SelfAttention(nn.Module):
     """Self-attention over all tokens: x + attention(LN(x))."""
 
     is_causal = False
@@ -43,7 +43,7 @@ class Rung(nn.Module):
         super().__init__()
         self.down = nn.Linear(d, width)
         self.gate = nn.Parameter(torch.ones(width))
-        self.mixing = Mixing(width)
+        self.mixing = SelfAttention(width)
         self.mlp = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -70,7 +70,7 @@ class Ladder(Adapter):
 
     def __init__(self, places: Sequence[str], d: int, width: int):
         super().__init__()
-        self.reads = tuple(places)
+        self.input_layers = tuple(places)
         self.rungs = nn.ModuleDict({place: Rung(d, width) for place in places})
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, d)

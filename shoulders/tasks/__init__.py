@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shoulders.tasks import classification, objects, semantic
-from shoulders.tasks.dense import DenseSplit, DenseSplits, find_masks, find_objects
-from shoulders.tasks.goals import Classify, Find, Goal, Segment
-from shoulders.tasks.labelled import Split, Splits, find_splits
+from shoulders.tasks.data.dense import DenseSplit, DenseSplits, find_masks, find_objects
+from shoulders.tasks.data.labelled import Split, Splits, find_splits
+from shoulders.tasks.goals import Classify, Find, FinetuneTask, Segment
 from shoulders.tasks.rows import Row
 
 
@@ -27,7 +27,7 @@ class Task:
     find: Callable[[Path | str, str], Any]
     run: Callable[..., list[Row]]
     spatial: bool
-    tune: Callable[[Any], Goal]
+    tune: Callable[[Any], FinetuneTask]
 
 
 TASKS = {

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.errors import NumericError, RecipeError
-from shoulders.tasks.coco import Annotations, Picture, Rle, library
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations, Rle, library
 
 Kind = Literal["boxes", "masks"]
 
@@ -21,8 +21,8 @@ METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a model found in one image: classes (q,), scores (q,), boxes (q, 4) as in `Picture`, run lengths."""
+class Detections:
+    """What a model found in one image: classes (q,), scores (q,), boxes (q, 4) as in `AnnotatedImage`, run lengths."""
 
     classes: NDArray[np.int64]
     scores: NDArray[np.float64]
@@ -43,11 +43,11 @@ class Matched:
     cells: list[Any]
 
 
-def match(truth: Annotations, found: Sequence[Found], kind: Kind = "boxes") -> Matched:
+def match(truth: Annotations, found: Sequence[Detections], kind: Kind = "boxes") -> Matched:
     """Match what was found with what is there; of each image and class the 100 of highest score count.
 
     Raises:
-        RecipeError: not one `Found` for each image, masks that one of them lacks, or the package is absent.
+        RecipeError: not one `Detections` for each image, masks that one of them lacks, or the package is absent.
         NumericError: a score or a box that is not finite.
     """
     if len(found) != len(truth.pictures):
@@ -75,7 +75,7 @@ def match(truth: Annotations, found: Sequence[Found], kind: Kind = "boxes") -> M
     return Matched(evaluator.params, evaluator._evalImgs_cpp)
 
 
-def _rows(image: int, objects: Picture | Found, kind: Kind) -> list[dict[str, Any]]:
+def _rows(image: int, objects: AnnotatedImage | Detections, kind: Kind) -> list[dict[str, Any]]:
     classes = objects.classes.tolist()
     if kind == "boxes":
         sides = np.concatenate([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]], 1).tolist()

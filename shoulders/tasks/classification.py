@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped
 from shoulders.images import evaluation_batches
-from shoulders.tasks.labelled import Split, Splits
+from shoulders.tasks.data.labelled import Split, Splits
 from shoulders.tasks.rows import Row
 
 Settings = dict[str, float | int | str]
@@ -225,7 +225,7 @@ def fit_linear(train: Extracted, val: Extracted | None, n_classes: int, seed: in
         fits.append((top1(logits(start, val_x).argmax(1), val_labels), l2, start))
     _, l2, weights = max(fits, key=lambda fit: fit[:2])  # of equals, the strongest regularization
     head.weights = nn.Parameter(fit_logistic(x, train.labels, n_classes, l2, start=weights))
-    return head.eval(), {"l2": l2, "chosen_on": "a tenth of train" if val is None else "val"}
+    return head.eval(), {"l2": l2, "selected_on": "a tenth of train" if val is None else "val"}
 
 
 def few_shot_top1(

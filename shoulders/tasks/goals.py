@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from shoulders.features import Batch, Features, Skipped
 from shoulders.images import Undecodable, View, evaluation_batches
 from shoulders.tasks import classification, objects, semantic
-from shoulders.tasks.coco import Picture
-from shoulders.tasks.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
-from shoulders.tasks.frozen import MAX_PIXELS, Frozen, read
-from shoulders.tasks.labelled import Split, Splits
-from shoulders.tasks.object_head import ObjectHead, Target, losses
+from shoulders.tasks.data.coco import AnnotatedImage
+from shoulders.tasks.data.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
+from shoulders.tasks.data.labelled import Split, Splits
+from shoulders.tasks.feature_bank import MAX_PIXELS, FeatureBank, read
+from shoulders.tasks.heads.objects import ObjectHead, Target, losses
 
 FeaturesOf = Callable[[Batch], Features]
 
 
-class Goal(Protocol):
+class FinetuneTask(Protocol):
     """A task with its images, for training from pixels to labels."""
 
     @property
@@ -144,7 +144,7 @@ class Segment:
         batch: int,
         workers: int,
     ) -> tuple[dict[str, float], int]:
-        frozen = Frozen(features_of, split, size, batch, workers)
+        frozen = FeatureBank(features_of, split, size, batch, workers)
         counted = semantic.confusion(head, frozen, len(self.splits.classes))
         return semantic.scores(counted, self.splits.classes), len(frozen)
 
@@ -153,7 +153,7 @@ class Segment:
 class Find:
     """The terms of the dense head for objects, boxes alone or with masks."""
 
-    splits: DenseSplits[Picture]
+    splits: DenseSplits[AnnotatedImage]
     masks: bool = False
     whole: bool = True
 
@@ -168,10 +168,12 @@ class Find:
     def head(self, width: int) -> nn.Module:
         return ObjectHead(width, len(self.splits.classes), self.masks)
 
-    def read(self, split: DenseSplit[Picture], row: int, at_least: int) -> tuple[Tensor, tuple[int, int]] | Skipped:
+    def read(
+        self, split: DenseSplit[AnnotatedImage], row: int, at_least: int
+    ) -> tuple[Tensor, tuple[int, int]] | Skipped:
         return _sized(split, row, at_least)
 
-    def target(self, split: DenseSplit[Picture], row: int, view: View, grid: tuple[int, int]) -> Target:
+    def target(self, split: DenseSplit[AnnotatedImage], row: int, view: View, grid: tuple[int, int]) -> Target:
         return objects.target_of(split.truths[row], grid, self.masks, view)
 
     def loss(self, head: nn.Module, seen: Features, targets: Sequence[Target]) -> Tensor:
@@ -183,12 +185,12 @@ class Find:
         self,
         head: nn.Module,
         features_of: FeaturesOf,
-        split: DenseSplit[Picture],
+        split: DenseSplit[AnnotatedImage],
         size: tuple[int, int],
         batch: int,
         workers: int,
     ) -> tuple[dict[str, float], int]:
-        frozen = Frozen(features_of, split, size, batch, workers)
+        frozen = FeatureBank(features_of, split, size, batch, workers)
         return objects.measure(head, frozen, self.splits.classes, self.masks), len(frozen)  # type: ignore[arg-type]
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from shoulders.features import Batch, Features
 from shoulders.images import View
-from shoulders.tasks.average_precision import Found, average_precision, match
-from shoulders.tasks.coco import Annotations, Picture, decode, encode
-from shoulders.tasks.dense import DenseSplit, DenseSplits
-from shoulders.tasks.frozen import WHOLE, Frozen, hold_out, minibatches
-from shoulders.tasks.object_head import ObjectHead, Objects, Target, losses, pick
+from shoulders.tasks.average_precision import Detections, average_precision, match
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations, decode, encode
+from shoulders.tasks.data.dense import DenseSplit, DenseSplits
+from shoulders.tasks.feature_bank import WHOLE, FeatureBank, hold_out, minibatches
+from shoulders.tasks.heads.objects import ObjectHead, Objects, Target, losses, pick
 from shoulders.tasks.rows import Row
 
 LR = 1e-3
@@ -45,7 +45,7 @@ class Fitted:
 
 def run(
     features_of: Callable[[Batch], Features],
-    splits: DenseSplits[Picture],
+    splits: DenseSplits[AnnotatedImage],
     sizes: list[tuple[int, int]],
     batch: int = 64,
     workers: int = 0,
@@ -57,8 +57,8 @@ def run(
     """AP of boxes and, as ``mask_AP``, of masks where they are asked for; see `classification.run`."""
     begun = time.perf_counter()
 
-    def frozen(split: DenseSplit[Picture]) -> Frozen[Picture]:
-        return Frozen(features_of, split, sizes[0], batch, workers)
+    def frozen(split: DenseSplit[AnnotatedImage]) -> FeatureBank[AnnotatedImage]:
+        return FeatureBank(features_of, split, sizes[0], batch, workers)
 
     train, test = frozen(splits.train), frozen(splits.test)
     val = None if splits.val is None else frozen(splits.val)
@@ -84,7 +84,7 @@ def run(
         "batch": BATCH,
         "weight_decay": WEIGHT_DECAY,
         "seed": seed,
-        "chosen_on": "val" if val is not None else "a fifth of train",
+        "selected_on": "val" if val is not None else "a fifth of train",
         "split": splits.how,
         "train": len(train),
         "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
@@ -103,7 +103,7 @@ def steps_for(images: int, effort: float = 1.0) -> int:
 
 
 def fit(
-    frozen: Frozen[Picture],
+    frozen: FeatureBank[AnnotatedImage],
     classes: tuple[str, ...],
     masks: bool,
     seed: int,
@@ -150,7 +150,7 @@ def follow(averaged: ObjectHead, head: ObjectHead, keep: float) -> None:
         count.copy_(theirs_count)
 
 
-def target_of(picture: Picture, grid: tuple[int, int], masks: bool, view: View = WHOLE) -> Target:
+def target_of(picture: AnnotatedImage, grid: tuple[int, int], masks: bool, view: View = WHOLE) -> Target:
     """The objects of a view in places of twice the grid, masks at four times the grid.
 
     What a view shows less than a quarter of is left out; the sides of the view are whole px.
@@ -190,7 +190,9 @@ def on(target: Target, device: torch.device) -> Target:
     return Target(target.classes.to(device), target.boxes.to(device), target.crowd.to(device), masks)
 
 
-def measure(head: ObjectHead, frozen: Frozen[Picture], classes: tuple[str, ...], masks: bool) -> dict[str, float]:
+def measure(
+    head: ObjectHead, frozen: FeatureBank[AnnotatedImage], classes: tuple[str, ...], masks: bool
+) -> dict[str, float]:
     """AP by metric, those of masks with ``mask_`` in front; none where there is no object to find."""
     truth = Annotations(classes, tuple(frozen.truths))
     found = find(head, frozen)
@@ -202,7 +204,7 @@ def measure(head: ObjectHead, frozen: Frozen[Picture], classes: tuple[str, ...],
 
 
 @torch.no_grad()
-def find(head: ObjectHead, frozen: Frozen[Picture]) -> list[Found]:
+def find(head: ObjectHead, frozen: FeatureBank[AnnotatedImage]) -> list[Detections]:
     """What the head finds in each image, in px of the original."""
     found = []
     for start in range(0, len(frozen), BATCH):
@@ -212,8 +214,8 @@ def find(head: ObjectHead, frozen: Frozen[Picture]) -> list[Found]:
     return found
 
 
-def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Found:
-    """Objects in places as `Found` in an image of ``size`` = (h, w) px."""
+def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Detections:
+    """Objects in places as `Detections` in an image of ``size`` = (h, w) px."""
     boxes, masks = in_pixels(objects, size, grid), objects.masks
     few = max(1, AT_ONCE // (size[0] * size[1]))
     drawn = (
@@ -225,7 +227,7 @@ def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) 
             for mask in encode(draw(part, inside, size).numpy())
         )
     )
-    return Found(
+    return Detections(
         objects.classes.cpu().numpy(),
         objects.scores.cpu().double().numpy(),
         boxes.double().numpy(),

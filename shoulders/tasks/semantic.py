@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoulders.features import Batch, Features
-from shoulders.tasks.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
-from shoulders.tasks.frozen import Frozen, hold_out, minibatches
+from shoulders.tasks.data.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
+from shoulders.tasks.feature_bank import FeatureBank, hold_out, minibatches
 from shoulders.tasks.rows import Row
 
 LR_GRID = (3e-3, 1e-2, 3e-2)
@@ -37,8 +37,8 @@ def run(
     begun = time.perf_counter()
     n_classes = len(splits.classes)
 
-    def frozen(split: DenseSplit[MaskFile]) -> Frozen[MaskFile]:
-        return Frozen(features_of, split, sizes[0], batch, workers)
+    def frozen(split: DenseSplit[MaskFile]) -> FeatureBank[MaskFile]:
+        return FeatureBank(features_of, split, sizes[0], batch, workers)
 
     train, test = frozen(splits.train), frozen(splits.test)
     val = None if splits.val is None else frozen(splits.val)
@@ -62,7 +62,7 @@ def run(
         "weight_decay": WEIGHT_DECAY,
         "seed": seed,
         "split": splits.how,
-        "chosen_on": "val" if val is not None else "a fifth of train",
+        "selected_on": "val" if val is not None else "a fifth of train",
         "train": len(train),
         "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": computed - begun,
@@ -88,7 +88,7 @@ def linear_head(width: int, n_classes: int) -> nn.Module:
 
 
 def fit(
-    frozen: Frozen[MaskFile], labels: Tensor, n_classes: int, lr: float, seed: int, effort: float = 1.0
+    frozen: FeatureBank[MaskFile], labels: Tensor, n_classes: int, lr: float, seed: int, effort: float = 1.0
 ) -> nn.Module:
     """A head fitted with cross entropy on the enlarged logits; AdamW, the rate falling by half a cosine.
 
@@ -112,7 +112,7 @@ def fit(
     return head.eval()
 
 
-def small_masks(frozen: Frozen[MaskFile], n_classes: int) -> Tensor:
+def small_masks(frozen: FeatureBank[MaskFile], n_classes: int) -> Tensor:
     """(n, 4 H, 4 W) uint8, the nearest pixel of each mask."""
     size = (ENLARGE * frozen.grid[0], ENLARGE * frozen.grid[1])
     masks = (torch.from_numpy(read_mask(truth.path, n_classes)) for truth in frozen.truths)
@@ -136,7 +136,7 @@ def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
-def confusion(head: nn.Module, frozen: Frozen[MaskFile], n_classes: int) -> Tensor:
+def confusion(head: nn.Module, frozen: FeatureBank[MaskFile], n_classes: int) -> Tensor:
     """(K, K) int64: pixels of each true class (rows) by predicted class, at the size of the masks."""
     counted = torch.zeros(n_classes * n_classes, dtype=torch.int64)
     for start in range(0, len(frozen), BATCH):

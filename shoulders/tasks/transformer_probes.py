@@ -15,13 +15,13 @@ from torch import nn
 from shoulders.errors import NumericError, RecipeError
 from shoulders.features import Batch, Features
 from shoulders.tasks import objects, semantic
-from shoulders.tasks.average_precision import Found, average_precision, match
-from shoulders.tasks.coco import Annotations, Picture
-from shoulders.tasks.dense import DenseSplits, MaskFile
-from shoulders.tasks.frozen import Frozen, minibatches
-from shoulders.tasks.inherited import boxes_found, masks_found
+from shoulders.tasks.average_precision import Detections, average_precision, match
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations
+from shoulders.tasks.data.dense import DenseSplits, MaskFile
+from shoulders.tasks.feature_bank import FeatureBank, minibatches
+from shoulders.tasks.heads.transformers import Detector, MaskFinder, Segmenter
 from shoulders.tasks.rows import Row
-from shoulders.tasks.transformer_heads import Detector, MaskFinder, Segmenter
+from shoulders.tasks.teacher_head_eval import boxes_found, masks_found
 
 LR = 5e-4
 WEIGHT_DECAY = 0.01
@@ -45,7 +45,7 @@ def upernet(
 ) -> list[Row]:
     """mIoU, pixel accuracy and the IoU of each class, by UperNet; see `classification.run`."""
     begun, n_classes = time.perf_counter(), len(splits.classes)
-    train, test = (Frozen(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
+    train, test = (FeatureBank(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
     computed = time.perf_counter()
     labels, build = list(semantic.small_masks(train, n_classes)), partial(Segmenter, train.width, n_classes)
     head = fit(train, build, labels, seed, steps_for(len(train), effort))
@@ -56,7 +56,7 @@ def upernet(
 
 def find_objects(
     features_of: FeaturesOf,
-    splits: DenseSplits[Picture],
+    splits: DenseSplits[AnnotatedImage],
     sizes: list[tuple[int, int]],
     batch: int = 64,
     workers: int = 0,
@@ -67,7 +67,7 @@ def find_objects(
 ) -> list[Row]:
     """AP of boxes by RT-DETR v2, or of masks and the boxes around them by Mask2Former; as `objects.run` says them."""
     begun = time.perf_counter()
-    train, test = (Frozen(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
+    train, test = (FeatureBank(features_of, split, sizes[0], batch, workers) for split in (splits.train, splits.test))
     computed = time.perf_counter()
     build, found = (MaskFinder, masks_found) if masks else (Detector, boxes_found)
     targets = [objects.target_of(picture, train.grid, masks) for picture in train.truths]
@@ -84,7 +84,7 @@ def steps_for(images: int, effort: float = 1.0) -> int:
 
 
 def fit(
-    frozen: Frozen[Any],
+    frozen: FeatureBank[Any],
     build: Callable[[], Any],
     targets: Sequence[Any],
     seed: int,
@@ -128,16 +128,18 @@ def _share(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def find(head: Any, frozen: Frozen[Picture], found: Callable[..., Any]) -> list[Found]:
+def find(head: Any, frozen: FeatureBank[AnnotatedImage], found: Callable[..., Any]) -> list[Detections]:
     """What a head finds in each image, in px of the original; ``found`` reads its output."""
-    answers: list[Found] = []
+    answers: list[Detections] = []
     for start in range(0, len(frozen), BATCH):
         rows = range(start, min(start + BATCH, len(frozen)))
         answers += found(head.processor, head(frozen.maps(rows)), [frozen.truths[row].size for row in rows])
     return answers
 
 
-def score(found: list[Found], frozen: Frozen[Picture], classes: tuple[str, ...], masks: bool) -> dict[str, float]:
+def score(
+    found: list[Detections], frozen: FeatureBank[AnnotatedImage], classes: tuple[str, ...], masks: bool
+) -> dict[str, float]:
     """AP by metric, those of masks with ``mask_`` in front; none where there is no object to find."""
     truth = Annotations(classes, tuple(frozen.truths))
     values = average_precision(match(truth, found, "boxes"))
@@ -151,8 +153,8 @@ def _rows(
     name: str,
     values: dict[str, float],
     head: nn.Module,
-    train: Frozen[Any],
-    test: Frozen[Any],
+    train: FeatureBank[Any],
+    test: FeatureBank[Any],
     how: str,
     seed: int,
     effort: float,
@@ -166,7 +168,7 @@ def _rows(
         "batch": BATCH,
         "weight_decay": WEIGHT_DECAY,
         "seed": seed,
-        "chosen_on": "nothing: the settings are fixed",
+        "selected_on": "nothing: the settings are fixed",
         "split": how,
         "train": len(train),
         "skipped": len(train.skipped) + len(test.skipped),

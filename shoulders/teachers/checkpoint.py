@@ -7,19 +7,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.hub import (
     COMMIT,
     Preprocessing,
     Pretrained,
     check_weights,
-    licence_of,
+    license_of,
     locate,
     open_pretrained,
     read_config,
     read_preprocessing,
 )
-from shoulders.recipe import TeacherSpec
 from shoulders.teachers.families import FAMILIES, REMOTE, Family, row_of
 
 
@@ -47,7 +47,7 @@ class Checkpoint:
     image_config: Any
     preprocessing: Preprocessing
     taps: tuple[str, ...]
-    licence: str
+    license: str
 
 
 def read_checkpoint(name: str, spec: TeacherSpec) -> Checkpoint:
@@ -82,7 +82,7 @@ def read_checkpoint(name: str, spec: TeacherSpec) -> Checkpoint:
         image_config=image_config,
         preprocessing=_preprocessing(name, spec, pretrained, family, image_config),
         taps=_choose_taps(name, spec, family, image_config),
-        licence=licence_of(pretrained),
+        license=license_of(pretrained),
     )
 
 

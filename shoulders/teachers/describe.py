@@ -18,7 +18,7 @@ def describe(name: str, teacher: Teacher) -> dict[str, Any]:
         "name": name,
         "source": teacher.source,
         "revision": teacher.revision,
-        "licence": teacher.licence,
+        "license": teacher.license,
         "size": teacher.size,
         "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
         "gflop_per_image": round(count_flop(teacher) / 1e9, 3),

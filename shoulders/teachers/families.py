@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from shoulders.hub import HALF, IMAGENET, PixelStats
-from shoulders.teachers import reads
+from shoulders.teachers import extract
 
 CLIP: PixelStats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RAW: PixelStats = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -35,7 +35,7 @@ class Taps:
         return {"last": self.names(config)[-1:], "all": self.names(config), "head": self.of_head(config)}[self.default]
 
     def of_head(self, config: Any) -> tuple[str, ...]:
-        """The taps that a task head reads."""
+        """The taps that a task head extract."""
         if self.head is not None:
             return self.head(config)
         return self.names(config) if self.default == "all" else self.names(config)[-1:]
@@ -67,8 +67,8 @@ class Family:
     kind: str
     model: str
     taps: Taps
-    read: reads.Read
-    call: reads.Call = reads.ask
+    read: extract.Read
+    call: extract.Call = extract.ask
     model_by_architecture: Mapping[str, str] = field(default_factory=dict)
     part: str = ""
     encoder: str = ""
@@ -84,7 +84,7 @@ class Family:
         """Sizes must be divisible by this many px."""
         if isinstance(self.multiple, int):
             return self.multiple
-        return reads.patch_size(config) * (config.num_windows if self.multiple == "window" else 1)
+        return extract.patch_size(config) * (config.num_windows if self.multiple == "window" else 1)
 
     @property
     def size_rule(self) -> str:
@@ -139,15 +139,15 @@ HYBRID = Taps("level0..levelN-1", _hybrid_levels, "all")
 OUTPUTS = Taps("stage0..stageN-1 (the backbone's outputs)", _outputs, "all")
 DPT_BLOCKS = Taps("block0..blockN-1, last", _blocks, "head", _dpt_blocks)
 
-_interpolate = partial(reads.ask, interpolate_pos_encoding=True)
-_cls = partial(reads.read_tokens, summary=reads.cls_token)
-_pooled = partial(reads.read_tokens, summary=reads.pooled)
-_projected = partial(reads.read_tokens, summary=reads.projected)
-_maps = partial(reads.read_maps, summary=reads.pooled)
-_maps_alone = partial(reads.read_maps, summary=reads.no_summary)
-_staged = partial(reads.ask, output_hidden_states=True)
+_interpolate = partial(extract.ask, interpolate_pos_encoding=True)
+_cls = partial(extract.read_tokens, summary=extract.cls_token)
+_pooled = partial(extract.read_tokens, summary=extract.pooled)
+_projected = partial(extract.read_tokens, summary=extract.projected)
+_maps = partial(extract.read_maps, summary=extract.pooled)
+_maps_alone = partial(extract.read_maps, summary=extract.no_summary)
+_staged = partial(extract.ask, output_hidden_states=True)
 _swin = partial(
-    reads.ask,
+    extract.ask,
     output_hidden_states=True,
     output_hidden_states_before_downsampling=True,
     interpolate_pos_encoding=True,
@@ -170,12 +170,14 @@ def _siglip(model: str, **fields: Any) -> Family:
     return Family("image-text", model, PLAIN, _pooled, **{"call": _interpolate, "stats": HALF, **fields})
 
 
-def _detector(model: str, taps: Taps, read: reads.Read, **fields: Any) -> Family:
-    return Family("detector", model, taps, read, reads.ask_until_encoder, unused=("decoder",), **fields)
+def _detector(model: str, taps: Taps, read: extract.Read, **fields: Any) -> Family:
+    return Family("detector", model, taps, read, extract.ask_until_encoder, unused=("decoder",), **fields)
 
 
 def _sam2(model: str) -> Family:
-    return Family("segmenter", model, FPN, reads.read_sam2, part="vision_config", encoder="vision_encoder", multiple=32)
+    return Family(
+        "segmenter", model, FPN, extract.read_sam2, part="vision_config", encoder="vision_encoder", multiple=32
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -192,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2": _vit("Dinov2Model"),
     "dinov2_with_registers": _vit("Dinov2WithRegistersModel"),
     "dinov3_vit": _vit("DINOv3ViTModel"),
-    "radio": _vit("RadioModel", read=reads.read_radio, stats=RAW),
+    "radio": _vit("RadioModel", read=extract.read_radio, stats=RAW),
     # image towers: the summary is the projected vector for CLIP, the attention-pooled one for SigLIP
     "clip": _clip(
         "CLIPVisionModelWithProjection",
@@ -205,23 +207,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "siglip": _siglip("SiglipVisionModel", part="vision_config"),
     "siglip_vision_model": _siglip("SiglipVisionModel"),
-    "siglip2": _siglip("Siglip2VisionModel", part="vision_config", call=reads.ask_in_patches, size=256),
+    "siglip2": _siglip("Siglip2VisionModel", part="vision_config", call=extract.ask_in_patches, size=256),
     # hierarchical encoders: stages, finest first; a summary on the last stage where the family has one
-    "dinov3_convnext": _staged_encoder("DINOv3ConvNextModel", read=reads.read_dinov3_convnext),
+    "dinov3_convnext": _staged_encoder("DINOv3ConvNextModel", read=extract.read_dinov3_convnext),
     "convnext": _staged_encoder("ConvNextModel"),
     "convnextv2": _staged_encoder("ConvNextV2Model"),
     "resnet": _staged_encoder("ResNetModel", size=224),
     "regnet": _staged_encoder("RegNetModel", size=224),
-    "swin": _staged_encoder("SwinModel", call=_swin, read=reads.read_swin, multiple=32),
-    "swinv2": _staged_encoder("Swinv2Model", call=reads.ask_swinv2, read=reads.read_swin, multiple=32),
+    "swin": _staged_encoder("SwinModel", call=_swin, read=extract.read_swin, multiple=32),
+    "swinv2": _staged_encoder("Swinv2Model", call=extract.ask_swinv2, read=extract.read_swin, multiple=32),
     "hiera": _staged_encoder(
         "HieraModel",
-        read=reads.read_hiera,
+        read=extract.read_hiera,
         fixed=True,
         pooled=("HieraModel", "HieraForImageClassification"),
     ),
     "pvt_v2": _staged_encoder("PvtV2Model", read=_maps_alone, multiple=32),
-    "mobilenet_v2": Family("hierarchical", "MobileNetV2Model", FINAL, reads.read_final_map, multiple=1, stats=HALF),
+    "mobilenet_v2": Family("hierarchical", "MobileNetV2Model", FINAL, extract.read_final_map, multiple=1, stats=HALF),
     # segmenters: the maps that the mask head reads
     "segformer": Family(
         "segmenter",
@@ -236,7 +238,7 @@ FAMILIES: dict[str, Family] = {
         "segmenter",
         "UperNetForSemanticSegmentation",
         BACKBONE_MAPS,
-        reads.read_feature_maps,
+        extract.read_feature_maps,
         encoder="backbone",
         multiple=32,
         size=512,
@@ -245,7 +247,7 @@ FAMILIES: dict[str, Family] = {
         "segmenter",
         "Mask2FormerModel",
         BACKBONE_MAPS,
-        reads.read_feature_maps,
+        extract.read_feature_maps,
         encoder="pixel_level_module.encoder",
         multiple=32,
         size=512,
@@ -254,33 +256,33 @@ FAMILIES: dict[str, Family] = {
         "segmenter",
         "MaskFormerModel",
         BACKBONE_STAGES,
-        reads.read_feature_maps,
+        extract.read_feature_maps,
         encoder="pixel_level_module.encoder",
         multiple=32,
         size=512,
     ),
-    "sam": Family("segmenter", "SamVisionModel", PLAIN, reads.read_sam, part="vision_config", fixed=True),
+    "sam": Family("segmenter", "SamVisionModel", PLAIN, extract.read_sam, part="vision_config", fixed=True),
     "sam2": _sam2("Sam2Model"),
     "sam2_video": _sam2("Sam2VideoModel"),
     # detectors: what the decoder reads
-    "detr": _detector("DetrModel", FINAL, reads.read_detr, multiple=1, size=800),
-    "conditional_detr": _detector("ConditionalDetrModel", FINAL, reads.read_detr, multiple=1, size=800),
+    "detr": _detector("DetrModel", FINAL, extract.read_detr, multiple=1, size=800),
+    "conditional_detr": _detector("ConditionalDetrModel", FINAL, extract.read_detr, multiple=1, size=800),
     "deformable_detr": _detector(
         "DeformableDetrModel",
         ALL_LEVELS,
-        reads.read_deformable,
+        extract.read_deformable,
         multiple=1,
         size=800,
     ),
-    "rt_detr": _detector("RTDetrModel", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
-    "rt_detr_v2": _detector("RTDetrV2Model", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
-    "d_fine": _detector("DFineModel", HYBRID, reads.read_pyramid, multiple=32, size=640, stats=RAW),
+    "rt_detr": _detector("RTDetrModel", HYBRID, extract.read_pyramid, multiple=32, size=640, stats=RAW),
+    "rt_detr_v2": _detector("RTDetrV2Model", HYBRID, extract.read_pyramid, multiple=32, size=640, stats=RAW),
+    "d_fine": _detector("DFineModel", HYBRID, extract.read_pyramid, multiple=32, size=640, stats=RAW),
     "rf_detr": Family(
         "detector",
         "RfDetrModel",
         FINAL,
-        reads.read_masked_map,
-        reads.ask_masked,
+        extract.read_masked_map,
+        extract.ask_masked,
         part="backbone_config",
         encoder="backbone",
         multiple="window",
@@ -290,14 +292,14 @@ FAMILIES: dict[str, Family] = {
         "depth",
         "DepthAnythingForDepthEstimation",
         BACKBONE_MAPS,
-        reads.read_feature_tokens,
+        extract.read_feature_tokens,
         encoder="backbone",
     ),
     "dpt": Family(
         "depth",
         "DPTModel",
         DPT_BLOCKS,
-        reads.read_tokens_with_cls,
+        extract.read_tokens_with_cls,
         stats=HALF,
         options={"add_pooling_layer": False},
     ),
@@ -305,14 +307,14 @@ FAMILIES: dict[str, Family] = {
         "depth",
         "DPTForDepthEstimation",
         OUTPUTS,
-        reads.read_feature_tokens,
+        extract.read_feature_tokens,
         part="backbone_config",
         encoder="backbone",
     ),
 }
 
 # A model that brings its own code: asked plainly, and read as tokens with any prefix before the patches.
-REMOTE = Family("remote code", "AutoModel", FINAL, reads.read_remote, reads.ask_plainly)
+REMOTE = Family("remote code", "AutoModel", FINAL, extract.read_remote, extract.ask_plainly)
 
 
 def row_of(tree: Mapping[str, Any]) -> str:

@@ -6,12 +6,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from shoulders.config.recipe import TeacherSpec
+from shoulders.config.user_code import call_function, check_function
 from shoulders.errors import DataError, RecipeError
-from shoulders.fast import arranged, int8_is_there, quicken, to_int8
 from shoulders.features import Features
 from shoulders.hub import load_strict
-from shoulders.own import call_function, check_function
-from shoulders.recipe import TeacherSpec
+from shoulders.hub.fast import arranged, int8_available, optimize_for_inference, to_int8
 from shoulders.teachers.checkpoint import Checkpoint, fault, read_checkpoint
 from shoulders.teachers.families import REMOTE
 from shoulders.teachers.teacher import Teacher, check_answer
@@ -54,7 +54,7 @@ def check_teacher(name: str, spec: TeacherSpec) -> None:
 
 
 def _check_int8(name: str, spec: TeacherSpec) -> None:
-    if spec.int8 and not int8_is_there():
+    if spec.int8 and not int8_available():
         raise fault(name, "int8", "needs a CPU with VNNI, a torch that uses it, and no GPU; leave the key out")
 
 
@@ -80,7 +80,7 @@ def load_teacher(name: str, spec: TeacherSpec) -> Teacher:
             size=checkpoint.preprocessing.size,
             mean=checkpoint.preprocessing.mean,
             std=checkpoint.preprocessing.std,
-            licence=checkpoint.licence,
+            license=checkpoint.license,
             source=source,
             revision=checkpoint.pretrained.revision,
         )
@@ -110,7 +110,7 @@ def _load_encoder(checkpoint: Checkpoint) -> nn.Module:
     )
     for path in family.unused:
         setattr(model, path, nn.Identity())
-    quicken(model)
+    optimize_for_inference(model)
     return model.get_submodule(family.encoder)
 
 

@@ -30,13 +30,13 @@ class Teacher(nn.Module):
     a function without arguments that returns a ``Teacher``::
 
         def teacher() -> Teacher:
-            return Teacher(MyNet(), size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), licence="mit")
+            return Teacher(MyNet(), size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), license="mit")
 
     Args:
         module: maps normalised pixels (B, 3, h, w) to ``{tap: Features}``, with B first everywhere.
         size: (h, w) in px; images are rendered at this size and no other.
         mean, std: per channel, of pixels in [0, 1].
-        licence: as the weights' owner names it.
+        license: as the weights' owner names it.
         source: where the weights come from, for reports.
         revision: commit of the hub repository, where there is one.
         taps: which of the module's answers to hand on; default: all.
@@ -54,7 +54,7 @@ class Teacher(nn.Module):
         size: tuple[int, int],
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
-        licence: str = "unknown",
+        license: str = "unknown",
         source: str = "",
         revision: str | None = None,
         taps: Sequence[str] | None = None,
@@ -62,7 +62,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.module = module
         self.size = (int(size[0]), int(size[1]))
-        self.licence = licence
+        self.license = license
         self.source = source
         self.revision = revision
         self.register_buffer("mean", torch.tensor(mean).float().view(1, 3, 1, 1), persistent=False)
@@ -85,7 +85,7 @@ class Teacher(nn.Module):
     def with_taps(self, taps: Sequence[str]) -> Teacher:
         """The same teacher, handing on ``taps`` only."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return Teacher(self.module, self.size, mean, std, self.licence, self.source, self.revision, taps)
+        return Teacher(self.module, self.size, mean, std, self.license, self.source, self.revision, taps)
 
     def _find_taps(self) -> dict[str, Tap]:
         blank = torch.full((1, 3, *self.size), 0.5)
@@ -176,11 +176,11 @@ class Teachers(nn.Module):
         """How each teacher wants its pixels: ``{name: [mean, std]}``."""
         return {name: [self[name].mean.flatten().tolist(), self[name].std.flatten().tolist()] for name in self.chosen}
 
-    def whose(self) -> dict[str, dict[str, str | None]]:
-        """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, licence}}``."""
+    def provenance(self) -> dict[str, dict[str, str | None]]:
+        """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, license}}``."""
         each = {name: self[name] for name in self.chosen}
         return {
-            name: {"source": teacher.source, "revision": teacher.revision, "licence": teacher.licence}
+            name: {"source": teacher.source, "revision": teacher.revision, "license": teacher.license}
             for name, teacher in each.items()
         }
 

@@ -27,19 +27,19 @@ def mse(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().flatten(1).mean(1)
 
 
-def blend(ours: Tensor, theirs: Tensor, a: float) -> Tensor:
+def cosine_smooth_l1(ours: Tensor, theirs: Tensor, a: float) -> Tensor:
     """a (1 - cosine) + (1 - a) smooth-L1, per vector (Theia, arXiv 2407.20179, with a = 0.9)."""
     return a * cosine(ours, theirs) + (1 - a) * smooth_l1(ours, theirs)
 
 
-def distance(kind: str, cosine_share: float = 0.9) -> Distance:
+def distance(kind: str, cosine_weight: float = 0.9) -> Distance:
     """The distance called ``kind``.
 
     Raises:
         ValueError: for a kind that is not in the table.
     """
     table: dict[str, Distance] = {
-        "blend": partial(blend, a=cosine_share),
+        "cosine_smooth_l1": partial(cosine_smooth_l1, a=cosine_weight),
         "cosine": cosine,
         "smooth_l1": smooth_l1,
         "mse": mse,

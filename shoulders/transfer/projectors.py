@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.features import EVERYBODY, Asked, Features
-from shoulders.transfer.align import align
+from shoulders.features import EVERYBODY, Asked, Features, align
 
 
-class Widths(NamedTuple):
-    """Channels of a tap's summary and spatial features; None where it has none."""
+class FeatureDims(NamedTuple):
+    """ChannelTransform of a tap's summary and spatial features; None where it has none."""
 
     summary: int | None
     spatial: int | None
@@ -26,7 +25,7 @@ def mlp(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
 
 
-class Rungs(nn.Module):
+class ProjectorMLP(nn.Module):
     """Two linear layers with a GELU between, on the vectors of several places side by side: (B, .., d) each.
 
     With ``fine`` > 1 each vector speaks for ``fine`` x ``fine`` places of a finer grid. The first layer gives every
@@ -34,13 +33,13 @@ class Rungs(nn.Module):
     patch something is need not pass through a resized map.
     """
 
-    def __init__(self, d: int, reads: Sequence[str], hidden: int, width: int, fine: int = 1):
+    def __init__(self, d: int, layers: Sequence[str], hidden: int, width: int, fine: int = 1):
         super().__init__()
         self.fine = fine
         self.hidden = max(hidden // fine, 1)  # the finer places are many: the cost grows by fine, not its square
         # one bias is enough for their sum
         self.first = nn.ModuleDict(
-            {place: nn.Linear(d, self.hidden * fine**2, bias=place == reads[0]) for place in reads}
+            {place: nn.Linear(d, self.hidden * fine**2, bias=place == layers[0]) for place in layers}
         )
         self.last = nn.Linear(self.hidden, width)
 
@@ -55,7 +54,7 @@ class Rungs(nn.Module):
 
 
 class Projector(nn.Module):
-    """s2t of one tap: independent :class:`Rungs` for summary and spatial.
+    """s2t of one tap: independent :class:`ProjectorMLP` for summary and spatial.
 
     A coarse tap is told on a coarse grid: the student's places are averaged before, not its answers after, which costs
     a fraction.
@@ -63,18 +62,22 @@ class Projector(nn.Module):
     Args:
         d: latent width D.
         widths: of the tap.
-        reads: places of the student; the latent, or several blocks (a ladder, as in UNIC).
+        layers: places of the student; the latent, or several blocks (a ladder, as in UNIC).
         hidden: width between the two layers.
         fine: how many times finer than the student's grid the spatial answer is.
         coarse: how many times coarser it is.
     """
 
-    def __init__(self, d: int, widths: Widths, reads: Sequence[str], hidden: int, fine: int = 1, coarse: int = 1):
+    def __init__(self, d: int, widths: FeatureDims, layers: Sequence[str], hidden: int, fine: int = 1, coarse: int = 1):
         super().__init__()
         self.fine, self.coarse = fine, coarse
         factors = {"summary": 1, "spatial": fine}
         self.parts = nn.ModuleDict(
-            {part: Rungs(d, reads, hidden, width, factors[part]) for part, width in widths._asdict().items() if width}
+            {
+                part: ProjectorMLP(d, layers, hidden, width, factors[part])
+                for part, width in widths._asdict().items()
+                if width
+            }
         )
 
     def forward(self, seen: Mapping[str, Features]) -> Features:
@@ -91,7 +94,7 @@ class Projector(nn.Module):
 class TeacherToStudent(nn.Module):
     """t2s ``each``: one MLP per tap and part, from the teacher's standardized features to the latent."""
 
-    def __init__(self, d: int, taps: Mapping[str, Widths], hidden: int):
+    def __init__(self, d: int, taps: Mapping[str, FeatureDims], hidden: int):
         super().__init__()
         self.taps = nn.ModuleDict({key(tap): _per_part(widths, d, hidden) for tap, widths in taps.items()})
 
@@ -111,7 +114,7 @@ class JointToStudent(nn.Module):
     A teacher without a summary or spatial part, or with weight 0 for an image, is absent from that mean.
     """
 
-    def __init__(self, d: int, taps: Mapping[str, Widths], hidden: int):
+    def __init__(self, d: int, taps: Mapping[str, FeatureDims], hidden: int):
         super().__init__()
         self.d = d
         self.taps = nn.ModuleDict({key(tap): _linear_per_part(widths, d) for tap, widths in taps.items()})
@@ -141,12 +144,12 @@ class JointToStudent(nn.Module):
         for tap, features in aligned.items():
             x = features.parts().get(part)
             if x is not None:
-                voices.setdefault(teacher_of(tap), []).append(self.taps[key(tap)][part](x))  # type: ignore[index]
+                voices.setdefault(teacher_name(tap), []).append(self.taps[key(tap)][part](x))  # type: ignore[index]
         total, count = torch.zeros(()), torch.zeros(())
-        for tap in {teacher_of(tap): tap for tap in aligned}.values():
-            if teacher_of(tap) in voices:
-                voice = torch.stack(voices[teacher_of(tap)]).mean(0)  # (b, [N,] D)
-                voice = spread(voice, len(present[tap]), asked.get(teacher_of(tap)))  # (B, [N,] D)
+        for tap in {teacher_name(tap): tap for tap in aligned}.values():
+            if teacher_name(tap) in voices:
+                voice = torch.stack(voices[teacher_name(tap)]).mean(0)  # (b, [N,] D)
+                voice = spread(voice, len(present[tap]), asked.get(teacher_name(tap)))  # (B, [N,] D)
                 here = present[tap].view(-1, *[1] * (voice.ndim - 1)).to(voice.dtype)
                 total, count = total.to(voice.device) + here * voice, count.to(voice.device) + here
         return self.mlps[part](self.norms[part](total / count.clamp_min(1)))
@@ -183,7 +186,7 @@ def spread(x: Tensor, images: int, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.new_zeros(images, *x.shape[1:]).index_copy(0, rows, x)
 
 
-def teacher_of(tap: str) -> str:
+def teacher_name(tap: str) -> str:
     """``segmenter/stage3`` -> ``segmenter``."""
     return tap.split("/")[0]
 
@@ -193,9 +196,9 @@ def key(tap: str) -> str:
     return tap.replace("/", "-").replace(".", "_")
 
 
-def _per_part(widths: Widths, d: int, hidden: int) -> nn.ModuleDict:
+def _per_part(widths: FeatureDims, d: int, hidden: int) -> nn.ModuleDict:
     return nn.ModuleDict({part: mlp(w, hidden, d) for part, w in widths._asdict().items() if w})
 
 
-def _linear_per_part(widths: Widths, d: int) -> nn.ModuleDict:
+def _linear_per_part(widths: FeatureDims, d: int) -> nn.ModuleDict:
     return nn.ModuleDict({part: nn.Linear(w, d) for part, w in widths._asdict().items() if w})

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from shoulders.checkpoint import write_folder
 from shoulders.errors import RecipeError
-from shoulders.tasks.coco import list_runs
+from shoulders.storage.atomic import write_folder
+from shoulders.tasks.data.coco import list_runs
 from shoulders.world.scenes import SIZE, SMALLEST, Scene, draw
 from shoulders.world.shapes import CLASSES
 from shoulders.world.styles import STYLES

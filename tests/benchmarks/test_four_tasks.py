@@ -50,7 +50,7 @@ def test_every_setting_has_one_job_for_each_task_and_metrics_for_every_kind() ->
 
 
 def test_both_recipes_are_sound_and_keep_the_heads_that_the_jobs_ask_for() -> None:
-    from shoulders.recipe import read_recipe
+    from shoulders.config.recipe import read_recipe
 
     for setting in script("jobs").SETTINGS.values():
         recipe = read_recipe(setting.recipe, setting.overrides(Path("data")))

@@ -1,4 +1,4 @@
-"""All files of a hub model come from one commit, and its card says under which licence."""
+"""All files of a hub model come from one commit, and its card says under which license."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoulders.hub import (
     Preprocessing,
     Pretrained,
     find,
-    licence_of,
+    license_of,
     open_pretrained,
     read_json,
     read_preprocessing,
@@ -76,7 +76,7 @@ def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("card", "licence"),
+    ("card", "license"),
     [
         (None, "unknown"),
         ("# A model", "unknown"),
@@ -89,7 +89,7 @@ def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("---\nlicense: [\n---\n", "unknown"),
     ],
 )
-def test_licence(tmp_path: Path, card: str | None, licence: str) -> None:
+def test_licence(tmp_path: Path, card: str | None, license: str) -> None:
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert licence_of(Pretrained("student.base", str(tmp_path), None)) == licence
+    assert license_of(Pretrained("student.base", str(tmp_path), None)) == license

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shoulders.config.recipe import Images
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch
 from shoulders.images import (
@@ -23,7 +24,6 @@ from shoulders.images import (
     random_view,
     render,
 )
-from shoulders.recipe import Images
 
 PHOTOS = Path(os.environ.get("SHOULDERS_DATA", Path(__file__).parents[2] / "../shared/data")) / "photos"
 SIZES = [(16, 16), (8, 12)]

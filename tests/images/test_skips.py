@@ -50,7 +50,9 @@ def test_too_many_bad_images_stop_the_run_and_say_why(tmp_path: Path) -> None:
         report.add(bad(3, reason="not an image: html"))
     message = str(stop.value)
     assert "3 of 200 images cannot be used (2 damaged, 1 not an image)" in message
-    assert str(tmp_path / "skipped.jsonl") in message and "images.max_bad=0.03" in message and "\n" not in message
+    assert (
+        str(tmp_path / "skipped.jsonl") in message and "images.max_unreadable=0.03" in message and "\n" not in message
+    )
     assert len(listed(tmp_path / "skipped.jsonl")) == 3  # the list is whole when it is needed
 
 

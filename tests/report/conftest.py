@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from shoulders.distill import distill
-from shoulders.recipe import Recipe
-from tests.test_heads import save_teacher
+from shoulders.config.recipe import Recipe
+from shoulders.distillation import distill
+from tests.teachers.heads.test_saved import save_teacher
 from tests.tiny import save_base, save_images
 
 HEADS = {"segformer": "semantic", "rt_detr_v2": "detection", "resnet": "classification"}
 
 
 def rows_of(model: str, task: str, data: Path, head: str | None = None, **values: float) -> list[dict[str, Any]]:
-    """Rows as `shoulders.evaluate` writes them."""
+    """Rows as `shoulders.evaluation.evaluate` writes them."""
     common = {"model": model, "task": task, "n": 90, "seconds": 1.0, "settings": {}, "data": str(data), "seed": 0}
     named = common if head is None else common | {"head": head}
     return [{**named, "metric": metric, "value": value} for metric, value in values.items()]
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
                 "teachers": specs,
                 "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
-                "transfer": {"calibration": 16},
+                "transfer": {"calibration_images": 16},
                 "train": {"steps": 4, "batch": 4, "precision": "fp32", "log_every": 1, "evaluate_every": 2},
                 "keep_heads": list(HEADS),
                 "out": str(root / "run"),

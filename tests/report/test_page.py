@@ -15,11 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
+from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
 from shoulders.images import open_images, open_source
-from shoulders.pictures import pca_pictures
-from shoulders.recipe import Recipe
+from shoulders.images.pictures import pca_pictures
 from shoulders.report import write_report
 from shoulders.report.choose import choose
 from shoulders.report.gather import read_run
@@ -88,7 +88,7 @@ def test_everything_is_there(run: Path, page: Page) -> None:
     assert sorted(by_teachers) == ["resnet", "resnet", "rt_detr_v2", "rt_detr_v2", "segformer", "segformer"]
     for noted in ("transformers", "torch", "thread", "GiB", "images a second"):
         assert noted in page.words
-    assert page.words.count("unknown") >= 3  # the licences of random weights
+    assert page.words.count("unknown") >= 3  # the licenses of random weights
     assert (run / "recipe.yaml").read_text() in page.words
 
 
@@ -133,7 +133,7 @@ def test_what_users_write_is_text(run: Path, tmp_path: Path) -> None:
     tree = yaml.safe_load((run / "recipe.yaml").read_text())
     tree["student"]["base"] = evil
     (there / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    facts = {evil: {"source": evil, "revision": evil, "licence": evil}}
+    facts = {evil: {"source": evil, "revision": evil, "license": evil}}
     (there / "student").mkdir()
     (there / "student" / "config.json").write_text(json.dumps({"teachers": facts}))
     row = {"model": evil, "head": evil, "task": "detection", "data": f"/x/{evil}", "metric": "AP", "value": 0.5}
@@ -244,8 +244,8 @@ def test_a_log_may_end_in_half_a_line_and_hold_what_is_no_number(run: Path, tmp_
 
 def test_a_run_notes_what_it_ran_on(run: Path) -> None:
     told = read_run(run)
-    assert told.surroundings["torch"] == torch.__version__
-    assert told.surroundings["processes"] == 1 and told.surroundings["device"].startswith("c")
+    assert told.environment["torch"] == torch.__version__
+    assert told.environment["processes"] == 1 and told.environment["device"].startswith("c")
     memory = told.of_training("peak_gib")
     assert len(memory) == 4 and all(0.05 < value < 1000 for value in memory) and memory == sorted(memory)
 

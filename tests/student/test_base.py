@@ -11,8 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from shoulders.config.recipe import Student
 from shoulders.errors import DataError, RecipeError
-from shoulders.recipe import Student
 from shoulders.student.base import TOWERS, check_base, load_base
 from shoulders.student.encoder import BASES
 from tests.tiny import BASE_CONFIGS, save_base
@@ -109,7 +109,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
     base = load_base(Student(base=str(tmp_path)))
     assert type(base.model).__name__ == BASES[kind].model and not base.model.training
     assert base.preprocessing.mean == (0.1, 0.2, 0.3) and base.preprocessing.std == (0.4, 0.5, 0.6)
-    assert (base.licence, base.revision) == ("mit", None)
+    assert (base.license, base.revision) == ("mit", None)
     # the reference: transformers by itself, with the pooler that a vit is loaded without
     saved = {
         k: v

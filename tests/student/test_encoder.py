@@ -46,7 +46,7 @@ def test_it_is_the_base_at_birth_and_whenever_the_adapter_is_off(kind: str, adap
         assert latent.grid == (4, 6)
         assert torch.equal(latent.parts()["spatial"], out.last_hidden_state[:, encoder.prefix :]) == born
         assert torch.equal(latent.parts()["summary"], summary_of(kind, out)) == born
-        with encoder.off():
+        with encoder.adapters_disabled():
             latent = encoder(pixels)["latent"]
         assert torch.equal(latent.parts()["spatial"], out.last_hidden_state[:, encoder.prefix :])
         assert torch.equal(latent.parts()["summary"], summary_of(kind, out))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from shoulders.distill import Run, prepare
+from shoulders.config.recipe import Student, check_recipe
+from shoulders.distillation import Run, prepare
+from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
-from shoulders.ranks import Rank
-from shoulders.recipe import Student, check_recipe
 from shoulders.student.base import asked_of_base, check_base
 from shoulders.student.convolutions import Convolutions
 from shoulders.student.encoder import Encoder
@@ -62,7 +62,7 @@ def run(tmp_path: Path, adapter: dict[str, Any], **transfer: Any) -> Run:
             "out": str(tmp_path / "run"),
         }
     )
-    return prepare(recipe, {}, Rank(0, 1, torch.device("cpu")))
+    return prepare(recipe, {}, DistContext(0, 1, torch.device("cpu")))
 
 
 def batch() -> Batch:
@@ -104,7 +104,7 @@ def test_fed_with_what_the_base_said_it_says_the_same() -> None:
     encoder = build()
     pixels = torch.rand(2, 3, 32, 32)
     places = ("latent", "block1")
-    said = encoder.own(pixels, tuple(dict.fromkeys((*encoder.adapter.reads, *places))))
+    said = encoder.own(pixels, tuple(dict.fromkeys((*encoder.adapter.input_layers, *places))))
     live, fed = encoder(pixels, places), encoder.refine(said, pixels, places)
     for place in places:
         for part, x in live[place].parts().items():
@@ -118,9 +118,9 @@ def test_fed_with_what_the_base_said_it_says_the_same() -> None:
 def test_what_is_asked_of_the_base_is_known_before_its_weights(
     tmp_path: Path, adapter: dict[str, Any], preserve: float
 ) -> None:
-    going = run(tmp_path, adapter, preserve=preserve, reads=["block1", "latent"])
+    going = run(tmp_path, adapter, preserve=preserve, layers=["block1", "latent"])
     how = going.recipe
-    assert asked_of_base(how.student, how.transfer.reads, preserve > 0) == going.student.asks
+    assert asked_of_base(how.student, how.transfer.layers, preserve > 0) == going.student.asks
 
 
 def test_a_step_asks_the_base_once_and_not_at_all_where_somebody_else_did(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped
 from shoulders.tasks import classification
 from shoulders.tasks.classification import Extracted
-from shoulders.tasks.labelled import find_splits
+from shoulders.tasks.data.labelled import find_splits
 
 
 def clusters(n: int, n_classes: int, width: int, spread: float, seed: int) -> Extracted:
@@ -140,7 +140,7 @@ def test_separable_clusters_are_told_apart_perfectly(with_val: bool) -> None:
     rows = classification.evaluate(train, val, test, 3, seed=0)
     assert by_metric(rows) == dict.fromkeys(classification.METRICS, 1.0)
     assert all(row["n"] == 60 and row["task"] == "classification" for row in rows)
-    assert rows[1]["settings"]["chosen_on"] == ("val" if with_val else "a tenth of train")
+    assert rows[1]["settings"]["selected_on"] == ("val" if with_val else "a tenth of train")
 
 
 def test_random_labels_are_told_apart_by_chance() -> None:

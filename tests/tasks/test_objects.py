@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from shoulders.tasks import find_objects, object_head, objects
-from shoulders.tasks.coco import decode
-from shoulders.tasks.frozen import Frozen
-from shoulders.tasks.object_head import Answer, Objects, Target, assign, ious, losses, pick, suppress
+from shoulders.tasks import find_objects, objects
+from shoulders.tasks.data.coco import decode
+from shoulders.tasks.feature_bank import FeatureBank
+from shoulders.tasks.heads import objects as object_head
+from shoulders.tasks.heads.objects import Answer, Objects, Target, assign, ious, losses, nms, pick
 from shoulders.tasks.rows import Row
 from tests.tasks.scenes import SIZE, colours, noise, save_objects
 
@@ -62,9 +63,9 @@ def test_of_boxes_that_overlap_the_best_of_each_class_is_kept() -> None:
         rivals = [other for other in kept if classes[other] == classes[candidate]]
         if all(ious(boxes[candidate], boxes[other]) <= 0.3 for other in rivals):
             kept.append(candidate)
-    assert suppress(boxes, scores, classes, 0.3).tolist() == kept
+    assert nms(boxes, scores, classes, 0.3).tolist() == kept
     assert 10 < len(kept) < 80
-    assert suppress(boxes[:0], scores[:0], classes[:0]).tolist() == []
+    assert nms(boxes[:0], scores[:0], classes[:0]).tolist() == []
 
 
 def test_places_answer_for_the_smallest_object_near_whose_centre_they_are() -> None:
@@ -162,7 +163,7 @@ def test_boxes_are_found_by_features_that_hold_them(tmp_path: Path, monkeypatch:
     assert list(found) == ["AP", "AP50", "AP75", "AP_small"]  # no object is larger
     assert found["AP50"] > 0.7 and found["AP"] > 0.35, found
     told = rows[0]["settings"]
-    assert (rows[0]["task"], rows[0]["n"], told["train"], told["chosen_on"]) == ("detection", 8, 24, "val")
+    assert (rows[0]["task"], rows[0]["n"], told["train"], told["selected_on"]) == ("detection", 8, 24, "val")
     monkeypatch.setattr(objects, "FEWEST_STEPS", 40)
     assert by_metric(objects.run(noise, splits, [SIZE]))["AP50"] < 0.3
 
@@ -191,7 +192,7 @@ def test_the_same_seed_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_fit_that_stops_early_is_the_beginning_of_a_longer_one(tmp_path: Path) -> None:
     splits = find_objects(save_objects(tmp_path, {"train": 6, "val": 2}))
-    frozen = Frozen(colours, splits.train, SIZE, 8, 0)
+    frozen = FeatureBank(colours, splits.train, SIZE, 8, 0)
     worse = iter([0.3, 0.5, 0.4, 0.1])
     chosen = objects.fit(frozen, splits.classes, False, 0, 40, lambda head: next(worse))
     again = objects.fit(frozen, splits.classes, False, 0, chosen.steps)
@@ -202,7 +203,7 @@ def test_a_fit_that_stops_early_is_the_beginning_of_a_longer_one(tmp_path: Path)
 
 def test_where_nothing_tells_the_lengths_apart_the_longest_is_taken(tmp_path: Path) -> None:
     splits = find_objects(save_objects(tmp_path, {"train": 6, "val": 2}))
-    frozen = Frozen(colours, splits.train, SIZE, 8, 0)
+    frozen = FeatureBank(colours, splits.train, SIZE, 8, 0)
     assert objects.fit(frozen, splits.classes, False, 0, 40, lambda head: 0.0).steps == 40
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
 from shoulders.tasks import find_masks, semantic
-from shoulders.tasks.frozen import Frozen
+from shoulders.tasks.feature_bank import FeatureBank
 from shoulders.tasks.rows import Row
 from tests.tasks.scenes import SIZE, colours, noise, save_masks
 
@@ -49,7 +49,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
 
 def test_pixels_are_counted_at_the_size_of_the_masks_without_the_ignored_ones(tmp_path: Path) -> None:
     splits = find_masks(save_masks(tmp_path))
-    test = Frozen(colours, splits.test, SIZE, 3, 0)
+    test = FeatureBank(colours, splits.test, SIZE, 3, 0)
     head = semantic.linear_head(3, 3).eval()
     predicted, truth = [], []
     for row in range(len(test)):
@@ -88,7 +88,7 @@ def test_rows_say_how_they_came_about(tmp_path: Path) -> None:
     rows = semantic.run(colours, find_masks(save_masks(tmp_path, {"train": 10, "val": 4})), [SIZE], seed=5)
     told = rows[0]["settings"]
     assert (rows[0]["task"], rows[0]["n"], told["train"], told["seed"]) == ("semantic", 4, 10, 5)
-    assert (told["chosen_on"], told["split"]) == ("a fifth of train", "train, val as given")
+    assert (told["selected_on"], told["split"]) == ("a fifth of train", "train, val as given")
     assert told["lr"] in semantic.LR_GRID and told["skipped"] == 0
 
 

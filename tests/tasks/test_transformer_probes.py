@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from shoulders.errors import NumericError, RecipeError
-from shoulders.tasks import find_masks, find_objects, objects, transformer_heads, transformer_probes
-from shoulders.tasks.frozen import Frozen
-from shoulders.tasks.object_head import Target
+from shoulders.tasks import find_masks, find_objects, objects, transformer_probes
+from shoulders.tasks.feature_bank import FeatureBank
+from shoulders.tasks.heads import transformers as transformer_heads
+from shoulders.tasks.heads.objects import Target
+from shoulders.tasks.heads.transformers import Detector, MaskFinder, Pyramid, Segmenter
 from shoulders.tasks.rows import Row
-from shoulders.tasks.transformer_heads import Detector, MaskFinder, Pyramid, Segmenter
 from shoulders.tasks.transformer_probes import DEFAULT, PROBES, check_probe, fit
 from tests.tasks.scenes import SIZE, colours, noise, save_masks, save_objects
 
@@ -76,7 +77,7 @@ def test_the_loss_falls_and_a_fit_is_the_same_twice(
     build: Callable[[int, int], nn.Module], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformer_heads, "DENOISED", 10)
-    frozen = Frozen(colours, FIND["instance"](data["instance"]).train, SIZE, 8, 0)
+    frozen = FeatureBank(colours, FIND["instance"](data["instance"]).train, SIZE, 8, 0)
     targets = [objects.target_of(picture, frozen.grid, masks=True) for picture in frozen.truths]
     before = torch.random.get_rng_state()
     heads: list[nn.Module] = []
@@ -114,7 +115,7 @@ def test_odd_grids_images_without_objects_and_groups_are_fine() -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(data: dict[str, Path]) -> None:
-    frozen = Frozen(colours, find_masks(data["semantic"]).train, SIZE, 8, 0)
+    frozen = FeatureBank(colours, find_masks(data["semantic"]).train, SIZE, 8, 0)
 
     class Broken(nn.Module):
         def __init__(self) -> None:

@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor
 
+from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
-from shoulders.recipe import TeacherSpec
 from shoulders.teachers import FAMILIES, Teacher, families, load_teacher
 from shoulders.teachers.describe import count_flop
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoulders import fast
+from shoulders.config.recipe import TeacherSpec
 from shoulders.features import Features
-from shoulders.recipe import TeacherSpec
+from shoulders.hub import fast
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
 
 

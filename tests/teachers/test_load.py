@@ -16,8 +16,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import DataError, RecipeError
-from shoulders.recipe import TeacherSpec
 from shoulders.teachers import check_teacher, load_teacher
 from tests.teachers.conftest import VIT
 
@@ -123,12 +123,12 @@ def test_weights_that_are_broken(write_tiny: WriteTiny) -> None:
 def test_the_folder_decides_size_normalisation_and_licence(write_tiny: WriteTiny) -> None:
     folder = write_tiny("dinov2")
     teacher = load_teacher("t", TeacherSpec(model=str(folder)))
-    assert teacher.size == (28, 28) and teacher.licence == "unknown"
+    assert teacher.size == (28, 28) and teacher.license == "unknown"
     torch.testing.assert_close(teacher.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     edit(folder / "preprocessor_config.json", size=40, image_mean=[0.5] * 3, image_std=[0.25] * 3)
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-licence\n---\n")
     teacher = load_teacher("t", TeacherSpec(model=str(folder)))
-    assert teacher.size == (42, 42) and teacher.licence == "my-licence"  # the nearest multiple of 7
+    assert teacher.size == (42, 42) and teacher.license == "my-licence"  # the nearest multiple of 7
     assert teacher.std.flatten().tolist() == [0.25] * 3
     assert load_teacher("t", TeacherSpec(model=str(folder), size=35)).size == (35, 35)
     edit(folder / "preprocessor_config.json", image_std=[0, 1, 1])
@@ -147,12 +147,12 @@ def test_classification_checkpoints_of_image_towers(tmp_path: Path) -> None:
 
 
 HUB = """
-from shoulders.recipe import TeacherSpec
+from shoulders.config.recipe import TeacherSpec
 from shoulders.teachers import load_teacher
 
 for revision in (None, "main", "{commit}"):
     teacher = load_teacher("t", TeacherSpec(model="someone/something", revision=revision))
-    print(teacher.revision, teacher.licence)
+    print(teacher.revision, teacher.license)
 """
 
 
@@ -277,7 +277,7 @@ class FirstRow(torch.nn.Module):
     def forward(self, pixels):
         return {"map": Features.from_map(pixels[:1])}
 
-def teacher(): return Teacher(Net(), size=(4, 4), licence="mit", source="own")
+def teacher(): return Teacher(Net(), size=(4, 4), license="mit", source="own")
 def net(): return Net()
 def first(): return Teacher(FirstRow(), size=(4, 4))
 def broken(): raise ArithmeticError("no weights")
@@ -292,7 +292,7 @@ def test_a_module_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     before = list(sys.path)
     teacher = load_teacher("t", TeacherSpec(module="own_teachers:teacher"))
     assert sys.path == before
-    assert list(teacher.taps) == ["colour", "map"] and teacher.licence == "mit"
+    assert list(teacher.taps) == ["colour", "map"] and teacher.license == "mit"
     chosen = load_teacher("t", TeacherSpec(module="own_teachers:teacher", taps=["map"]))
     assert list(chosen.taps) == list(chosen(torch.rand(2, 3, 4, 4))) == ["map"]
 

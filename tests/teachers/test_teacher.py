@@ -11,9 +11,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features, in_order
-from shoulders.recipe import TeacherSpec
 from shoulders.teachers import Tap, Teacher, Teachers, describe, load_teacher
 from shoulders.teachers.describe import count_flop
 
@@ -52,7 +52,7 @@ def test_taps_are_found_and_pixels_normalised() -> None:
     assert teacher.taps == {"map": Tap(None, 5, (2, 3)), "colour": Tap(3, None, (0, 0))}
     pixels = torch.full((2, 3, 4, 6), 0.75)
     torch.testing.assert_close(teacher(pixels)["colour"].summary, torch.tensor([[0.5, 2.0, 0.75]] * 2))
-    assert teacher.licence == "unknown" and teacher.revision is None
+    assert teacher.license == "unknown" and teacher.revision is None
 
 
 def test_a_teacher_is_frozen_for_good() -> None:
@@ -143,7 +143,7 @@ def test_description(write_tiny: WriteTiny) -> None:
     assert count_flop(teacher) == 2 * products
     assert told["gflop_per_image"] == round(2 * products / 1e9, 3)
     assert told["taps"] == {"last": {"summary": 16, "spatial": 16, "grid": (4, 4)}}
-    assert (told["licence"], told["size"], told["revision"]) == ("apache-2.0", (32, 32), None)
+    assert (told["license"], told["size"], told["revision"]) == ("apache-2.0", (32, 32), None)
     original = transformers.ViTForImageClassification.from_pretrained(folder).vit
     assert told["parameters"] == sum(parameter.numel() for parameter in original.parameters())
 

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from shoulders.features import Features
-from shoulders.transfer.projectors import Projector, Rungs, Widths, coarser, finer
+from shoulders.transfer.projectors import FeatureDims, Projector, ProjectorMLP, coarser, finer
 
 
 def test_places_come_out_row_by_row_of_the_finer_grid() -> None:
     """Against torch's own pixel shuffle, on a grid that is not square."""
-    rungs = Rungs(5, ["block0", "latent"], 8, 3, fine=2)
+    rungs = ProjectorMLP(5, ["block0", "latent"], 8, 3, fine=2)
     x = {place: torch.randn(2, 6, 5) for place in ("block0", "latent")}
     summed = rungs.first["block0"](x["block0"]) + rungs.first["latent"](x["latent"])
     hidden = summed.view(2, 2, 3, 4, rungs.hidden)  # (B, H, W, f * f, hidden)
@@ -22,7 +22,7 @@ def test_places_come_out_row_by_row_of_the_finer_grid() -> None:
 
 
 def test_a_coarse_tap_is_told_of_averaged_places() -> None:
-    projector = Projector(6, Widths(None, 3), ["latent"], 12, coarse=2)
+    projector = Projector(6, FeatureDims(None, 3), ["latent"], 12, coarse=2)
     seen = Features(torch.randn(2, 6), torch.randn(2, 20, 6), (4, 5))
     told = projector({"latent": seen})
     assert told.summary is None and told.spatial is not None and told.grid == (2, 3)
@@ -34,7 +34,7 @@ def test_a_coarse_tap_is_told_of_averaged_places() -> None:
 
 
 def test_a_projector_tells_of_the_finer_grid_and_of_the_summary_as_before() -> None:
-    projector = Projector(6, Widths(4, 3), ["block0", "latent"], 12, fine=3)
+    projector = Projector(6, FeatureDims(4, 3), ["block0", "latent"], 12, fine=3)
     seen = {place: Features(torch.randn(2, 6), torch.randn(2, 20, 6), (4, 5)) for place in ("block0", "latent")}
     told = projector(seen)
     assert told.grid == (12, 15) and told.spatial is not None and told.spatial.shape == (2, 180, 3)

@@ -17,7 +17,7 @@ from pycocotools import mask as coco_mask
 from shoulders.errors import RecipeError
 from shoulders.images import ImageSource, call_source
 from shoulders.tasks import find_splits
-from shoulders.tasks.coco import list_runs
+from shoulders.tasks.data.coco import list_runs
 from shoulders.world import CLASSES, draw, files, seed_of, unlabelled, write_world
 
 COUNTS = {"train": 60, "val": 50, "test": 55}

@@ -1,0 +1,1 @@
+"""What a recipe holds, and how faults in it are explained."""

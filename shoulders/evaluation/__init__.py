@@ -1,0 +1,1 @@
+"""Student, base and teachers measured on labelled images, all by the same code."""

@@ -1,0 +1,41 @@
+"""The card of a student: what it is, how it is loaded, and whose knowledge and licenses bind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_card(
+    folder: Path, size: tuple[int, int], patch_size: int, teachers: Mapping[str, Mapping[str, str | None]]
+) -> None:
+    """Write ``folder/README.md``.
+
+    Args:
+        size: (h, w) in px that the student was trained at.
+        patch_size: px.
+        teachers: {name: {"source", "revision", "license"}}.
+    """
+    rows = [f"| {name} | {facts['source']} | {facts['license']} |" for name, facts in teachers.items()]
+    card = [
+        "---",
+        "library_name: transformers",
+        "tags: [shoulders]",
+        "---",
+        "# A student made with shoulders",
+        "",
+        f"Trained at {size[0]} x {size[1]} px; takes pixels in [0, 1] of any multiple of {patch_size} px.",
+        "",
+        "```python",
+        "import shoulders",
+        'student = shoulders.load("this/folder")',
+        "latent = student(pixels).latent  # Features(summary, spatial, grid)",
+        "```",
+        "",
+        "It holds what these models know; the licenses of all of them bind it.",
+        "",
+        "| teacher | source | license |",
+        "|---|---|---|",
+        *rows,
+    ]
+    (folder / "README.md").write_text("\n".join(card) + "\n")

@@ -1,0 +1,110 @@
+"""Checkpoints: written aside, synced, renamed; verified byte for byte before anything is read from them.
+
+A checkpoint is a folder ``step-00001000`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``
+(size and sha256 of the other files: no tensor format in use notices a flipped bit by itself).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from shoulders.errors import DataError
+from shoulders.storage.atomic import write_folder
+
+NAME = "step-{:08d}"
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` into ``folder`` and then remove all but the newest ``keep``.
+
+    Raises:
+        SpaceError: if the disk is full; what was there before is untouched.
+    """
+
+    def write(aside: Path) -> None:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, aside / "tensors.safetensors")
+        (aside / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
+        files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(files, indent=1))
+
+    final = folder / NAME.format(step)
+    write_folder(final, write)
+    others = [path for path in checkpoints(folder) if path != final]
+    older = [path for path in others if path < final]
+    # newer than what is saved now can only be one that was damaged and gone back before
+    for path in [*older[: max(0, len(older) - keep + 1)], *(path for path in others if path > final)]:
+        shutil.rmtree(path)
+    return final
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the state of one checkpoint.
+
+    Raises:
+        DataError: if any file is missing, has another size or other bytes than the manifest says.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if _fingerprint(path / name) != expected:
+                raise DataError(f"{path / name}: not the bytes that were saved")
+        return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise DataError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from error
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that verifies, or None where there is none at all.
+
+    Damaged ones are named to ``say``; they are never counted among those that are kept.
+
+    Raises:
+        DataError: if there are checkpoints and none verifies.
+    """
+    found = checkpoints(folder)
+    for path in reversed(found):
+        try:
+            return load_checkpoint(path)
+        except DataError as error:
+            say(f"{error}; trying the one before")
+    if found:
+        raise DataError(
+            f"{folder}: none of the {len(found)} checkpoints verifies; start again without --resume in a new out"
+        )
+    return None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in ``folder``, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+
+
+def fingerprint(*modules: nn.Module, facts: object = None) -> str:
+    """A sha256 over all weights and buffers of frozen modules: whether a run goes on with what it began with.
+
+    Args:
+        facts: what else is to be the same: plain data.
+    """
+    digest = hashlib.sha256(repr(facts).encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -1,0 +1,99 @@
+"""``shoulders cache`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from shoulders.cli import main
+from tests.tiny import save_base, save_convnext, save_images
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("command")
+    save_base(root / "base")
+    save_convnext(root / "classifier")
+    save_images(root / "images", 30)
+    tree = {
+        "student": {"base": str(root / "base")},
+        "teachers": {"classifier": {"model": str(root / "classifier")}},
+        "images": {"path": str(root / "images"), "size": 32, "views": 1, "workers": 0},
+        "transfer": {"calibration_images": 16},
+        "train": {"steps": 2, "batch": 8},
+        "cache": {"path": str(root / "cache"), "dtype": "int8"},
+        "out": str(root / "run"),
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    return root / "recipe.yaml"
+
+
+def shoulders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
+) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    monkeypatch.setattr("sys.argv", ["shoulders", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_plan_make_look_and_verify(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+    def cache(*args: object) -> tuple[int, str, str]:
+        return shoulders(monkeypatch, capsys, "cache", recipe, *args)
+
+    code, out, err = cache("--info")
+    assert (code, out) == (3, "") and "no cache is here; make it with: shoulders cache RECIPE cache.path=" in err
+    code, out, _ = cache("--plan")
+    assert code == 0 and "KiB on disk (" in out and "minutes for one process" in out and "base" in out
+    planned = json.loads(cache("--plan", "--json")[1])
+    assert {row["teacher"]: row["views"] for row in planned["teachers"]} == {"classifier": 30, "base": 30}
+    code, out, err = cache("--json")
+    made = json.loads(out)
+    assert code == 0 and made["bytes"] == planned["disk_bytes"] and "storing loses" in err
+    code, out, _ = cache("--info")
+    assert code == 0 and "classifier/stage1/spatial  64 x 16 int8" in out and "classifier: 30 views, whole, " in out
+    code, out, _ = cache("--verify")
+    assert code == 0 and out.endswith("every byte is as it was written\n")
+    assert json.loads(cache("--verify", "--json")[1])["teachers"] == made["teachers"]
+    code, out, err = cache("--verify", "--plan")
+    assert (code, out) == (2, "") and "give one of --plan, --verify and --info" in err
+
+
+def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+    def run(*args: object) -> tuple[int, str]:
+        code, out, err = shoulders(monkeypatch, capsys, *args)
+        assert out == "" and len(err.splitlines()) == 1
+        return code, err
+
+    shoulders(monkeypatch, capsys, "cache", recipe)
+    code, err = run("cache", recipe, "images.views=fresh")
+    assert code == 2 and "fresh views never end" in err
+    code, err = run("distill", recipe, "images.views=fresh", "cache.mode=require")
+    assert code == 2 and "cache.mode: require, but images.views is fresh" in err
+    code, err = run("cache", recipe, "cache.mod=off")
+    assert code == 2 and "cache.mod: unknown key; did you mean mode?" in err
+    code, err = run("distill", recipe, "train.seed=4", "cache.mode=require")
+    assert code == 3 and "train.seed was 0, is 4" in err and "cache.path=OTHER" in err
+    shard = recipe.parent / "cache" / "classifier" / "shard-00000.bin"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:5000] + b"?" + sound[5001:])
+    code, err = run("cache", recipe, "--verify")
+    assert code == 3 and f"{shard}: record " in err and "is damaged; remove this file, then: shoulders cache" in err
+    shard.write_bytes(sound)
+    monkeypatch.setattr("shoulders.feature_cache.estimate.free_bytes", lambda path: 10)
+    code, err = run("cache", recipe, f"cache.path={recipe.parent / 'other'}")
+    assert code == 5 and "KiB needed, 10 bytes free; make room" in err
+
+
+def test_a_run_says_whence_its_teachers_come(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+    shoulders(monkeypatch, capsys, "cache", recipe)
+    code, _, err = shoulders(monkeypatch, capsys, "distill", recipe)
+    assert code == 0 and f"teachers out of {recipe.parent / 'cache'} (int8)" in err
+    code, _, err = shoulders(monkeypatch, capsys, "distill", recipe, "train.seed=4", f"out={recipe.parent / 'live'}")
+    assert code == 0 and "asking the teachers live, not from the cache: " in err

@@ -1,0 +1,250 @@
+"""Heads that a student keeps: inherited on their own grids, stored beside it, and run without any teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+import shoulders
+from shoulders.config.recipe import Recipe, TeacherSpec
+from shoulders.distillation import distill
+from shoulders.errors import DataError, RecipeError
+from shoulders.teachers import load_teacher
+from shoulders.teachers.heads import load_head, taps_of
+from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads.saved import open_head, save_head
+from tests.teachers.conftest import RF_DETR, TINY, VIT
+from tests.tiny import save_base, save_images
+from tests.towers import save_dual
+
+KINDS = ("resnet", "rt_detr_v2", "rf_detr", "segformer", "maskformer", "depth_anything", "dpt", "sam")
+PROCESSORS = {
+    "resnet": "ConvNextImageProcessor",
+    "rt_detr_v2": "RTDetrImageProcessor",
+    "segformer": "SegformerImageProcessor",
+    "maskformer": "MaskFormerImageProcessor",
+    "rf_detr": "RfDetrImageProcessor",  # needs torchvision, which need not be here
+    "depth_anything": "DPTImageProcessor",
+    "dpt": "DPTImageProcessor",
+    "sam": "SamImageProcessor",
+}
+
+
+def save_teacher(kind: str, folder: Path) -> TeacherSpec:
+    torch.manual_seed(1)
+    model = TINY[kind]()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.save_pretrained(folder)
+    side = {"sam": 64, "depth_anything": 28, "dpt": 32}.get(kind, 64)
+    settings = {"image_processor_type": PROCESSORS[kind], "size": {"height": side, "width": side}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return TeacherSpec(model=str(folder))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("heads")
+    save_base(root / "base")
+    save_images(root / "images", 24)
+    tree = {
+        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
+        "teachers": {
+            kind: save_teacher(kind, root / kind).model_dump() for kind in ("segformer", "rt_detr_v2", "resnet")
+        },
+        "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
+        "transfer": {"calibration_images": 16},
+        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
+        "keep_heads": ["segformer", "rt_detr_v2"],
+        "out": str(root / "run"),
+    }
+    distill(Recipe.model_validate(tree))
+    for kind in ("segformer", "rt_detr_v2", "resnet"):
+        shutil.rmtree(root / kind)  # the teachers go; the heads stay
+    return root / "run"
+
+
+def test_kept_heads_run_where_the_teachers_are_absent(run: Path) -> None:
+    student = shoulders.load(run)
+    assert list(student.heads) == ["rt_detr_v2", "segformer"]
+    pixels = torch.rand(2, 3, 32, 32)
+    maps = student.predict("segformer", pixels, sizes=[(50, 40), (20, 30)])
+    assert [{tuple(one["mask"].shape) for one in image} for image in maps] == [{(50, 40)}, {(20, 30)}]
+    assert all(torch.stack([one["mask"] for one in image]).sum(0).eq(1).all() for image in maps)
+    found = student.predict("rt_detr_v2", pixels, threshold=0.0)
+    assert all(set(one) == {"label", "score", "box"} for image in found for one in image)
+    assert found != student.predict("rt_detr_v2", 1 - pixels, threshold=0.0)
+    again = shoulders.load(run).predict("rt_detr_v2", pixels, threshold=0.0)
+    assert again == found
+
+
+def test_heads_are_copied_with_the_student_and_known_to_auto_model(run: Path, tmp_path: Path) -> None:
+    pixels = torch.rand(1, 3, 32, 32)
+    student = hf.AutoModel.from_pretrained(run / "student").eval()
+    said = student.predict("rt_detr_v2", pixels, threshold=0.0)
+    student.save_pretrained(tmp_path / "copy")
+    student.save_pretrained(tmp_path / "copy")  # over itself
+    assert shoulders.load(tmp_path / "copy").predict("rt_detr_v2", pixels, threshold=0.0) == said
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_labels": 3, "problem_type": "multi_label_classification"}, {"num_labels": 1}, {"num_labels": 3}]
+)
+def test_classes_are_scored_as_by_the_transformers_pipeline(settings: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, **settings)).save_pretrained(tmp_path)
+    hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    spec = TeacherSpec(model=str(tmp_path))
+    teacher = load_teacher("t", spec)
+    graft = load_head("t", spec, teacher)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    (ours,) = answers(graft, graft(teacher(pixels)), [(32, 32)])
+    theirs = hf.pipeline("image-classification", model=str(tmp_path))(Image.fromarray(image))
+    assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+    assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
+
+
+def test_a_class_without_a_name_shifts_no_other(tmp_path: Path) -> None:
+    hf.ViTForImageClassification(hf.ViTConfig(**VIT, id2label={1: "cat", 2: "dog"})).save_pretrained(tmp_path)
+    spec = TeacherSpec(model=str(tmp_path))
+    assert load_head("t", spec, load_teacher("t", spec)).classes == ["LABEL_0", "cat", "dog"]
+
+
+@pytest.mark.parametrize("fault", ["no weights", "no name told from another"])
+def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    save_images(tmp_path / "images", 24)
+    teacher: dict[str, Any] = {"model": str(tmp_path / "teacher")}
+    if fault == "no weights":
+        hf.ViTModel(hf.ViTConfig(**VIT)).save_pretrained(tmp_path / "teacher")
+        config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+        config["architectures"] = ["ViTForImageClassification"]
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    else:
+        save_dual("clip", tmp_path / "teacher")
+        teacher["classes"] = ["zzzz", "qqqq"]
+    tree = {
+        "student": {"base": str(tmp_path / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
+        "teachers": {"t": teacher},
+        "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8, "workers": 0},
+        "transfer": {"calibration_images": 16},
+        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
+        "keep_heads": ["t"],
+        "out": str(tmp_path / "run"),
+    }
+    with pytest.raises((DataError, RecipeError), match=r"the weights lack classifier|cannot tell some of the classes"):
+        distill(Recipe.model_validate(tree))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_head_that_was_not_kept_is_refused(run: Path) -> None:
+    with pytest.raises(RecipeError, match="not kept by this student; it has rt_detr_v2, segformer"):
+        shoulders.load(run).predict("resnet", torch.rand(1, 3, 32, 32))
+
+
+def test_heads_go_where_the_student_goes(run: Path) -> None:
+    student = shoulders.load(run)
+    student.head("segformer")
+    student.to("meta")
+    assert {p.device.type for p in student.head("segformer").parameters()} == {"meta"}
+
+
+def test_taps_that_a_kept_head_reads_are_inherited_on_their_match_teacher_grid(run: Path) -> None:
+    student = shoulders.load(run)
+    told = student.predict_teacher_features(torch.rand(2, 3, 32, 32))
+    own = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
+    head = student.head("segformer")
+    for tap, features in taps_of("segformer", told).items():
+        wanted = head.taps[tap].grid
+        assert all(have >= want for have, want in zip(features.grid, wanted, strict=True))
+    assert taps_of("resnet", told)["stage3"].grid <= own  # this one was not kept
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_head_on_disk_says_what_it_said(kind: str, tmp_path: Path) -> None:
+    spec = save_teacher(kind, tmp_path / kind)
+    teacher = load_teacher("t", spec)
+    graft = load_head("t", spec, teacher)
+    save_head(graft, tmp_path / "head")
+    whole, kept = (sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in (kind, "head"))
+    assert kept < whole
+    taught = teacher(torch.rand(2, 3, *teacher.size))
+    prompts = {"input_points": torch.full((2, 1, 1, 2), 20.0)} if kind == "sam" else {}
+    before = answers(graft, graft(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    opened = open_head(tmp_path / "head")
+    after = answers(opened, opened(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    assert len(before) == 2
+    assert plain(before) == plain(after)
+
+
+def plain(value: Any) -> Any:
+    """Tensors as lists, so that answers can be compared."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list) else value
+
+
+def test_answers_are_those_of_the_transformers_pipelines(tmp_path: Path) -> None:
+    spec = save_teacher("rt_detr_v2", tmp_path / "rt_detr_v2")
+    teacher = load_teacher("t", spec)
+    graft = load_head("t", spec, teacher)
+    model = hf.AutoModelForObjectDetection.from_pretrained(str(spec.model)).eval()
+    pixels = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        output = model(pixel_values=(pixels - teacher.mean) / teacher.std)
+    truth = hf.AutoImageProcessor.from_pretrained(str(spec.model)).post_process_object_detection(
+        output, threshold=0.3, target_sizes=[(100, 200)]
+    )[0]
+    told = answers(graft, graft(teacher(pixels)), [(100, 200)], threshold=0.3)[0]
+    assert [one["score"] for one in told] == pytest.approx(truth["scores"].tolist())
+    assert torch.tensor([list(one["box"].values()) for one in told]).allclose(truth["boxes"])
+    assert list(told[0]["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+
+
+def test_damaged_heads_are_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "student" / "heads" / "segformer", tmp_path / "head")
+    weights = tmp_path / "head" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DataError, match="not a sound head"):
+        open_head(tmp_path / "head")
+    (tmp_path / "head" / "head.json").unlink()
+    with pytest.raises(DataError, match="not a sound head"):
+        open_head(tmp_path / "head")
+
+
+def test_heads_without_their_processor_say_so(tmp_path: Path) -> None:
+    spec = save_teacher("segformer", tmp_path / "s")
+    (tmp_path / "s" / "preprocessor_config.json").unlink()
+    teacher = load_teacher("t", spec)
+    graft = load_head("t", spec, teacher)
+    if graft.processor is None:
+        with pytest.raises(RecipeError, match="preprocessor_config"):
+            answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+
+
+def test_masks_of_a_detector_with_another_processor_are_refused(tmp_path: Path) -> None:
+    spec = save_teacher("rf_detr", tmp_path / "r")
+    torch.manual_seed(0)
+    hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)).save_pretrained(tmp_path / "r")
+    teacher = load_teacher("t", spec)
+    graft = load_head("t", spec, teacher)
+    if not hasattr(graft.processor, "post_process_instance_segmentation"):  # it needs torchvision
+        with pytest.raises(RecipeError, match="install torchvision"):
+            answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+
+
+def test_keep_heads_names_teachers() -> None:
+    tree = {"student": {"base": "b"}, "images": {"path": "p"}, "out": "o", "keep_heads": ["nobody"]}
+    with pytest.raises(ValueError, match="keep_heads: nobody not among teachers"):
+        Recipe.model_validate(tree)

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import errno
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoulders.errors import DataError, SpaceError
+from shoulders.storage import atomic
+from shoulders.storage.atomic import space_error, write_text
+from shoulders.training import checkpoint
+from shoulders.training.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
+
+TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
+
+
+def test_what_is_saved_is_what_is_loaded_and_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        save_checkpoint(tmp_path, step, TENSORS, {"world": 1}, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
+    loaded = load_newest(tmp_path, print)
+    assert loaded is not None
+    tensors, state = loaded
+    assert state == {"world": 1, "step": 15}
+    assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
+    assert load_newest(tmp_path / "nothing", print) is None
+
+
+@pytest.mark.parametrize("keep", [1, 3, 5])
+def test_as_many_are_kept_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+    for number in range(1, 8):
+        save_checkpoint(tmp_path, number, {"a": torch.ones(1)}, {}, keep=keep)
+        assert len(checkpoints(tmp_path)) == min(number, keep)
+
+
+def test_one_that_was_damaged_and_gone_back_before_does_not_push_out_the_sound(tmp_path: Path) -> None:
+    for step in (4, 12):
+        save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
+    (tmp_path / "step-00000012" / "state.json").write_text("{}")
+    save_checkpoint(tmp_path, 6, TENSORS, {}, keep=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006"]
+
+
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
+    dice = random.Random(0)  # noqa: S311
+    files = sorted(path.iterdir())
+    for trial in range(100):
+        file = files[trial % len(files)]
+        sound = file.read_bytes()
+        bad = bytearray(sound)
+        if trial < 80:
+            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+        else:
+            del bad[dice.choice([0, 1, len(bad) // 2, len(bad) - 1]) :]
+        file.write_bytes(bad)
+        with pytest.raises(DataError, match="step-00000001"):
+            load_checkpoint(path)
+        file.write_bytes(sound)
+    load_checkpoint(path)
+
+
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    rename, fsync, paths = Path.rename, os.fsync, {}
+    original_open = os.open
+
+    def opening(path: str, *args: int) -> int:
+        descriptor = original_open(path, *args)
+        paths[descriptor] = Path(path).name
+        return descriptor
+
+    def syncing(descriptor: int) -> None:
+        events.append(f"sync {paths[descriptor]}")
+        fsync(descriptor)
+
+    def renaming(self: Path, to: Path) -> Path:
+        events.append(f"rename {to.name}")
+        return rename(self, to)
+
+    monkeypatch.setattr(atomic.os, "open", opening)
+    monkeypatch.setattr(atomic.os, "fsync", syncing)
+    monkeypatch.setattr(Path, "rename", renaming)
+    save_checkpoint(tmp_path / "c", 1, TENSORS, {}, keep=1)
+    renamed = events.index("rename step-00000001")
+    before, after = events[:renamed], events[renamed + 1 :]
+    assert {"sync manifest.json", "sync state.json", "sync tensors.safetensors", "sync step-00000001.partial"} <= set(
+        before
+    )
+    assert after == ["sync c"]
+
+
+@pytest.mark.parametrize("where", ["save_file", "_fingerprint"])
+def test_a_full_disk_is_named_and_harms_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, where, full)
+    with pytest.raises(SpaceError, match="no space left .* --resume") as stop:
+        save_checkpoint(tmp_path, 2, TENSORS, {}, keep=1)
+    assert stop.value.exit_code == 5
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    load_checkpoint(tmp_path / "step-00000001")
+
+
+def test_a_full_disk_is_named_before_there_is_a_folder(tmp_path: Path) -> None:
+    error = space_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "a" / "b" / "step-1")
+    assert isinstance(error, SpaceError)
+
+
+def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    write_text(path, "one")
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic, "sync", full)
+    with pytest.raises(SpaceError):
+        write_text(path, "two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
