@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoulders.cli.cache_tables import size_text
 from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, SpaceError
 from shoulders.feature_cache import store
@@ -21,6 +20,7 @@ from shoulders.feature_cache.ask import TeacherRunner
 from shoulders.feature_cache.build import Builder
 from shoulders.feature_cache.codec import Codec
 from shoulders.features import Batch
+from shoulders.storage.atomic import size_text
 from shoulders.teachers import Teacher
 from shoulders.training.preflight import check_writable
 
