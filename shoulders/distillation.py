@@ -136,7 +136,7 @@ class Run:
         self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
         self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
         self.forward: Callable[..., Any] = self.module
-        if recipe.train.compile and recipe.homes:
+        if recipe.train.compile and recipe.teacher_sources:
             # how many images a teacher is asked about changes from step to step: what meets them would be compiled anew
             self.student.forward_features = torch.compile(self.student.forward_features)  # type: ignore[method-assign]
         elif recipe.train.compile:
@@ -209,7 +209,10 @@ class Run:
 
     def asked(self, batch: Batch) -> dict[str, Tensor]:
         """{teacher: (b,) the images of the batch that it is asked about}, of those who are not asked about all."""
-        rows = {name: self.images.images.rows_of(home, batch.ids.numpy()) for name, home in self.recipe.homes.items()}
+        rows = {
+            name: self.images.images.rows_of(home, batch.ids.numpy())
+            for name, home in self.recipe.teacher_sources.items()
+        }
         return {name: torch.from_numpy(one).to(self.rank.device, non_blocking=True) for name, one in rows.items()}
 
     def teach(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:

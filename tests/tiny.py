@@ -1,9 +1,14 @@
-"""Tiny random models and images that several tests build on."""
+"""What several tests build on: tiny random models, images, the recipe over them, and the command line."""
 
 from __future__ import annotations
 
+import io
 import json
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from shoulders.cli import main
+from shoulders.config.recipe import Recipe, check_recipe
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -80,3 +90,91 @@ def save_images(folder: Path, count: int, classes: int = 0) -> Path:
             pixels[..., i % classes % 3] += 90
         Image.fromarray(pixels).resize((96, 80)).save(inside / f"{i:04d}.jpg")
     return folder
+
+
+def save_tiny_world(root: Path, images: int = 60) -> Path:
+    """The folders that `tiny_recipe` names: a base, two teachers and ``images`` images."""
+    save_base(root / "base")
+    save_convnext(root / "classifier")
+    save_segformer(root / "segmenter")
+    save_images(root / "images", images)
+    return root
+
+
+def tiny_tree(root: Path, out: Path | str = "run", **changes: Any) -> dict[str, Any]:
+    """The recipe over `save_tiny_world` as plain data.
+
+    Args:
+        root: the folder of the base, the teachers and the images.
+        out: the run folder; relative to ``root``.
+        changes: ``train__steps=3`` sets one key, ``train={..}`` replaces a whole section; a section that is None is
+            left out.
+    """
+    tree: dict[str, Any] = {
+        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
+        "teachers": {
+            "classifier": {"model": str(root / "classifier")},
+            "segmenter": {"model": str(root / "segmenter"), "taps": ["stage0", "stage1"]},
+        },
+        "images": {"path": str(root / "images"), "size": 32, "holdout": 12, "workers": 0},
+        "transfer": {"calibration_images": 16},
+        "train": {"steps": 4, "batch": 8, "lr": 5e-3, "precision": "fp32", "log_every": 1},
+        "out": str(root / out),
+    }
+    for key, value in changes.items():
+        _set(tree, key.split("__"), value)
+    return tree
+
+
+def tiny_recipe(root: Path, out: Path | str = "run", **changes: Any) -> Recipe:
+    """`tiny_tree`, checked."""
+    return check_recipe(tiny_tree(root, out, **changes))
+
+
+def _set(tree: dict[str, Any], key: list[str], value: Any) -> None:
+    *sections, last = key
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    if value is None:
+        tree.pop(last, None)
+    else:
+        tree[last] = deepcopy(value)
+
+
+def student_weights(run: Path) -> dict[str, Tensor]:
+    """The weights of the student in a run folder."""
+    return load_file(run / "student" / "model.safetensors")
+
+
+def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names and the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metric_rows(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of one kind in the metrics.jsonl of a run folder."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code and its output."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*args: object) -> Finished:
+    """Run ``shoulders ARGS`` in this process."""
+    out, err, format_warning = io.StringIO(), io.StringIO(), warnings.formatwarning
+    code: Any = None
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main([str(arg) for arg in args])
+    except SystemExit as end:
+        code = end.code
+    finally:
+        warnings.formatwarning = format_warning
+    return Finished(int(code or 0), out.getvalue(), err.getvalue())

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -314,15 +315,22 @@ def world(
     print("\nin each: classification/ (class folders), instances/ (COCO JSON), semantic/ (index masks)")
 
 
-def main() -> None:
-    """The console script: runs a command and turns our errors into one line and their exit code."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command, and turn errors into one line on stderr and an exit code.
+
+    Args:
+        args: command and its arguments; default: those of the process.
+
+    Raises:
+        SystemExit: always, with the exit code.
+    """
     main_rank = os.environ.get("RANK", "0") == "0"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     warnings.formatwarning = lambda message, *where: f"shoulders: {message}\n"  # a line, as of errors
     try:
         with nullcontext() if main_rank else redirect_stdout(None):  # of several processes one tells the outcome
-            app()
+            app(args)
     except ShouldersError as error:
         print(f"shoulders: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

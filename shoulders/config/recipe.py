@@ -202,8 +202,8 @@ class Recipe(Part):
     out: Home = Field(description="folder of the run")
 
     @property
-    def homes(self) -> dict[str, list[str]]:
-        """{teacher: the sources that it is asked about}, of those who are not asked about all."""
+    def teacher_sources(self) -> dict[str, list[str]]:
+        """{teacher: names of its image sources}, for the teachers that are limited to some sources."""
         return {name: spec.sources for name, spec in self.teachers.items() if spec.sources is not None}
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet, bf16
         "cache.pool": cache.pool,
         "cache.pca": cache.pca,
     }
-    homes = {name: {"sources": sorted(set(home))} for name, home in recipe.homes.items()}
+    homes = {name: {"sources": sorted(set(home))} for name, home in recipe.teacher_sources.items()}
     return {name: {"teacher": name, **one.fields, **homes.get(name, {}), **common} for name, one in asked.items()}
 
 

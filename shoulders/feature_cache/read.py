@@ -276,7 +276,10 @@ def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool)
 def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet, views: int) -> dict[str, Index]:
     """The index of the images that each teacher is asked about."""
     every = Index(images, views)
-    return {name: Index(images, views, recipe.homes[name]) if name in recipe.homes else every for name in names}
+    return {
+        name: Index(images, views, recipe.teacher_sources[name]) if name in recipe.teacher_sources else every
+        for name in names
+    }
 
 
 def folder_of(recipe: Recipe) -> Path:

@@ -117,8 +117,8 @@ def check_sources(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
         RecipeError: naming the source that teaches nothing.
     """
     sources = recipe.images.all_sources()
-    asked = {source for home in recipe.homes.values() for source in home}
-    if not own and not recipe.transfer.preserve and len(recipe.homes) == len(recipe.teachers):
+    asked = {source for home in recipe.teacher_sources.values() for source in home}
+    if not own and not recipe.transfer.preserve and len(recipe.teacher_sources) == len(recipe.teachers):
         if idle := [name for name in sources if name not in asked]:
             raise RecipeError(
                 f"images.sources: no teacher is asked about {', '.join(idle)}, and transfer.preserve is 0: these "
@@ -142,7 +142,7 @@ def check_heldout(recipe: Recipe, images: ImageSet) -> None:
     """
     heldout = images.images.ids[images.heldout]
     for name in recipe.teachers:
-        home = recipe.homes.get(name)
+        home = recipe.teacher_sources.get(name)
         count = len(heldout) if home is None else len(images.images.rows_of(home, heldout))
         if count < FEWEST:
             raise too_few(name, count, len(heldout))

@@ -131,11 +131,13 @@ def counted_flops(work: Callable[[], object]) -> int:
 
 def _distillation(folder: Path | str, recipe: Recipe) -> float:
     """Training FLOPs of an image, the mean over the sources: not every teacher is asked about all of them."""
-    if not recipe.homes:
+    if not recipe.teacher_sources:
         return counted_flops(_distil(folder, recipe, {})) / COUNTED
     total = 0.0
     for source, share in open_images(recipe.images, recipe.train.seed).shares().items():
-        rows = {name: torch.arange(COUNTED if source in home else 0) for name, home in recipe.homes.items()}
+        rows = {
+            name: torch.arange(COUNTED if source in sources else 0) for name, sources in recipe.teacher_sources.items()
+        }
         total += share * counted_flops(_distil(folder, recipe, rows)) / COUNTED
     return total
 
