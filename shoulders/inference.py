@@ -99,16 +99,16 @@ def _resize(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadInput:
-    """A head and who gives it features, as `shoulders.tasks.teacher_head_eval` asks it.
+    """A kept head together with the model that computes its input, as `shoulders.tasks.teacher_head_eval` needs them.
 
     Args:
-        graft: the head.
+        head: the head.
         size: (h, w) in px of the images that ``feed`` takes.
         feed: pixels (B, 3, h, w) in [0, 1] -> the features of the head's taps, a teacher's or a student's.
-        names: of a zero-shot head, those of its class names that it is to choose from; default: all.
+        names: the class names that a zero-shot head chooses from; default: all that it keeps.
     """
 
-    graft: Head
+    head: Head
     size: tuple[int, int]
     feed: Callable[[Tensor], dict[str, Features]]
     names: Sequence[str] | None = None
@@ -116,16 +116,16 @@ class HeadInput:
     @property
     def classes(self) -> list[str]:
         """The names of the classes, by index."""
-        return self.graft.classes if self.names is None else list(self.names)
+        return self.head.classes if self.names is None else list(self.names)
 
     @property
     def processor(self) -> Any:
         """The image processor of the head's teacher."""
-        return self.graft.processor
+        return self.head.processor
 
-    def say(self, pixels: Tensor) -> Any:
+    def compute_output(self, pixels: Tensor) -> Any:
         """The head's own output."""
-        return self.graft(self.feed(pixels), **({} if self.names is None else {"classes": self.names}))
+        return self.head(self.feed(pixels), **({} if self.names is None else {"classes": self.names}))
 
 
 def has_classes(fed: HeadInput, names: Sequence[str] | None) -> bool:

@@ -30,8 +30,8 @@ from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.hub import quiet
 from shoulders.hub.card import write_card
 from shoulders.student.config import ShouldersConfig
-from shoulders.teachers.heads import Head, taps_of
-from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads import Head, taps_of_teacher
+from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import FeatureDims, Projector, key, teacher_name
@@ -105,7 +105,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
         )
         self.taps = list(widths)
         self.heads: dict[str, Path] = {}  # the kept heads that lie beside the weights it was loaded from
-        self.grafts: dict[str, list[Head]] = {}  # those in use; in lists, for they are no part of the weights
+        self.loaded_heads: dict[str, list[Head]] = {}  # those in use; in lists, for they are no part of the weights
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> StudentOutput:
@@ -178,9 +178,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
         if name not in self.heads:
             kept = ", ".join(self.heads) or "none; name some in keep_heads: of the recipe"
             raise RecipeError(f"head {name!r}: not kept by this student; it has {kept}")
-        if name not in self.grafts:
-            self.grafts[name] = [open_head(self.heads[name])]
-        return self.grafts[name][0].to(self.device)  # which may have moved since
+        if name not in self.loaded_heads:
+            self.loaded_heads[name] = [open_head(self.heads[name])]
+        return self.loaded_heads[name][0].to(self.device)  # which may have moved since
 
     @torch.no_grad()
     def predict(
@@ -202,9 +202,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
         Returns:
             For each image what the transformers pipeline of the head's task gives.
         """
-        graft = self.head(name)
-        output = graft(taps_of(name, self.predict_teacher_features(pixels)), **prompts)
-        return answers(graft, output, sizes or [(pixels.shape[2], pixels.shape[3])] * len(pixels), threshold)
+        head = self.head(name)
+        output = head(taps_of_teacher(name, self.predict_teacher_features(pixels)), **prompts)
+        return post_process(head, output, sizes or [(pixels.shape[2], pixels.shape[3])] * len(pixels), threshold)
 
     def standardizer(self, tap: str) -> TapStandardizer:
         """The standardizer of a tap."""
@@ -282,8 +282,8 @@ def save_student(
     """
     with quiet():
         student.save_pretrained(folder, state_dict=weights)
-        for name, graft in heads.items():
-            save_head(graft, folder / "heads" / name)
+        for name, head in heads.items():
+            save_head(head, folder / "heads" / name)
     write_card(folder, as_size(tuple(student.config.image_size)), student.encoder.patch_size, student.config.teachers)
 
 

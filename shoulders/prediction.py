@@ -33,7 +33,7 @@ from shoulders.storage.atomic import write_text
 from shoulders.tasks import TASKS
 from shoulders.tasks.data.coco import list_runs
 from shoulders.teachers import load_teacher
-from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads.post_process import post_process
 
 BATCH = 8
 WHOLE = View(0, 0, 1, 1)
@@ -89,7 +89,7 @@ def predict(
         pixels = torch.stack([render(image, WHOLE, size) for _, image in few]).to(student.device) / 255
         sizes = [(image.shape[1], image.shape[2]) for _, image in few]
         latent, outputs = ask_heads(student, names, pixels)
-        said = {name: answers(student.head(name), output, sizes, threshold) for name, output in outputs.items()}
+        said = {name: post_process(student.head(name), output, sizes, threshold) for name, output in outputs.items()}
         said |= {probe.name: _answers(probe, features_of, few, threshold) for probe, features_of in asked}
         for at, (image, _) in enumerate(few):
             told[image] = {

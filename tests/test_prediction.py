@@ -16,7 +16,7 @@ from shoulders.features import Features
 from shoulders.images.pictures import pca_pictures, picture
 from shoulders.model import load
 from shoulders.prediction import _plain, _stems, ask_heads, predict
-from shoulders.teachers.heads import taps_of
+from shoulders.teachers.heads import taps_of_teacher
 from shoulders.world import draw
 from tests.teachers.heads.test_saved import run  # noqa: F401
 
@@ -50,7 +50,7 @@ def test_the_encoder_runs_once_for_all_heads(run: Path) -> None:  # noqa: F811
     torch.testing.assert_close(latent.spatial, student(pixels).latent.spatial)
     told = student.predict_teacher_features(pixels)
     for name, output in outputs.items():
-        alone = student.head(name)(taps_of(name, told))
+        alone = student.head(name)(taps_of_teacher(name, told))
         assert torch.equal(output.logits, alone.logits)
 
 

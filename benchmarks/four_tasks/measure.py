@@ -70,8 +70,8 @@ def by_teacher(job: Job, setting: Setting, labels: Path) -> list[Row]:
     spec = read_recipe(setting.recipe).teachers[job.teacher]
     device = this_device()
     teacher = load_teacher(job.teacher, spec).to(device)
-    graft = load_head(job.teacher, spec, teacher).to(device)
-    head = HeadInput(graft, teacher.size, lambda pixels: teacher(pixels.to(device)))
+    kept_head = load_head(job.teacher, spec, teacher).to(device)
+    head = HeadInput(kept_head, teacher.size, lambda pixels: teacher(pixels.to(device)))
     splits = TASKS[job.task].find(labels / job.labels, "image")
     return rows_of(job, "teacher", HEADS[job.task](head, splits, BATCH, 0), None)
 

@@ -36,7 +36,7 @@ from shoulders.prediction import ask_heads
 from shoulders.storage.atomic import write_text
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
-from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads.post_process import post_process
 
 HERE = Path(__file__).resolve().parent
 LARGE = "large"
@@ -53,7 +53,7 @@ def teachers_side(run: Path) -> Ask:
     specs = read_recipe(run / "recipe.yaml").teachers
     loaded = {name: load_teacher(name, spec).to(device) for name, spec in specs.items()}
     pairs = [(teacher, load_head(name, specs[name], teacher).to(device)) for name, teacher in loaded.items()]
-    return torch.no_grad()(lambda count: [graft(teacher(_pixels(count, teacher.size))) for teacher, graft in pairs])
+    return torch.no_grad()(lambda count: [head(teacher(_pixels(count, teacher.size))) for teacher, head in pairs])
 
 
 def student_side(run: Path) -> Ask:
@@ -79,7 +79,7 @@ def after_side(run: Path) -> Ask:
     student, size = _student(run)
     heads = list(student.heads)
     outputs = cache(lambda count: ask_heads(student, heads, _pixels(count, size))[1])
-    return lambda count: [answers(student.head(name), outputs(count)[name], [size] * count) for name in heads]
+    return lambda count: [post_process(student.head(name), outputs(count)[name], [size] * count) for name in heads]
 
 
 TEACHERS, AFTER = "all teachers with their heads", "after the heads"

@@ -23,7 +23,7 @@ from shoulders.tasks.data.coco import decode
 from shoulders.tasks.data.dense import IGNORED, read_mask
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
-from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads.post_process import post_process
 
 SHOWN = 8  # images, in two blocks of four
 THRESHOLD = 0.5
@@ -139,11 +139,11 @@ TRUTHS: dict[str, Callable[[Any, int, Sequence[str]], Answer]] = {
 def ask_teacher(name: str, spec: TeacherSpec, images: Sequence[Tensor]) -> list[Answer]:
     """What the teacher says, one image at a time: they differ in size."""
     teacher = load_teacher(name, spec).to(this_device())
-    graft = load_head(name, spec, teacher).to(this_device())
+    head = load_head(name, spec, teacher).to(this_device())
     told = []
     for image in images:
         pixels = (render(image, WHOLE, teacher.size)[None] / 255).to(this_device())
-        told += answers(graft, graft(teacher(pixels)), [(image.shape[1], image.shape[2])], THRESHOLD)
+        told += post_process(head, head(teacher(pixels)), [(image.shape[1], image.shape[2])], THRESHOLD)
     return told
 
 

@@ -240,7 +240,7 @@ def teachers(
     if families == (recipe is not None):
         raise RecipeError("give a recipe, or --families")
     if recipe is None:
-        from shoulders.teachers import families as list_families
+        from shoulders.teachers import list_families
 
         rows = list_families()
     else:

@@ -125,7 +125,7 @@ def _zero_shot(
     names = splits.test.images.classes
     rows: Rows = []
     for who, head, fed in _heads(run, {name: spec for name, spec in asked.items() if spec.classes}, models, size):
-        if isinstance(fed.graft, ZeroShot) and has_classes(fed, names):
+        if isinstance(fed.head, ZeroShot) and has_classes(fed, names):
             measured = HEADS["classification"](replace(fed, names=names), splits, batch, workers)
             rows += [
                 {
@@ -172,12 +172,12 @@ def evaluate_heads(
     unfit: list[str] = []
     specs = _asked(run, models, heads=True)
     for name, head, fed in _heads(run, specs, models, size):
-        if isinstance(fed.graft, ZeroShot) and task == "classification":
+        if isinstance(fed.head, ZeroShot) and task == "classification":
             if not has_classes(fed, splits.test.images.classes):
                 continue
             fed = replace(fed, names=splits.test.images.classes)
-        if task_of(fed.graft) == task:
-            check_processor(fed.graft)
+        if task_of(fed.head) == task:
+            check_processor(fed.head)
             on_model(f"{name}, head of {head}")
             try:
                 told = HEADS[task](fed, splits, batch, workers)
@@ -210,8 +210,8 @@ def _heads(
     for name, spec in specs.items():
         if name in student.heads and ("teachers" in models or name in models):
             teacher = load_teacher(name, spec).to(device)
-            graft = load_head(name, spec, teacher).to(device)
-            yield name, name, HeadInput(graft, teacher.size, lambda x, teacher=teacher: teacher(x.to(device)))  # type: ignore[misc]
+            head = load_head(name, spec, teacher).to(device)
+            yield name, name, HeadInput(head, teacher.size, lambda x, teacher=teacher: teacher(x.to(device)))  # type: ignore[misc]
 
 
 def _asked(

@@ -130,7 +130,7 @@ def probe_answers(probe: Probe, features: Features, sizes: Sizes, threshold: flo
         threshold: objects of a lower score are left out.
 
     Returns:
-        As `shoulders.teachers.heads.post_process.answers`.
+        As `shoulders.teachers.heads.post_process.post_process`.
     """
     return KINDS[probe.task].answer(probe, features, sizes, threshold)
 

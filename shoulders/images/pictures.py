@@ -37,7 +37,7 @@ def picture(image: Image.Image, answer: Any, colours: Colours | None = None) -> 
 
     Args:
         image: the original.
-        answer: of this image, as `shoulders.teachers.heads.post_process.answers` gives it.
+        answer: of this image, as `shoulders.teachers.heads.post_process.post_process` gives it.
         colours: of the labels that occur; where they are given nothing is written into the picture, for whoever
             chose them says elsewhere what they mean.
     """

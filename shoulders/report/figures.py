@@ -25,7 +25,7 @@ from shoulders.report.inline import jpeg, png
 from shoulders.report.markup import Image
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.teachers.heads import Head, load_head
-from shoulders.teachers.heads.post_process import answer_kind, answers, prompted, task_of
+from shoulders.teachers.heads.post_process import needs_prompts, post_process, task_of
 
 SIDE, TILE = 400, 160  # px of the longer side of a prediction, and of a small picture
 WHOLE = View(0, 0, 1, 1)
@@ -119,7 +119,7 @@ def _kept_heads(student: ShouldersModel, figures: Figures) -> list[str]:
     found = []
     for name in student.heads:
         try:
-            if answer_kind(student.head(name)) is not prompted:
+            if not needs_prompts(student.head(name)):
                 found.append(name)
         except ShouldersError as error:
             figures.notes.append(f"{error}.")
@@ -165,18 +165,18 @@ def _draw_teacher(
 ) -> None:
     """What there is to show of a teacher, or of its head alone."""
     teacher: Teacher | None = None
-    graft: Head | None = None
+    head: Head | None = None
     try:
         if spec is not None:
             teacher = load_teacher(name, spec).to(this_device())
             if asked.maps:
                 _compare(name, teacher, seen, asked.maps, figures)
             if name in asked.heads:
-                graft = load_head(name, spec, teacher).to(this_device())
+                head = load_head(name, spec, teacher).to(this_device())
     except (ShouldersError, OSError) as error:
         figures.notes.append(f"The teacher {name} is not here, or not as it was ({' '.join(str(error).split())}).")
     try:
-        figures.pairs += _pairs(name, student, teacher, graft, asked.heads.get(name, []))
+        figures.pairs += _pairs(name, student, teacher, head, asked.heads.get(name, []))
     except ShouldersError as error:
         figures.notes.append(f"The head of {name} cannot answer ({error}).")
 
@@ -203,7 +203,7 @@ def _pairs(
     name: str,
     student: ShouldersModel,
     teacher: Teacher | None,
-    graft: Head | None,
+    head: Head | None,
     images: Sequence[tuple[str, Tensor]],
 ) -> Iterator[Pair]:
     """A head's answers to images, on its teacher's features and on the student's."""
@@ -214,9 +214,9 @@ def _pairs(
         sizes = [(shown.height, shown.width)]
         ours = student.predict(name, _pixels(decoded, size).to(student.device), sizes, THRESHOLD)[0]
         theirs = None
-        if teacher is not None and graft is not None:
+        if teacher is not None and head is not None:
             said = teacher(_pixels(decoded, teacher.size).to(teacher.mean.device))
-            theirs = answers(graft, graft(said), sizes, THRESHOLD)[0]
+            theirs = post_process(head, head(said), sizes, THRESHOLD)[0]
         labels = _labels(ours), _labels(theirs)
         both = labels[0] | labels[1]
         colours = palette(list(both))

@@ -39,14 +39,14 @@ class Head(Protocol):
     Attributes:
         classes: the names of its classes, by index.
         processor: the image processor of its teacher.
-        size: (h, w) in px of the images that ``say`` takes.
+        size: (h, w) in px of the images that ``compute_output`` takes.
     """
 
     classes: Sequence[str]
     processor: Any
     size: tuple[int, int]
 
-    def say(self, pixels: Tensor) -> Any:
+    def compute_output(self, pixels: Tensor) -> Any:
         """The head's own output for pixels (B, 3, h, w) in [0, 1]."""
         ...
 
@@ -157,7 +157,7 @@ def _show(head: Head, images: Collection, indices: NDArray[np.int64], batch: int
         for start in range(0, len(indices), batch):
             few = indices[start : start + batch].tolist()
             pairs = list((pool.map if pool else map)(drawn, few))
-            output = head.say(torch.stack([pixels for pixels, _ in pairs]).float() / 255)
+            output = head.compute_output(torch.stack([pixels for pixels, _ in pairs]).float() / 255)
             yield list(range(start, start + len(few))), [size for _, size in pairs], output
 
 

@@ -328,7 +328,7 @@ def row_of(tree: Mapping[str, Any]) -> str:
     return with_backbone if is_one else model_type
 
 
-def families() -> list[dict[str, str]]:
+def list_families() -> list[dict[str, str]]:
     """The table in words, one row per model type: kind, taps, default taps, size rule."""
     return [
         {

@@ -57,7 +57,7 @@ def fed(name: str) -> HeadInput:
 @pytest.mark.parametrize("name", LEAST)
 def test_shipped_teachers_are_good_at_their_own_job_and_at_no_other_style(name: str, world: Path) -> None:
     head = fed(name)
-    task = task_of(head.graft)
+    task = task_of(head.head)
     assert task is not None
     metric, least = LEAST[name]
     values = {}
@@ -78,7 +78,7 @@ def test_top1_and_miou_are_those_counted_by_hand(world: Path) -> None:
     files = sorted((world / "studio" / "classification" / "test").rglob("*.png"))
     for file in files:
         pixels = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None] / 255
-        hits += CLASSES[int(head.say(pixels).logits.argmax())] == file.parent.name
+        hits += CLASSES[int(head.compute_output(pixels).logits.argmax())] == file.parent.name
     assert told == pytest.approx(hits / len(files))
 
     head = fed("segmenter")
@@ -90,7 +90,7 @@ def test_top1_and_miou_are_those_counted_by_hand(world: Path) -> None:
     for file in sorted((world / "paper" / "semantic" / "images" / "test").glob("*.png")):
         pixels = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)[None] / 255
         logits = torch.nn.functional.interpolate(
-            head.say(pixels).logits, (96, 96), mode="bilinear", align_corners=False
+            head.compute_output(pixels).logits, (96, 96), mode="bilinear", align_corners=False
         )
         truth = torch.from_numpy(np.asarray(Image.open(str(file).replace("images", "annotations"))).copy())
         right, total = right + int((logits[0].argmax(0) == truth).sum()), total + truth.numel()

@@ -14,7 +14,7 @@ from torch import Tensor
 from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
-from shoulders.teachers import FAMILIES, Teacher, families, load_teacher
+from shoulders.teachers import FAMILIES, Teacher, list_families, load_teacher
 from shoulders.teachers.describe import count_flop
 
 WriteTiny = Callable[..., Path]
@@ -196,7 +196,7 @@ def assert_as_declared(teacher: Teacher, said: dict[str, Features], images: int)
 def test_every_family_has_a_test() -> None:
     assert set(ORIGINALS) == set(FAMILIES)
     assert len(FAMILIES) >= 20
-    assert [row["model type"] for row in families()] == list(FAMILIES)
+    assert [row["model type"] for row in list_families()] == list(FAMILIES)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))

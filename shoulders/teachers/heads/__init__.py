@@ -4,7 +4,7 @@
 """
 
 from shoulders.teachers.heads.cuts import HEADS, HeadSpec, Taps
-from shoulders.teachers.heads.head import TeacherHead, taps_of
+from shoulders.teachers.heads.head import TeacherHead, taps_of_teacher
 from shoulders.teachers.heads.load import Head, check_head, head_class, load_head, read_processor
 from shoulders.teachers.heads.zero_shot import PADDING, Names, ZeroShot, open_zero_shot
 
@@ -22,5 +22,5 @@ __all__ = [
     "load_head",
     "open_zero_shot",
     "read_processor",
-    "taps_of",
+    "taps_of_teacher",
 ]

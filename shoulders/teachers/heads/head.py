@@ -90,7 +90,7 @@ class TeacherHead(nn.Module):
         return self.model(pixel_values=pixels, **prompts)
 
 
-def taps_of(name: str, told: Taps) -> dict[str, Features]:
+def taps_of_teacher(name: str, told: Taps) -> dict[str, Features]:
     """The features of one teacher under its own names: ``segmenter/stage3`` -> ``stage3``."""
     return {tap.split("/", 1)[1]: features for tap, features in told.items() if tap.startswith(f"{name}/")}
 

@@ -14,7 +14,7 @@ from shoulders.teachers.heads import Head, TeacherHead, ZeroShot
 Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
 
 
-def answers(graft: Head, output: Any, sizes: Sizes, threshold: float = 0.5) -> list[Any]:
+def post_process(graft: Head, output: Any, sizes: Sizes, threshold: float = 0.5) -> list[Any]:
     """What a head's output means for each image, in the form of the transformers pipeline of its task.
 
     Args:
@@ -51,6 +51,11 @@ def answer_kind(graft: Head) -> Callable[..., list[Any]]:
     """The function of `ANSWERS` for a head."""
     name = type(graft.model).__name__
     return next(function for ending, function in ANSWERS.items() if name.endswith(ending))
+
+
+def needs_prompts(head: Head) -> bool:
+    """Whether a head takes points or boxes beside the image."""
+    return answer_kind(head) is prompted
 
 
 def task_of(graft: Head) -> str | None:

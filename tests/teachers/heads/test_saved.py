@@ -18,8 +18,8 @@ from shoulders.config.recipe import Recipe, TeacherSpec
 from shoulders.distillation import distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.teachers import load_teacher
-from shoulders.teachers.heads import load_head, taps_of
-from shoulders.teachers.heads.post_process import answers
+from shoulders.teachers.heads import load_head, taps_of_teacher
+from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from tests.teachers.conftest import RF_DETR, TINY, VIT
 from tests.tiny import save_base, save_images
@@ -107,7 +107,7 @@ def test_classes_are_scored_as_by_the_transformers_pipeline(settings: dict[str, 
     graft = load_head("t", spec, teacher)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-    (ours,) = answers(graft, graft(teacher(pixels)), [(32, 32)])
+    (ours,) = post_process(graft, graft(teacher(pixels)), [(32, 32)])
     theirs = hf.pipeline("image-classification", model=str(tmp_path))(Image.fromarray(image))
     assert [one["label"] for one in ours] == [one["label"] for one in theirs]
     assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
@@ -163,10 +163,10 @@ def test_taps_that_a_kept_head_reads_are_inherited_on_their_match_teacher_grid(r
     told = student.predict_teacher_features(torch.rand(2, 3, 32, 32))
     own = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
     head = student.head("segformer")
-    for tap, features in taps_of("segformer", told).items():
+    for tap, features in taps_of_teacher("segformer", told).items():
         wanted = head.taps[tap].grid
         assert all(have >= want for have, want in zip(features.grid, wanted, strict=True))
-    assert taps_of("resnet", told)["stage3"].grid <= own  # this one was not kept
+    assert taps_of_teacher("resnet", told)["stage3"].grid <= own  # this one was not kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,9 +179,9 @@ def test_a_head_on_disk_says_what_it_said(kind: str, tmp_path: Path) -> None:
     assert kept < whole
     taught = teacher(torch.rand(2, 3, *teacher.size))
     prompts = {"input_points": torch.full((2, 1, 1, 2), 20.0)} if kind == "sam" else {}
-    before = answers(graft, graft(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    before = post_process(graft, graft(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
     opened = open_head(tmp_path / "head")
-    after = answers(opened, opened(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    after = post_process(opened, opened(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
     assert len(before) == 2
     assert plain(before) == plain(after)
 
@@ -206,7 +206,7 @@ def test_answers_are_those_of_the_transformers_pipelines(tmp_path: Path) -> None
     truth = hf.AutoImageProcessor.from_pretrained(str(spec.model)).post_process_object_detection(
         output, threshold=0.3, target_sizes=[(100, 200)]
     )[0]
-    told = answers(graft, graft(teacher(pixels)), [(100, 200)], threshold=0.3)[0]
+    told = post_process(graft, graft(teacher(pixels)), [(100, 200)], threshold=0.3)[0]
     assert [one["score"] for one in told] == pytest.approx(truth["scores"].tolist())
     assert torch.tensor([list(one["box"].values()) for one in told]).allclose(truth["boxes"])
     assert list(told[0]["box"]) == ["xmin", "ymin", "xmax", "ymax"]
@@ -230,7 +230,7 @@ def test_heads_without_their_processor_say_so(tmp_path: Path) -> None:
     graft = load_head("t", spec, teacher)
     if graft.processor is None:
         with pytest.raises(RecipeError, match="preprocessor_config"):
-            answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+            post_process(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 
 def test_masks_of_a_detector_with_another_processor_are_refused(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_masks_of_a_detector_with_another_processor_are_refused(tmp_path: Path) 
     graft = load_head("t", spec, teacher)
     if not hasattr(graft.processor, "post_process_instance_segmentation"):  # it needs torchvision
         with pytest.raises(RecipeError, match="install torchvision"):
-            answers(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+            post_process(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 
 def test_keep_heads_names_teachers() -> None:

@@ -18,7 +18,7 @@ from shoulders.errors import RecipeError
 from shoulders.evaluation.evaluate import evaluate, evaluate_heads
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.teachers.heads import PADDING, ZeroShot, check_head, load_head
-from shoulders.teachers.heads.post_process import answers, task_of
+from shoulders.teachers.heads.post_process import post_process, task_of
 from shoulders.teachers.heads.saved import open_head, save_head
 from tests.tiny import save_base, save_images
 from tests.towers import LONGEST, NAMES, save_dual, save_tokenizer
@@ -101,7 +101,7 @@ def test_on_disk_it_stays_the_same_and_leaves_both_towers_behind(kind: str, tmp_
     opened = open_head(tmp_path / "head")
     assert torch.equal(opened(taught).logits, head(taught).logits)
     assert opened.classes == list(NAMES) and task_of(opened) == "classification"
-    told = answers(opened, opened(taught), [(32, 32)] * 2)
+    told = post_process(opened, opened(taught), [(32, 32)] * 2)
     assert [len(one) for one in told] == [5, 5]
     assert all(set(answer) == {"label", "score"} for answer in told[0])
     assert [answer["score"] for answer in told[0]] == sorted((a["score"] for a in told[0]), reverse=True)
@@ -116,7 +116,7 @@ def test_other_names_need_the_text_tower(tmp_path: Path) -> None:
     assert torch.equal(some.logits, head(taught).logits[:, [4, 0]])
     new = opened(taught, classes=["cat", "drawing"])
     assert new.classes == ("cat", "drawing") and torch.allclose(new.logits[:, 0], some.logits[:, 1])
-    assert answers(opened, new, [(32, 32)] * 2)[0][0]["label"] in ("cat", "drawing")
+    assert post_process(opened, new, [(32, 32)] * 2)[0][0]["label"] in ("cat", "drawing")
     shutil.rmtree(tmp_path / "teacher")
     assert torch.equal(opened(taught, classes=["house", "cat"]).logits, some.logits)
     with pytest.raises(RecipeError, match=r"classes: drawing: not kept; this head keeps cat, dog, .*text tower"):
