@@ -20,17 +20,17 @@ import torch
 from torch import Tensor
 
 from shoulders.config.recipe import Recipe, as_size, dump_recipe
-from shoulders.distributed.context import DistContext, join
+from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.distributed.device import use_bf16
-from shoulders.distributed.sharding import gathered, share, synced, whole
-from shoulders.distributed.signals import signals
+from shoulders.distributed.sharding import gather_state, sync_gradients, unsharded, wrap_model
+from shoulders.distributed.signals import catch_signals
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError
 from shoulders.feature_cache import AnyTeachers, open_cache
 from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped, in_order
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
 from shoulders.storage.atomic import write_folder, write_text
-from shoulders.storage.locks import alone
+from shoulders.storage.locks import run_lock
 from shoulders.storage.results import read_rows, upsert_results
 from shoulders.student.base import load_base
 from shoulders.teachers import Teacher, Teachers, load_teacher
@@ -65,44 +65,44 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
     """
     started = time.perf_counter()
-    with join() as rank, ExitStack() as held:
-        check(recipe, own or {}, rank, resume)
-        rank.barrier()  # nobody writes before all have checked
-        held.enter_context(alone(recipe.out, rank))
+    with init_distributed() as dist, ExitStack() as held:
+        check(recipe, own or {}, dist, resume)
+        dist.barrier()  # nobody writes before all have checked
+        held.enter_context(run_lock(recipe.out, dist))
         check_out(recipe, resume)  # once more: another run may have ended there since
-        if rank.is_main:
+        if dist.is_main:
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
         if resume and _finished(recipe):
-            rank.log(f"{recipe.out} is finished already")
+            dist.log(f"{recipe.out} is finished already")
             return _summary_of(recipe)
-        run = prepare(recipe, own or {}, rank)
-        heads = kept_heads(recipe, run.teachers, rank)  # what cannot be kept is not found out after the last step
+        run = prepare(recipe, own or {}, dist)
+        heads = kept_heads(recipe, run.teachers, dist)  # what cannot be kept is not found out after the last step
         measures = run.train(resume)
         seconds = run.before + time.perf_counter() - started
         summary = {"out": str(recipe.out), "steps": recipe.train.steps, "seconds": seconds}
         summary |= measures
-        weights = gathered(run.student.state_dict(), rank)
-        if rank.is_main:
+        weights = gather_state(run.student.state_dict(), dist)
+        if dist.is_main:
             write_folder(recipe.out / "student", partial(save_student, run.student, heads=heads, weights=weights))
             upsert_results(recipe.out / "results.json", _rows(summary))
-        rank.barrier()
+        dist.barrier()
         return summary
 
 
-def prepare(recipe: Recipe, own: Mapping[str, Teacher], rank: DistContext) -> Run:
+def prepare(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext) -> Run:
     """Open the images, load the teachers or their cache, and bring a student into the world."""
     images = open_images(recipe.images, recipe.train.seed)
     check_heldout(recipe, images)
-    bf16 = use_bf16(recipe.train.precision, rank.device)
-    teachers = open_cache(recipe, own, images, bf16, rank) or Teachers(
+    bf16 = use_bf16(recipe.train.precision, dist.device)
+    teachers = open_cache(recipe, own, images, bf16, dist) or Teachers(
         {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own), bf16=bf16
     )
     torch.manual_seed(recipe.train.seed)
     learner = DistillationModule(init_student(recipe, teachers), recipe)
-    rank.log(f"{len(images)} images to learn from, {len(images.heldout)} held out; base {recipe.student.base}")
+    dist.log(f"{len(images)} images to learn from, {len(images.heldout)} held out; base {recipe.student.base}")
     for tap, facts in teachers.taps.items():
-        rank.log(f"  {tap}: summary {facts.summary or '-'}, spatial {facts.spatial or '-'} on {facts.grid}")
-    return Run(recipe, learner, teachers, images, rank)
+        dist.log(f"  {tap}: summary {facts.summary or '-'}, spatial {facts.spatial or '-'} on {facts.grid}")
+    return Run(recipe, learner, teachers, images, dist)
 
 
 RESUME_INVARIANTS = {
@@ -118,9 +118,9 @@ class Run:
     """One run in progress: images, teachers and the student's state, and the loop over them."""
 
     def __init__(
-        self, recipe: Recipe, learner: DistillationModule, teachers: AnyTeachers, images: ImageSet, rank: DistContext
+        self, recipe: Recipe, learner: DistillationModule, teachers: AnyTeachers, images: ImageSet, dist: DistContext
     ):
-        self.recipe, self.learner, self.teachers, self.images, self.rank = recipe, learner, teachers, images, rank
+        self.recipe, self.learner, self.teachers, self.images, self.dist = recipe, learner, teachers, images, dist
         self.student = learner.student
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
@@ -131,10 +131,10 @@ class Run:
         self.frozen = fingerprint(
             self.student.encoder.base, teachers, facts=(teachers.taps, teachers.sizes, pixels, own)
         )
-        self.module = share(learner, self.student.encoder.base, teachers, recipe.train.parallel, rank)
+        self.module = wrap_model(learner, self.student.encoder.base, teachers, recipe.train.parallel, dist)
         self.optimization = Optimizers(learner, recipe.train)  # of what this rank holds of them
-        self.finite = torch.ones((), dtype=torch.bool, device=rank.device)
-        self.autocast = partial(torch.autocast, rank.device.type, torch.bfloat16, enabled=teachers.bf16)
+        self.finite = torch.ones((), dtype=torch.bool, device=dist.device)
+        self.autocast = partial(torch.autocast, dist.device.type, torch.bfloat16, enabled=teachers.bf16)
         self.forward: Callable[..., Any] = self.module
         if recipe.train.compile and recipe.teacher_sources:
             # how many images a teacher is asked about changes from step to step: what meets them would be compiled anew
@@ -144,23 +144,23 @@ class Run:
 
     def train(self, resume: bool) -> dict[str, float]:
         """From the first step, or the newest checkpoint, to the last. Returns the last held-out measures."""
-        train, rank = self.recipe.train, self.rank
+        train, dist = self.recipe.train, self.dist
         first = self._resume() if resume else 0
         if first == 0:
             self.calibrate()
-        rank.log(f"asking the teachers about {len(self.images.heldout)} held-out images")
+        dist.log(f"asking the teachers about {len(self.images.heldout)} held-out images")
         heldout = HeldOutSet(self._taught(self._heldout_batches()), self.student, self.size)
         bad = self.recipe.out / "skipped.jsonl"
-        if first == 0 and rank.is_main:
+        if first == 0 and dist.is_main:
             bad.unlink(missing_ok=True)  # of an earlier try: what was wrong then may have been put right
-        rank.barrier()
-        report = SkipReport(bad, len(self.images.images), self.recipe.images.max_unreadable, rank.is_main)
+        dist.barrier()
+        report = SkipReport(bad, len(self.images.images), self.recipe.images.max_unreadable, dist.is_main)
         report.add(heldout.skipped)
         skipped: list[Skipped] = []
         with (
-            signals() as asked,
-            MetricLogger(self.recipe.out, first, train, rank.is_main) as journal,
-            closing(self._batches(first, train.steps, rank.index, rank.world)) as stream,
+            catch_signals() as asked,
+            MetricLogger(self.recipe.out, first, train, dist.is_main) as journal,
+            closing(self._batches(first, train.steps, dist.rank, dist.world_size)) as stream,
         ):
             measures = journal.last_evaluation() if first else self._evaluate(heldout, journal, 0)
             for step, batch in enumerate(stream, first + 1):
@@ -172,14 +172,14 @@ class Run:
                     step == train.steps or step % every == 0
                     for every in (train.log_every, train.evaluate_every, train.save_every)
                 )
-                stop = rank.any(bool(asked))
+                stop = dist.any(bool(asked))
                 if not (log or evaluate or save or stop):
                     continue  # nothing waits for the device
-                report.add([skip for said in rank.gather(skipped) for skip in said])
+                report.add([skip for said in dist.gather(skipped) for skip in said])
                 skipped = []
                 self._stop_unless_finite(step)
                 if log:
-                    journal.train(step, rank.means(terms | {"loss": loss}), self.optimization.lr(step), norm.item())
+                    journal.train(step, dist.means(terms | {"loss": loss}), self.optimization.lr(step), norm.item())
                 if evaluate:
                     measures = self._evaluate(heldout, journal, step)
                 if save or stop:
@@ -192,12 +192,12 @@ class Run:
     def step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """One update from one batch, in ``accumulate`` parts. Nothing here waits for the device."""
         self.learner.train()
-        parts = batch.to(self.rank.device).split(len(batch) // self.recipe.train.accumulate)
+        parts = batch.to(self.dist.device).split(len(batch) // self.recipe.train.accumulate)
         losses, told = [], []
         for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
             asked = self.asked(part)
             taught = self.teach(part, asked)
-            with self.autocast(), synced(self.module, i == len(parts) - 1):
+            with self.autocast(), sync_gradients(self.module, i == len(parts) - 1):
                 loss, terms = self.forward(part.pixels(self.size), taught, coins, asked)
                 (loss / len(parts)).backward()
             losses.append(loss.detach())
@@ -213,7 +213,7 @@ class Run:
             name: self.images.images.rows_of(home, batch.ids.numpy())
             for name, home in self.recipe.teacher_sources.items()
         }
-        return {name: torch.from_numpy(one).to(self.rank.device, non_blocking=True) for name, one in rows.items()}
+        return {name: torch.from_numpy(one).to(self.dist.device, non_blocking=True) for name, one in rows.items()}
 
     def teach(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:
         """What the teachers say of the batch; the base is one of them where it is to be preserved, or only read."""
@@ -226,12 +226,12 @@ class Run:
         return {tap: features.map(in_order) for tap, features in taught.items()}
 
     def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features], dict[str, Tensor]]]:
-        for batch in (batch.to(self.rank.device) for batch in stream):
+        for batch in (batch.to(self.dist.device) for batch in stream):
             asked = self.asked(batch)
             taught = self.teach(batch, asked)
             yield batch, {tap: taught[tap] for tap in self.student.taps}, asked
 
-    def _batches(self, first: int, steps: int, rank: int, world: int) -> Generator[Batch, None, None]:
+    def _batches(self, first: int, steps: int, rank: int, world_size: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
         train = self.recipe.train
         return batches(
@@ -243,7 +243,7 @@ class Run:
             first_step=first,
             steps=steps - first,
             rank=rank,
-            world=world,
+            world_size=world_size,
             decoded_for=self.sizes,
         )
 
@@ -264,7 +264,7 @@ class Run:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
         generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
         coins = torch.rand(self.recipe.train.batch, len(self.learner.shares), generator=generator)
-        return coins.chunk(self.rank.world)[self.rank.index].to(self.rank.device)
+        return coins.chunk(self.dist.world_size)[self.dist.rank].to(self.dist.device)
 
     def calibrate(self) -> None:
         """Fit the standardizers on the first ``calibration`` images; every rank does the same, to the same bits."""
@@ -274,7 +274,7 @@ class Run:
         moments: dict[str, dict[str, Moments]] = {}
         images: Counter[str] = Counter()  # by tap
         steps = -(-how.calibration_images // train.batch)
-        self.rank.log(f"fitting the standardizers ({how.standardize}) on {steps * train.batch} images")
+        self.dist.log(f"fitting the standardizers ({how.standardize}) on {steps * train.batch} images")
         # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
         parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
         for _, taught, _ in self._taught(parts):
@@ -295,25 +295,25 @@ class Run:
 
     def _evaluate(self, heldout: HeldOutSet, journal: MetricLogger, step: int) -> dict[str, float]:
         self.learner.eval()
-        with self.autocast(), self.optimization.averaged(), whole(self.learner):
-            numbers, per_teacher = heldout.measure(self.student, self.rank.device)
+        with self.autocast(), self.optimization.averaged(), unsharded(self.learner):
+            numbers, per_teacher = heldout.measure(self.student, self.dist.device)
         journal.evaluation(step, numbers, per_teacher)
         return numbers
 
     def _stop_unless_finite(self, step: int) -> None:
-        if self.rank.any(not self.finite.item()):
+        if self.dist.any(not self.finite.item()):
             raise NumericError(
                 f"the gradients are no longer finite at step {step}; start again in another out with a lower train.lr "
                 f"or train.precision=fp32, or look at what the teachers say"
             )
 
     def _save(self, step: int) -> None:
-        tensors = gathered(self.optimization.tensors(), self.rank)
-        if self.rank.is_main:
+        tensors = gather_state(self.optimization.tensors(), self.dist)
+        if self.dist.is_main:
             folder = self.recipe.out / "checkpoints"
             state = self._began_with() | {"seconds": self.before + time.perf_counter() - self.began}
             save_checkpoint(folder, step, tensors, state, self.recipe.train.keep_checkpoints)
-        self.rank.barrier()
+        self.dist.barrier()
 
     def _began_with(self) -> dict[str, Any]:
         """What a run that goes on must find again, beside its recipe."""
@@ -323,9 +323,9 @@ class Run:
 
     def _resume(self) -> int:
         """The step of the newest checkpoint that verifies, after taking its tensors; 0 where there is none."""
-        saved = load_newest(self.recipe.out / "checkpoints", self.rank.log)
+        saved = load_newest(self.recipe.out / "checkpoints", self.dist.log)
         if saved is None:
-            self.rank.log(f"{self.recipe.out}: no checkpoint to go on from; starting with the first step")
+            self.dist.log(f"{self.recipe.out}: no checkpoint to go on from; starting with the first step")
             return 0
         tensors, state = saved
         now = self._began_with()
@@ -337,7 +337,7 @@ class Run:
         return int(state["step"])
 
 
-def kept_heads(recipe: Recipe, teachers: AnyTeachers, rank: DistContext) -> dict[str, Head]:
+def kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) -> dict[str, Head]:
     """The heads that the student will keep, from their teachers' own checkpoints; on the rank that writes them.
 
     Raises:
@@ -349,8 +349,8 @@ def kept_heads(recipe: Recipe, teachers: AnyTeachers, rank: DistContext) -> dict
         try:
             check_processor(head)
         except RecipeError as error:  # the head itself can be kept and asked in Python
-            rank.log(f"keep_heads: {name}: {error}")
-    return heads if rank.is_main else {}
+            dist.log(f"keep_heads: {name}: {error}")
+    return heads if dist.is_main else {}
 
 
 def init_student(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:

@@ -27,7 +27,7 @@ from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
 from shoulders.images import ImageSet, open_source
 from shoulders.planning import plan
-from shoulders.storage.locks import RUN, FileLocks
+from shoulders.storage.locks import RUN_LOCK, FileLocks
 from shoulders.training.checkpoint import checkpoints, load_checkpoint
 from shoulders.training.logger import MetricLogger
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
@@ -411,7 +411,7 @@ def test_a_run_goes_on_only_in_the_order_that_it_began_with(world: Path, quiet_r
 
 
 def test_a_folder_holds_one_run_at_a_time(world: Path, tmp_path: Path) -> None:
-    with FileLocks(tmp_path / "run").claim(RUN):
+    with FileLocks(tmp_path / "run").claim(RUN_LOCK):
         with pytest.raises(RecipeError, match=rf"out: .* is in use by process {os.getpid()} on .*; wait for it"):
             run(world, tmp_path / "run")
         assert not (tmp_path / "run" / "recipe.yaml").exists()

@@ -1,1 +1,1 @@
-"""One process or many: ranks, devices, shards, signals."""
+"""One process or many: ranks, devices, sharded weights, signals."""

@@ -1,4 +1,4 @@
-"""One process or many under torchrun: who am I, which device, and what all ranks must agree on."""
+"""One process or many under torchrun: rank, world size, device, and the exchanges between ranks."""
 
 from __future__ import annotations
 
@@ -10,84 +10,97 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
+from torch import Tensor, distributed
 
 from shoulders.distributed.device import this_device
 
-WRITING = timedelta(hours=2)
+TIMEOUT = timedelta(minutes=2)  # of one exchange: a lost rank ends the others within it
+WRITE_TIMEOUT = timedelta(hours=2)  # of a barrier: the main rank may write a large model to a slow disk
 
 
 @dataclass(frozen=True)
 class DistContext:
-    """This process among ``world`` ones; rank 0 of 1 without torchrun."""
+    """This process among ``world_size`` processes; rank 0 of 1 without torchrun.
 
-    index: int
-    world: int
+    Attributes:
+        rank: the number of this process.
+        world_size: the number of processes.
+        device: where this process computes.
+        control_group: gloo group for flags and Python objects, which are on the CPU whatever the device.
+        barrier_group: gloo group for barriers, with the long timeout `WRITE_TIMEOUT`.
+    """
+
+    rank: int
+    world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # ranks talk here of what is not on the device, without waiting for it
-    patient: dist.ProcessGroup | None = None  # and wait here for one that writes
+    control_group: distributed.ProcessGroup | None = None
+    barrier_group: distributed.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
-        """The one that writes and prints."""
-        return self.index == 0
+        """Whether this is rank 0, which writes files and prints."""
+        return self.rank == 0
 
     def log(self, line: str) -> None:
-        """A line for the person who watches."""
+        """Print a line to stderr, on the main rank."""
         if self.is_main:
             print(line, file=sys.stderr, flush=True)
 
-    def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over the ranks."""
-        if self.world == 1:
+    def mean(self, value: Tensor) -> Tensor:
+        """Mean of a tensor over the ranks."""
+        if self.world_size == 1:
             return value
         total = value.clone()
-        dist.all_reduce(total)
-        return total / self.world
+        distributed.all_reduce(total)
+        return total / self.world_size
 
-    def means(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """The mean of each scalar over the ranks where it is a number, in one exchange."""
-        mine = torch.stack([value.detach() for value in values.values()])
-        known = ~mine.isnan()
-        total, count = self.mean(torch.stack([mine.where(known, 0), known.to(mine.dtype)]))
-        return dict(zip(values, (total / count).tolist(), strict=True))
+    def means(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """Mean of each scalar over the ranks where it is not NaN, in one exchange."""
+        values = torch.stack([scalar.detach() for scalar in scalars.values()])
+        valid = ~values.isnan()
+        total, count = self.mean(torch.stack([values.where(valid, 0), valid.to(values.dtype)]))
+        return dict(zip(scalars, (total / count).tolist(), strict=True))
 
-    def any(self, claim: bool) -> bool:
-        """Whether the claim holds on any rank: all then act alike."""
-        if self.world == 1:
-            return claim
-        flag = torch.tensor(int(claim))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(flag)
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank; every rank gets the same result."""
+        if self.world_size == 1:
+            return flag
+        highest = torch.tensor(int(flag))
+        distributed.all_reduce(highest, op=distributed.ReduceOp.MAX, group=self.control_group)
+        return bool(highest)
 
-    def gather(self, mine: object) -> list:
-        """What every rank has to say, in the order of ranks."""
-        if self.world == 1:
-            return [mine]
-        everything: list = [None] * self.world
-        dist.all_gather_object(everything, mine, group=self.control)
-        return everything
+    def gather(self, value: object) -> list:
+        """The values of all ranks, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list = [None] * self.world_size
+        distributed.all_gather_object(values, value, group=self.control_group)
+        return values
 
     def barrier(self) -> None:
-        """Wait for all ranks, as long as writing a large model to a slow disk may take."""
-        if self.world > 1:
-            dist.barrier(self.patient)
+        """Wait for all ranks, at most `WRITE_TIMEOUT`."""
+        if self.world_size > 1:
+            distributed.barrier(self.barrier_group)
 
 
 @contextmanager
-def join(timeout_s: int = 120) -> Iterator[DistContext]:
-    """Join the other ranks that torchrun started, if any; a lost rank ends the others within ``timeout_s``."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = this_device(local)
+def init_distributed(timeout: timedelta = TIMEOUT) -> Iterator[DistContext]:
+    """Join the process group that torchrun started, if any, and leave it at the end.
+
+    Args:
+        timeout: of one exchange between ranks.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world == 1:
+    if world_size == 1:
         yield DistContext(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        control, patient = dist.new_group(backend="gloo"), dist.new_group(timeout=WRITING, backend="gloo")
-        yield DistContext(dist.get_rank(), world, device, control, patient)
+        control_group = distributed.new_group(backend="gloo")
+        barrier_group = distributed.new_group(timeout=WRITE_TIMEOUT, backend="gloo")
+        yield DistContext(distributed.get_rank(), world_size, device, control_group, barrier_group)
     finally:
-        dist.destroy_process_group()
+        distributed.destroy_process_group()

@@ -11,27 +11,27 @@ from types import FrameType
 
 
 @contextmanager
-def signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT put themselves into.
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list instead of ending the process.
 
-    Launchers send a signal more than once; only a second Ctrl-C, a second or more after the first, ends the process
-    at once. Outside the main thread, where no signal arrives, the list stays empty.
+    Launchers send a signal more than once, so only a second Ctrl-C, one second or more after the first signal, ends the
+    process at once. Outside the main thread, which alone receives signals, the list stays empty.
     """
-    asked: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield received
         return
-    first: list[float] = []
+    times: list[float] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        first.append(time.monotonic())
-        if number == signal.SIGINT and first[-1] - first[0] > 1:
+    def record(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        times.append(time.monotonic())
+        if number == signal.SIGINT and times[-1] - times[0] > 1:
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

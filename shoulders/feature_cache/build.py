@@ -22,7 +22,7 @@ from zlib_ng import zlib_ng
 
 from shoulders.config.recipe import Recipe
 from shoulders.distributed.device import this_device, use_bf16
-from shoulders.distributed.signals import signals
+from shoulders.distributed.signals import catch_signals
 from shoulders.errors import Interrupted
 from shoulders.feature_cache import store
 from shoulders.feature_cache.ask import TeacherRunner, refusal
@@ -116,7 +116,7 @@ class Builder:
         self.path.mkdir(parents=True, exist_ok=True)
         names, told = self.unfinished(), False
         views = sum(map(self.missing, names))
-        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, signals() as self.asked_to_stop:
+        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, catch_signals() as self.asked_to_stop:
             while left := self._shards_left(names):
                 with ExitStack() as held:
                     ours = self._claim(left, held)

@@ -46,7 +46,7 @@ def build_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[st
         check_room(builder.path, needed_bytes(builder))
         builder.work()
         builder.finish()
-    builder.claims.tidy()
+    builder.claims.remove_stale()
     return info_cache(recipe) | {"seconds": time.perf_counter() - started}
 
 

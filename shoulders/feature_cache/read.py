@@ -234,7 +234,7 @@ AnyTeachers = Teachers | CachedTeachers
 
 
 def open_cache(
-    recipe: Recipe, own: Mapping[str, Teacher], images: ImageSet, bf16: bool, rank: DistContext
+    recipe: Recipe, own: Mapping[str, Teacher], images: ImageSet, bf16: bool, dist: DistContext
 ) -> CachedTeachers | None:
     """The teachers of a recipe out of its cache, or None where they are to be asked live; the same on all ranks.
 
@@ -250,10 +250,10 @@ def open_cache(
     except (DataError, RecipeError) as error:
         if recipe.cache.mode == "require":
             raise
-        rank.log(f"asking the teachers live, not from the cache: {error}")
-    if rank.any(cached is None):
+        dist.log(f"asking the teachers live, not from the cache: {error}")
+    if dist.any(cached is None):
         return None
-    rank.log(f"teachers out of {recipe.cache.path} ({recipe.cache.dtype})")
+    dist.log(f"teachers out of {recipe.cache.path} ({recipe.cache.dtype})")
     return cached
 
 

@@ -38,7 +38,7 @@ def batches(
     steps: int,
     first_step: int = 0,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     decoded_for: Sequence[Size] = (),
 ) -> Generator[Batch, None, None]:
     """This rank's part of the batches of steps [first_step, first_step + steps).
@@ -59,12 +59,14 @@ def batches(
         decoded_for: further sizes that are not drawn, but that decoding allows for as if they were.
 
     Raises:
-        RecipeError: batch not divisible by world.
+        RecipeError: batch not divisible by world_size.
         DataError: an image could not be decoded, nor any of 20 others tried in its place.
     """
-    if batch % world:
-        raise RecipeError(f"train.batch={batch} cannot be shared by {world} ranks; make it a multiple of {world}")
-    share = batch // world
+    if batch % world_size:
+        raise RecipeError(
+            f"train.batch={batch} cannot be shared by {world_size} ranks; make it a multiple of {world_size}"
+        )
+    share = batch // world_size
 
     def wanted() -> Iterator[NDArray[np.int64]]:
         for step in range(first_step, first_step + steps):

@@ -17,7 +17,7 @@ import torch
 
 from shoulders.config.recipe import Recipe
 from shoulders.distillation import ASKED_AT_ONCE, Run, prepare
-from shoulders.distributed.context import join
+from shoulders.distributed.context import init_distributed
 from shoulders.distributed.device import environment, peak_memory_gib, use_bf16
 from shoulders.errors import DataError, RecipeError, SpaceError
 from shoulders.feature_cache import CachedTeachers, plan_cache
@@ -71,17 +71,17 @@ def plan(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise RecipeError(f"plan: measures one process, not {processes}; start it without torchrun")
-    with join() as rank:
-        check_training(recipe, own, rank)
+    with init_distributed() as dist:
+        check_training(recipe, own, dist)
         check_writable("out", recipe.out)
-        check_int8(recipe, rank.log)
-        return _measure(prepare(recipe, own, rank), recipe, own)
+        check_int8(recipe, dist.log)
+        return _measure(prepare(recipe, own, dist), recipe, own)
 
 
 def _measure(run: Run, recipe: Recipe, own: Mapping[str, Teacher]) -> dict[str, Any]:
     compiled, run.forward = run.forward, run.learner  # nothing can be counted or watched in what is compiled
     memory = _fit(run)
-    run.rank.log("measuring a few steps")
+    run.dist.log("measuring a few steps")
     step, parts, bf16 = _time(run, compiled)
     decode = seconds_to_decode(run, LATER) if recipe.images.workers else parts[DECODE]
     if memory["accumulate"] == recipe.train.accumulate:
@@ -118,21 +118,21 @@ def _measure(run: Run, recipe: Recipe, own: Mapping[str, Teacher]) -> dict[str, 
 
 def _fit(run: Run) -> dict[str, Any]:
     """What memory the run takes, as far as that can be counted; from here on its steps are such as fit."""
-    train, there = run.recipe.train, size.memory_there(run.rank.device)
+    train, there = run.recipe.train, size.memory_there(run.dist.device)
     per_image = size.bytes_per_image(run)
     held = peak_memory_gib() * 2**30 + size.heldout_bytes(run)
     fits = size.parts_that_fit(train, held, per_image, there)
     run.recipe = size.changed(run.recipe, accumulate=fits)
     counted = round(held + per_image * train.batch / train.accumulate)
-    return {"of": run.rank.device.type, "peak_bytes": counted, "available_bytes": there, "accumulate": fits}
+    return {"of": run.dist.device.type, "peak_bytes": counted, "available_bytes": there, "accumulate": fits}
 
 
 def _time(run: Run, compiled: Any) -> tuple[float, Seconds, float | None]:
     """Seconds of a whole step, of the parts of one, and of one in bf16 without its loader where that may help."""
-    watch = Watch(run.rank.device)
+    watch = Watch(run.dist.device)
     turns: list[Turn] = [partial(whole, run, compiled), partial(watched, run, watch)]
     live = not isinstance(run.teachers, CachedTeachers)  # a cache is of one precision
-    may_help = live and not run.teachers.bf16 and use_bf16("auto", run.rank.device)
+    may_help = live and not run.teachers.bf16 and use_bf16("auto", run.dist.device)
     plain, in_parts, *others = steps(run, watch, [*turns, partial(in_bf16, run)] if may_help else turns)
     parts = medians(in_parts)
     parts[REST] = parts.pop(REST)  # last
@@ -144,7 +144,7 @@ def _hours(run: Run, step: float, parts: Seconds, decode: float) -> dict[str, fl
     recipe, count = run.recipe, len(run.images.heldout)
     train, workers = recipe.train, recipe.images.workers
     few = _batch(run).split(ASKED_AT_ONCE)[0]
-    teach = seconds_of(lambda: list(run._taught(iter([few]))), run.rank.device) / len(few)
+    teach = seconds_of(lambda: list(run._taught(iter([few]))), run.dist.device) / len(few)
     draw = decode / train.batch / max(1, workers)
     questions = count + (recipe.transfer.calibration_images if recipe.transfer.standardize != "none" else 0)
     answers = count * (parts[FORWARD] + parts[TRANSFER]) / train.batch + _seconds_to_score(run)
@@ -205,11 +205,11 @@ def _storing(
             "cache": recipe.cache.model_copy(update={"path": path}),
         }
     )
-    run.rank.log(f"asking what a cache of {views} views would take")
+    run.dist.log(f"asking what a cache of {views} views would take")
     try:
         return plan_cache(cached, own=own) | {"views": views}
     except (RecipeError, DataError, SpaceError) as error:
-        run.rank.log(f"no cache: {error}")
+        run.dist.log(f"no cache: {error}")
         return None
 
 
@@ -225,7 +225,7 @@ def _in_int8(run: Run, parts: Seconds, step: float) -> dict[str, float]:
             continue
         quick = load_teacher(name, spec.model_copy(update={"int8": True}))
         exact_s, quick_s = (
-            seconds_of(partial(Teachers({name: teacher}, bf16=teachers.bf16), batch), run.rank.device)
+            seconds_of(partial(Teachers({name: teacher}, bf16=teachers.bf16), batch), run.dist.device)
             for teacher in (teachers[name], quick)
         )
         told[name] = now * quick_s / exact_s
@@ -245,4 +245,4 @@ def _batch(run: Run) -> Batch:
     """As many images as a part of a step has."""
     train = run.recipe.train
     with closing(run._batches(LATER, LATER + 1, 0, 1)) as stream:
-        return next(stream).to(run.rank.device).split(train.batch // train.accumulate)[0]
+        return next(stream).to(run.dist.device).split(train.batch // train.accumulate)[0]

@@ -76,7 +76,7 @@ def heldout_bytes(run: Run) -> int:
     h, w = run.size
     places = min(PLACES, (h // run.student.encoder.patch_size) * (w // run.student.encoder.patch_size))
     widths = sum((tap["summary"] or 0) + places * (tap["spatial"] or 0) for tap in run.student.config.taps.values())
-    said = 4 * widths if run.rank.device.type == "cpu" else 0  # that stays in the machine's own memory
+    said = 4 * widths if run.dist.device.type == "cpu" else 0  # that stays in the machine's own memory
     return len(run.images.heldout) * (3 * h * w + said)
 
 

@@ -121,7 +121,7 @@ def whole(run: Run, forward: Callable[..., Any]) -> Iterator[None]:
 def in_bf16(run: Run) -> Iterator[None]:
     """Within this context a run in fp32 is one in bf16."""
     before = run.teachers.bf16, run.autocast
-    run.teachers.bf16, run.autocast = True, partial(torch.autocast, run.rank.device.type, torch.bfloat16)
+    run.teachers.bf16, run.autocast = True, partial(torch.autocast, run.dist.device.type, torch.bfloat16)
     yield
     run.teachers.bf16, run.autocast = before
 

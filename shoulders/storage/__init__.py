@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, locks, and the rows of results."""
+"""Atomic writes, file locks, and the rows of ``results.json``."""

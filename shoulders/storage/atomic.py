@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: aside, synced, renamed."""
+"""Atomic writes: data goes to a neighbouring ``.partial`` path, is synced to disk, and is renamed to its final name."""
 
 from __future__ import annotations
 
@@ -12,75 +12,87 @@ from safetensors import SafetensorError
 
 from shoulders.errors import SpaceError
 
-MANY = 100  # files: syncing the whole disk once is then cheaper than each of them
+MAX_FILE_SYNCS = 100  # for more files than that, one sync of the whole disk is faster
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a folder aside, sync every byte, and rename it to ``final``: never half there.
+    """Write a folder atomically: ``final`` is either absent, the previous version or complete.
+
+    Args:
+        final: path of the folder; an existing one is replaced.
+        write: fills the folder whose path it gets.
 
     Raises:
-        SpaceError: if the disk is full.
+        SpaceError: the disk is full.
     """
-    aside = final.with_name(final.name + ".partial")
+    partial = final.with_name(final.name + ".partial")
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
-        aside.mkdir(parents=True)
-        write(aside)
-        paths = sorted(aside.rglob("*"))
-        if len(paths) > MANY:
-            os.sync()
-        else:
-            for path in [*paths, aside]:
-                sync(path)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
+        partial.mkdir(parents=True)
+        write(partial)
+        _sync_tree(partial)
         if final.exists():
             replaced = final.with_name(final.name + ".replaced")
             shutil.rmtree(replaced, ignore_errors=True)
             final.rename(replaced)
-            aside.rename(final)
+            partial.rename(final)
             shutil.rmtree(replaced)
         else:
-            aside.rename(final)
+            partial.rename(final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise space_error(error, final) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: aside, sync, rename.
+    """Write a text file atomically.
 
     Raises:
-        SpaceError: if the disk is full.
+        SpaceError: the disk is full.
     """
-    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files need not be text
+    write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may hold bytes that are not UTF-8
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Like `write_text`."""
-    aside = path.with_name(path.name + ".partial")
+    """Write a file atomically.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    partial = path.with_name(path.name + ".partial")
     try:
-        aside.write_bytes(data)
-        sync(aside)
-        aside.replace(path)
+        partial.write_bytes(data)
+        sync(partial)
+        partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise space_error(error, path) from error
 
 
 def space_error(error: Exception, path: Path, fix: str = "make room and start again with --resume") -> Exception:
-    """The error as a SpaceError that says what is free, where a full disk is what it means; else as it is."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    full = full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # of safetensors
-    if not full:
+    """Translate an error of a full disk.
+
+    Args:
+        error: what a write raised.
+        path: what was written.
+        fix: what the user has to do, the end of the message.
+
+    Returns:
+        A SpaceError with the free space, or ``error`` itself if its cause is not a full disk.
+    """
+    is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    is_full = is_full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # of safetensors
+    if not is_full:
         return error
-    there = next(above for above in path.absolute().parents if above.exists())
-    free = shutil.disk_usage(there).free // 2**20
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free // 2**20
     return SpaceError(f"{path}: no space left on the disk ({free} MiB free); {fix}")
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or what a folder lists, to the disk."""
+    """Flush a file, or the list of names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,9 +101,18 @@ def sync(path: Path) -> None:
 
 
 def size_text(count: float) -> str:
-    """A number of bytes as text, in the largest unit that keeps it above 1."""
+    """Format a number of bytes in the largest of bytes, KiB, MiB and GiB that keeps it at 1 or more."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def _sync_tree(folder: Path) -> None:
+    paths = sorted(folder.rglob("*"))
+    if len(paths) > MAX_FILE_SYNCS:
+        os.sync()
+        return
+    for path in [*paths, folder]:
+        sync(path)

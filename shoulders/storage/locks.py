@@ -1,4 +1,4 @@
-"""Locks on disk that fall with the process that holds them."""
+"""Locks in the file system, which end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -13,68 +13,68 @@ from filelock import FileLock, Timeout
 from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
 
-RUN = ".run"
+RUN_LOCK = ".run"
 
 
 class FileLocks:
-    """Pieces of work that several processes, on one machine or several, share without doing any of it twice.
+    """Named locks by which processes, on one machine or several, share pieces of work without doing one twice.
 
     Args:
-        folder: where the locks lie; made when something is claimed.
+        folder: where the lock files are; created by the first claim.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     @contextmanager
-    def claim(self, work: str) -> Iterator[bool]:
-        """Whether the work is ours, for as long as this context lasts; another process may hold it."""
+    def claim(self, name: str) -> Iterator[bool]:
+        """Try to take a lock for the length of this context; yields False if another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f"{work}.lock", timeout=0)
+        lock = FileLock(self.folder / f"{name}.lock", timeout=0)
         try:
             lock.acquire()
-        except (Timeout, FileNotFoundError):  # not found: another process has just tidied up
+        except (Timeout, FileNotFoundError):  # not found: another process has just removed the folder
             yield False
             return
         try:
-            self._whose(work).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            self._owner_file(name).write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield True
         finally:
-            self._whose(work).unlink(missing_ok=True)
-            # while it is ours: whoever has opened it by now finds it gone, and tries again
+            self._owner_file(name).unlink(missing_ok=True)
+            # removed while it is locked: a process that has opened the file in the meantime sees that and retries
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
-    def holder(self, work: str) -> str:
-        """Who holds the work."""
+    def holder(self, name: str) -> str:
+        """Process and machine that hold a lock."""
         try:
-            return self._whose(work).read_text()
+            return self._owner_file(name).read_text()
         except OSError:
             return "another process"
 
-    def tidy(self) -> None:
-        """Remove what killed processes left, and the folder unless someone is at work there."""
-        for left in sorted(self.folder.glob("*.lock")):
-            with self.claim(left.stem):
+    def remove_stale(self) -> None:
+        """Remove lock files of killed processes, and the folder if no lock is held."""
+        for path in sorted(self.folder.glob("*.lock")):
+            with self.claim(path.stem):
                 pass
         with suppress(OSError):
             self.folder.rmdir()
 
-    def _whose(self, work: str) -> Path:
-        return self.folder / f"{work}.txt"
+    def _owner_file(self, name: str) -> Path:
+        return self.folder / f"{name}.txt"
 
 
 @contextmanager
-def alone(out: Path, rank: DistContext) -> Iterator[None]:
-    """Hold a run folder: of two runs that write into one, neither would be whole.
+def run_lock(out: Path, dist: DistContext) -> Iterator[None]:
+    """Lock a run folder on all ranks, so that no second run writes into it.
 
     Raises:
-        RecipeError: another process holds it.
+        RecipeError: another process holds the lock.
     """
-    claims = FileLocks(out)
-    with claims.claim(RUN) if rank.is_main else nullcontext(True) as ours:
-        if rank.any(not ours):
+    locks = FileLocks(out)
+    with locks.claim(RUN_LOCK) if dist.is_main else nullcontext(True) as is_ours:
+        if dist.any(not is_ours):
             raise RecipeError(
-                f"out: {out} is in use by {claims.holder(RUN)}; wait for it, or stop it, or choose another out"
+                f"out: {out} is in use by {locks.holder(RUN_LOCK)}; wait for it, or stop it, or choose another out"
             )
         yield

@@ -13,21 +13,24 @@ from shoulders.storage.atomic import write_text
 
 
 def upsert_results(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Put rows into a ``results.json``: they replace those of the same measurement and leave all others."""
+    """Add rows to a ``results.json``, where they replace earlier rows of the same measurement.
 
-    def same(row: dict[str, Any]) -> tuple[Any, ...]:
+    Two rows are of the same measurement if they agree in model, head, task, data, metric, seed and kind of probe.
+    """
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
         settings = row.get("settings", {})
-        how = (settings.get("tune"), settings.get("head"))  # the probe
-        return *how, *(row.get(key) for key in ("model", "head", "task", "data", "metric", "seed"))
+        probe = (settings.get("tune"), settings.get("head"))
+        return *probe, *(row.get(column) for column in ("model", "head", "task", "data", "metric", "seed"))
 
-    new = {same(row) for row in rows}
-    with FileLock(path.with_name(f".{path.name}.lock")):  # two processes may measure at once
-        before = read_rows(path)
-        write_text(path, json.dumps([row for row in before if same(row) not in new] + rows, indent=1))
+    replaced = {key(row) for row in rows}
+    with FileLock(path.with_name(f".{path.name}.lock")):  # two evaluations may write at the same time
+        others = [row for row in read_rows(path) if key(row) not in replaced]
+        write_text(path, json.dumps(others + rows, indent=1))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``results.json``; none where there is no such file.
+    """Read the rows of a ``results.json``; an empty list where the file does not exist.
 
     Raises:
         DataError: the file is damaged.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from shoulders.config.recipe import Train
-from shoulders.distributed.sharding import apart, clip, replicated, shard_like
+from shoulders.distributed.sharding import clip_grad_norm, replicate, shard_like, split_by_dtensor
 from shoulders.errors import DataError
 from shoulders.training.module import DistillationModule
 
@@ -24,7 +24,10 @@ class Optimizers:
         self.learner = learner
         self.learns = learner.learns()
         matrices = {name: p for name, p in self.learns.items() if p.ndim > 1}
-        others = [{"params": group} for group in apart(p for name, p in self.learns.items() if name not in matrices)]
+        others = [
+            {"params": group}
+            for group in split_by_dtensor(p for name, p in self.learns.items() if name not in matrices)
+        ]
         # Muon takes matrices alone: a kernel (C', C, k, k) is moved as the matrix (C', C k k), in the same memory
         self.rows = {name: nn.Parameter(p.detach().view(len(p), -1)) for name, p in matrices.items()}
         adamw = partial(torch.optim.AdamW, betas=train.betas, fused=True)
@@ -41,8 +44,8 @@ class Optimizers:
 
     def step(self, number: int) -> Tensor:
         """Clip, move, average; returns the gradient norm before clipping."""
-        norm = clip(self.learns.values(), self.train.clip)
-        whole = replicated if self.train.optimizer == "muon" else nn.Identity()  # Muon turns whole matrices
+        norm = clip_grad_norm(self.learns.values(), self.train.clip)
+        whole = replicate if self.train.optimizer == "muon" else nn.Identity()  # Muon turns whole matrices
         for name, row in self.rows.items():
             gradient = self.learns[name].grad
             row.grad = None if gradient is None else whole(gradient.flatten(1))
@@ -98,7 +101,7 @@ class Optimizers:
         for optimizer, p in self._movers().values():
             muon = isinstance(optimizer, torch.optim.Muon)
             moments = ("momentum_buffer",) if muon else ("exp_avg", "exp_avg_sq")
-            optimizer.state[p] = {moment: torch.zeros_like(replicated(p) if muon else p) for moment in moments}
+            optimizer.state[p] = {moment: torch.zeros_like(replicate(p) if muon else p) for moment in moments}
             optimizer.state[p] |= {} if muon else {"step": torch.zeros((), device=p.device)}
         ours = self.tensors()
         odd = sorted(set(ours) ^ set(tensors)) or [n for n, t in ours.items() if t.shape != tensors[n].shape]

@@ -14,7 +14,7 @@ import torch
 from shoulders.config.recipe import Recipe, Source, as_size, check_name, check_resumed
 from shoulders.config.user_code import check_function
 from shoulders.distributed.context import DistContext
-from shoulders.distributed.sharding import PARTS
+from shoulders.distributed.sharding import FSDP_SUPPORTED
 from shoulders.errors import RecipeError
 from shoulders.images import ImageSet
 from shoulders.student.base import check_base
@@ -25,18 +25,18 @@ from shoulders.training.heldout import FEWEST, too_few
 from shoulders.training.int8_check import check_int8
 
 
-def check(recipe: Recipe, own: Mapping[str, Teacher], rank: DistContext, resume: bool) -> None:
+def check(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext, resume: bool) -> None:
     """Refuse what cannot work, before the first costly second.
 
     Raises:
         RecipeError: one line with the fix.
     """
-    check_training(recipe, own, rank)
+    check_training(recipe, own, dist)
     check_out(recipe, resume)
-    check_int8(recipe, rank.log)
+    check_int8(recipe, dist.log)
 
 
-def check_training(recipe: Recipe, own: Mapping[str, Teacher], rank: DistContext) -> None:
+def check_training(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext) -> None:
     """All that a run needs is there and goes together, wherever it will be written.
 
     Raises:
@@ -44,13 +44,13 @@ def check_training(recipe: Recipe, own: Mapping[str, Teacher], rank: DistContext
     """
     check_teaching(recipe, own)
     check_cached(recipe)
-    share = rank.world * recipe.train.accumulate
+    share = dist.world_size * recipe.train.accumulate
     if recipe.train.batch % share:
         raise RecipeError(
-            f"train.batch: {recipe.train.batch} cannot be shared by {rank.world} ranks x {recipe.train.accumulate} "
-            f"parts (train.accumulate); make it a multiple of {share}"
+            f"train.batch: {recipe.train.batch} cannot be shared by {dist.world_size} ranks x "
+            f"{recipe.train.accumulate} parts (train.accumulate); make it a multiple of {share}"
         )
-    if recipe.train.parallel == "fsdp" and rank.world > 1:
+    if recipe.train.parallel == "fsdp" and dist.world_size > 1:
         check_parts(recipe)
     check_reads(recipe)
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
@@ -166,7 +166,7 @@ def check_parts(recipe: Recipe) -> None:
     Raises:
         RecipeError: with the way out.
     """
-    if not PARTS:
+    if not FSDP_SUPPORTED:
         raise RecipeError(
             f"train.parallel: fsdp needs torch 2.13, not {torch.__version__}; install that, or take parallel=ddp"
         )

@@ -35,7 +35,7 @@ import importlib, json, os, signal, sys
 from contextlib import nullcontext
 from pathlib import Path
 from shoulders.errors import Interrupted
-from shoulders.distributed.context import join
+from shoulders.distributed.context import init_distributed
 from shoulders.config.recipe import check_recipe
 from torch.distributed.tensor import DTensor
 
@@ -53,20 +53,20 @@ def held_here(run):
 def step(run, number, batch, original=story.Run.step):
     if number == 2:
         held[str(run.recipe.out)] = held_here(run)
-    if number == stop_at and run.rank.index == 1:
+    if number == stop_at and run.dist.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)  # one of them is asked, all of them stop
     return original(run, number, batch)
 
 
 story.Run.step = step
-with join() as rank:
-    story.join = lambda: nullcontext(rank)
+with init_distributed() as dist:
+    story.init_distributed = lambda: nullcontext(dist)
     for recipe, resume, stop_at in json.loads(Path(sys.argv[1]).read_text()):
         try:
             story.distill(check_recipe(recipe), resume=resume)
         except Interrupted:
             assert stop_at
-    Path(f"{sys.argv[1]}.{rank.index}").write_text(json.dumps(held))
+    Path(f"{sys.argv[1]}.{dist.rank}").write_text(json.dumps(held))
 """
 
 

@@ -34,11 +34,13 @@ def open_set(folder: Path) -> ImageSet:
 
 
 def run(
-    images: ImageSet, first_step: int = 0, steps: int = 8, rank: int = 0, world: int = 1, **settings: int
+    images: ImageSet, first_step: int = 0, steps: int = 8, rank: int = 0, world_size: int = 1, **settings: int
 ) -> list[Batch]:
     recipe = Images.model_validate({"workers": 0} | settings)
     return list(
-        batches(images, SIZES, recipe, batch=8, seed=3, steps=steps, first_step=first_step, rank=rank, world=world)
+        batches(
+            images, SIZES, recipe, batch=8, seed=3, steps=steps, first_step=first_step, rank=rank, world_size=world_size
+        )
     )
 
 
@@ -65,10 +67,10 @@ def test_resuming_takes_the_step_alone(folder: Path) -> None:
     assert run(open_set(folder), first_step=8, steps=0) == []
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batch(folder: Path, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch(folder: Path, world_size: int) -> None:
     images = open_set(folder)
-    ranks = [run(images, rank=rank, world=world) for rank in range(world)]
+    ranks = [run(images, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step, whole in enumerate(run(images)):
         parts = [rank[step] for rank in ranks]
         assert torch.equal(whole.ids, torch.cat([part.ids for part in parts]))
@@ -79,7 +81,7 @@ def test_ranks_share_the_batch(folder: Path, world: int) -> None:
 
 def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.batch=8 cannot be shared by 3 ranks; make it a multiple of 3"):
-        run(open_set(folder), world=3)
+        run(open_set(folder), world_size=3)
 
 
 def test_what_a_batch_holds(folder: Path) -> None:
