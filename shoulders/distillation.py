@@ -186,7 +186,7 @@ class Run:
                     self._save(step)
                 if stop and step < train.steps:
                     raise Interrupted(asked[0] if asked else signal.SIGTERM, step)
-        self.optimization.keep_average()
+        self.optimization.load_ema()
         return measures | {"heldout": len(heldout)}
 
     def step(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -295,7 +295,7 @@ class Run:
 
     def _evaluate(self, heldout: HeldOutSet, journal: MetricLogger, step: int) -> dict[str, float]:
         self.learner.eval()
-        with self.autocast(), self.optimization.averaged(), unsharded(self.learner):
+        with self.autocast(), self.optimization.ema_weights(), unsharded(self.learner):
             numbers, per_teacher = heldout.measure(self.student, self.dist.device)
         journal.evaluation(step, numbers, per_teacher)
         return numbers

@@ -23,6 +23,7 @@ LAYERS = (
     ("inference",),
     ("model", "tasks", "world"),
     ("images", "teachers", "student", "transfer"),
+    ("optimizers",),
     ("distributed", "storage", "hub"),
     ("features", "config", "errors"),
 )

@@ -134,7 +134,7 @@ def projectors(run: Run, batch: Batch) -> Callable[[], object]:
     taught = run.teachers(batch)
     with torch.no_grad(), run.autocast():
         seen = run.student.forward_features(batch.pixels((SIZE, SIZE)))
-    own = [p for name, p in run.learner.learns().items() if not name.startswith("student.encoder")]
+    own = [p for name, p in run.learner.trainable_parameters().items() if not name.startswith("student.encoder")]
     adamw = torch.optim.AdamW(own, fused=True)
 
     def once() -> None:

@@ -67,8 +67,8 @@ class DistillationModule(nn.Module):
             loss = loss + sum(0 * x.float().sum() for part, x in features.parts().items() if part not in learned)
         return loss, terms
 
-    def learns(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, by name."""
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimizer updates, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def _balance(self, losses: Tensor, asked: Tensor, coins: Tensor) -> Tensor:
