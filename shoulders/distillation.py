@@ -221,7 +221,7 @@ class Run:
         missing = [place for place in self.student.asks if f"{BASE}/{place}" not in taught]
         if missing:
             with self.autocast():
-                said = self.student.encoder.own(batch.pixels(self.size), missing)
+                said = self.student.encoder.base_features(batch.pixels(self.size), missing)
             taught |= {f"{BASE}/{place}": features.map(torch.Tensor.float) for place, features in said.items()}
         return {tap: features.map(in_order) for tap, features in taught.items()}
 

@@ -30,6 +30,7 @@ from shoulders.features import EVERYBODY, Asked, Features
 from shoulders.hub import quiet
 from shoulders.hub.card import write_card
 from shoulders.student.config import ShouldersConfig
+from shoulders.student.families import BASES
 from shoulders.teachers.heads import Head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
@@ -92,7 +93,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
         super().__init__(config)
         built = config.base_config()
         # in the precision asked for, not in the one that the base was stored in
-        base = AutoModel.from_config(built, dtype=torch.get_default_dtype(), **encoder.BASES[built.model_type].build)
+        base = AutoModel.from_config(built, dtype=torch.get_default_dtype(), **BASES[built.model_type].build)
         self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
         widths = {tap: FeatureDims(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
         project = partial(Projector, self.encoder.width, layers=config.layers, hidden=config.projector_width)
@@ -137,7 +138,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
                 adapter beside the base it is not asked again.
         """
         if said and self.encoder.adapter.input_layers:
-            return self.encoder.refine(said, pixels, self.layers)
+            return self.encoder.adapt(said, pixels, self.layers)
         return self.encoder(pixels, self.layers)
 
     def project(self, seen: Mapping[str, Features], asked: Asked = EVERYBODY) -> dict[str, Features]:

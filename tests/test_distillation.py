@@ -477,7 +477,7 @@ def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
         ({"images__size": 30}, r"images.size: .*30.* nearest"),
         ({"teachers": {}}, "teachers: none"),
         ({"transfer__layers": ["block0"], "transfer__t2s": "none"}, "nothing reaches the last block"),
-        ({"transfer__layers": ["block0", "block7"]}, "no place 'block7'"),
+        ({"transfer__layers": ["block0", "block7"]}, "has no layer 'block7'"),
         ({"images__scale": [0, 1]}, "images: scale: fractions"),
         ({"train__betas": [2, 0.9]}, "train.betas"),
         ({"out": "/dev/null/run"}, "out: cannot write to /dev/null"),

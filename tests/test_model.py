@@ -15,7 +15,7 @@ import shoulders
 from shoulders.errors import DataError
 from shoulders.features import Features
 from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, build_student
-from shoulders.student.encoder import BASES
+from shoulders.student.families import BASES
 from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD, save_base
 
 TAPS = {"one/last": {"summary": 5, "spatial": 6}, "two/stage0": {"summary": None, "spatial": 12}}

@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 from shoulders.features import Features
 from shoulders.model import ShouldersConfig, ShouldersModel
-from shoulders.student.encoder import BASES, Encoder
+from shoulders.student.encoder import Encoder
+from shoulders.student.families import BASES
 from shoulders.tasks import FinetuneTask
 from shoulders.tasks.finetune import FinetuneModel, HParams, Plan
 
@@ -78,4 +79,4 @@ def _latent(encoder: Encoder, pixels: Tensor) -> Features:
 
 def _whole(encoder: Encoder, pixels: Tensor) -> Features:
     """The latent, with a way back into the base even where the adapter stands beside it."""
-    return encoder.refine(encoder._ask(pixels, ("latent", *encoder.adapter.input_layers)), pixels)["latent"]
+    return encoder.adapt(encoder.run_base(pixels, ("latent", *encoder.adapter.input_layers)), pixels)["latent"]

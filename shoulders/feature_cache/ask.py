@@ -11,7 +11,7 @@ from shoulders.config.recipe import Recipe, as_size
 from shoulders.errors import NumericError
 from shoulders.feature_cache.codec import EncodeError
 from shoulders.features import Batch, Features
-from shoulders.student.base import asked_of_base, load_base
+from shoulders.student.base import base_layers_needed, load_base
 from shoulders.student.encoder import Encoder
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.transfer.losses import BASE
@@ -35,13 +35,13 @@ class _Base(nn.Module):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.places = asked_of_base(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve))
+        self.places = base_layers_needed(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve))
         base = load_base(recipe.student)
         pixels = base.preprocessing
         self.encoder = Encoder(base.model, recipe.student.adapter.model_dump(), pixels.mean, pixels.std)
 
     def forward(self, pixels: Tensor) -> dict[str, Features]:
-        return self.encoder.own(pixels, self.places)
+        return self.encoder.base_features(pixels, self.places)
 
 
 class TeacherRunner:

@@ -19,7 +19,7 @@ import transformers
 from shoulders.config.recipe import Recipe, Student, TeacherSpec, as_size
 from shoulders.hub import Pretrained, find, read_json
 from shoulders.images import ImageSet, longest_side, smallest_decode
-from shoulders.student.base import asked_of_base, read_base
+from shoulders.student.base import base_layers_needed, read_base
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.teachers.checkpoint import read_checkpoint
 from shoulders.training.checkpoint import fingerprint as digest_of_weights
@@ -56,7 +56,7 @@ def asked_of(recipe: Recipe, own: dict[str, Teacher]) -> dict[str, Asked]:
     """
     asked = {name: _of_spec(name, spec) for name, spec in recipe.teachers.items()}
     asked |= {name: _of_module(name, teacher) for name, teacher in own.items()}
-    if places := asked_of_base(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve)):
+    if places := base_layers_needed(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve)):
         asked[BASE] = _of_base(recipe.student, as_size(recipe.images.size), places)
     return asked
 

@@ -96,7 +96,7 @@ def watched(run: Run, watch: Watch) -> Iterator[None]:
 
     stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
         *((teacher, "forward", watch.timed(part, teacher.forward)) for part, teacher in whom.items()),
-        (student.encoder, "own", watch.timed(BASE, student.encoder.own)),
+        (student.encoder, "base_features", watch.timed(BASE, student.encoder.base_features)),
         (student, "forward_features", seen_by_student),
         (run.learner, "compare", watch.timed(TRANSFER, run.learner.compare, then=TRANSFER)),
         (run.optimization, "step", watch.timed(OPTIMIZER, run.optimization.step)),

@@ -1,7 +1,8 @@
-"""Adapters: small trainable parts of a frozen base. All are zero at birth, so step 0 equals the base.
+"""Adapters: small trainable modules that change the features of a frozen base.
 
-An adapter touches none of the base's weights or names. Those inside the base hook themselves onto its blocks; a ladder
-stands beside it and reads. With ``enabled = False`` they step aside and the base answers alone, bit for bit.
+An adapter changes neither the weights of the base nor their names. Adapters inside the base are forward hooks on its
+modules; adapters beside the base take its features as input. Every adapter is initialised so that its output is zero:
+an untrained student equals its base bit for bit, and so does a student with ``enabled = False``.
 """
 
 from __future__ import annotations
@@ -17,50 +18,56 @@ from shoulders.features import Features
 
 
 class Adapter(nn.Module):
-    """What every kind shares: the switch, and what those beside the base do.
+    """Base class of all adapters: a switch, and :meth:`adapt` for adapters beside the base.
 
-    ``input_layers`` are the places of the base that an adapter beside it reads; one inside the base has none.
+    ``input_layers`` are the layers of the base that an adapter beside it takes as input; an adapter inside the base has
+    none.
     """
 
     enabled: bool = True
     input_layers: tuple[str, ...] = ()
 
-    def refine(self, said: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
-        """What the base says of normalised pixels (B, 3, h, w), by place, -> what the student says.
+    def adapt(self, base_features: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
+        """Features of the student, from features of the base.
 
-        Adapters inside the base have had their say.
+        Args:
+            base_features: {layer: Features}; adapters inside the base have changed them already.
+            pixels: (B, 3, h, w) normalised.
+
+        Returns:
+            {layer: Features} of the same layers. Adapters inside the base return their input.
         """
-        return dict(said)
+        return dict(base_features)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Within this context the base answers alone."""
-        parts = [part for part in self.modules() if isinstance(part, Adapter)]
-        before = [part.enabled for part in parts]
-        for part in parts:
-            part.enabled = False
+    def disabled(self) -> Iterator[None]:
+        """A context in which this adapter and all adapters in it are off."""
+        adapters = [module for module in self.modules() if isinstance(module, Adapter)]
+        previous = [adapter.enabled for adapter in adapters]
+        for adapter in adapters:
+            adapter.enabled = False
         try:
             yield
         finally:
-            for part, enabled in zip(parts, before, strict=True):
-                part.enabled = enabled
+            for adapter, enabled in zip(adapters, previous, strict=True):
+                adapter.enabled = enabled
 
 
 class Bottleneck(Adapter):
-    """Parallel down-GELU-up beside one block's MLP, with a learned scale (AdaptFormer, arXiv 2205.13535)."""
+    """Parallel down-GELU-up beside the MLP of one block, with a learned scale (AdaptFormer, arXiv 2205.13535)."""
 
-    def __init__(self, mlp: nn.Module, d: int, width: int):
+    def __init__(self, mlp: nn.Module, base_width: int, width: int):
         super().__init__()
-        self.down = nn.Linear(d, width)
-        self.up = nn.Linear(width, d)
+        self.down = nn.Linear(base_width, width)
+        self.up = nn.Linear(width, base_width)
         self.scale = nn.Parameter(self.up.weight.new_ones(()))
         nn.init.kaiming_normal_(self.down.weight, nonlinearity="relu")
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
         # a bound method, not a closure: copy.deepcopy then rebinds it to the copied adapter
-        mlp.register_forward_hook(self._beside)
+        mlp.register_forward_hook(self._add_to_output)
 
-    def _beside(self, mlp: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _add_to_output(self, mlp: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.enabled:
             return output
         return output + self.scale * self.up(F.gelu(self.down(inputs[0])))
@@ -76,18 +83,23 @@ class LowRank(Adapter):
         self.factor = alpha / rank
         nn.init.kaiming_uniform_(self.a.weight, a=5**0.5)
         nn.init.zeros_(self.b.weight)
-        linear.register_forward_hook(self._beside)
+        linear.register_forward_hook(self._add_to_output)
 
-    def _beside(self, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _add_to_output(self, linear: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         if not self.enabled:
             return output
         return output + self.factor * self.b(self.a(inputs[0]))
 
 
 class AdapterSet(Adapter):
-    """One adapter per layer that it sits at; keys are the layers' names in the base, so a changed base cannot load
-    another base's adapters in silence."""
+    """One adapter for each of several modules of the base.
 
-    def __init__(self, parts: dict[str, Adapter]):
+    Keys of the state dict are the names of these modules, so that adapters of another base are refused when they load.
+
+    Args:
+        adapters: {name of the module in the list of blocks, such as ``0.mlp``: its adapter}.
+    """
+
+    def __init__(self, adapters: dict[str, Adapter]):
         super().__init__()
-        self.parts = nn.ModuleDict({name.replace(".", "-"): part for name, part in parts.items()})
+        self.parts = nn.ModuleDict({name.replace(".", "-"): adapter for name, adapter in adapters.items()})

@@ -1,4 +1,4 @@
-"""The base: which pretrained models can carry a student, and how one is checked and loaded."""
+"""Loading the base of a student, and refusing models that cannot be one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from shoulders.config.recipe import as_size
 from shoulders.config.student import Conv, Side, Student
 from shoulders.errors import RecipeError
 from shoulders.hub import (
-    HALF,
-    IMAGENET,
     Preprocessing,
     Pretrained,
     check_weights,
@@ -22,13 +20,8 @@ from shoulders.hub import (
     read_config,
     read_preprocessing,
 )
-from shoulders.student.encoder import BASES
-from shoulders.student.kinds import places_read
-
-# full image-text checkpoints: the base is the image tower that this part of the config describes
-TOWERS = {"siglip": "vision_config"}
-# normalisation of those that were not trained with ImageNet's, where a folder does not state its own
-STATS = {"siglip_vision_model": HALF, "vit": HALF}
+from shoulders.student.families import BASES, IMAGE_CONFIGS
+from shoulders.student.kinds import select_input_layers
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,7 @@ class Base:
     Args:
         model: in float32, in evaluation mode.
         preprocessing: its own pixel normalisation.
-        license: as its card states it, or "unknown".
+        license: as its model card states it, or "unknown".
         revision: the commit that a hub id was resolved to; None for a folder.
     """
 
@@ -49,105 +42,111 @@ class Base:
 
 
 def check_base(spec: Student, size: tuple[int, int], layers: Sequence[str] = ()) -> None:
-    """What can be known before weights load: the family is supported, the size fits its patches, the places exist.
+    """Check a base without loading its weights: its family, the image size against its patches, the layers.
 
     Args:
+        spec: the student of a recipe.
         size: (h, w) in px that the student is trained at.
-        layers: places that the projectors are to read.
+        layers: layers that the projectors take as input.
 
     Raises:
         RecipeError: one line with the fix.
     """
-    pretrained, config = _open(spec)
-    _preprocessing(pretrained, config)
+    pretrained, config = _open_base(spec)
+    _read_preprocessing(pretrained, config)
     patch = config.patch_size
     if any(side % patch or side < patch for side in size):
-        legal = tuple(max(patch, round(side / patch) * patch) for side in size)
+        nearest = tuple(max(patch, round(side / patch) * patch) for side in size)
         raise RecipeError(
-            f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {legal}"
+            f"images.size: {size} is not a multiple of the base's patch size {patch}; the nearest is {nearest}"
         )
-    _places_beside(spec, config.num_hidden_layers)
-    places = ["latent", *(f"block{i}" for i in range(config.num_hidden_layers))]
-    unknown = [place for place in layers if place not in places]
+    _adapter_input_layers(spec, config.num_hidden_layers)
+    known = ["latent", *(f"block{i}" for i in range(config.num_hidden_layers))]
+    unknown = [layer for layer in layers if layer not in known]
     if unknown:
         raise RecipeError(
-            f"transfer.layers: no place {unknown[0]!r} in {spec.base!r}; it has latent, block0 .. {places[-1]}"
+            f"transfer.layers: {spec.base!r} has no layer {unknown[0]!r}; it has latent, block0 .. {known[-1]}"
         )
 
 
 def load_base(spec: Student) -> Base:
-    """The pretrained base with its own normalisation.
+    """Load the pretrained base.
 
     Raises:
         RecipeError: the recipe's base cannot work; see :func:`check_base`.
         DataError: if a weight is missing, or the weights are broken.
     """
-    pretrained, config = _open(spec)
+    pretrained, config = _open_base(spec)
     family = BASES[config.model_type]
     model = load_strict(pretrained, getattr(transformers, family.model), config, **family.build)
-    return Base(model.eval(), _preprocessing(pretrained, config), license_of(pretrained), pretrained.revision)
+    return Base(model.eval(), _read_preprocessing(pretrained, config), license_of(pretrained), pretrained.revision)
 
 
 def read_base(spec: Student) -> tuple[Pretrained, Preprocessing]:
-    """What is known of a base before its weights: where its files are, and its own pixel normalisation.
+    """The files of a base and its pixel normalisation, without loading the weights.
 
     Raises:
         RecipeError: as `check_base`.
     """
-    pretrained, config = _open(spec)
-    return pretrained, _preprocessing(pretrained, config)
+    pretrained, config = _open_base(spec)
+    return pretrained, _read_preprocessing(pretrained, config)
 
 
-def asked_of_base(spec: Student, layers: Sequence[str], preserve: bool) -> tuple[str, ...]:
-    """The places at which a run asks the base itself, before its weights are loaded: as ``ShouldersModel.asks``.
+def base_layers_needed(spec: Student, layers: Sequence[str], preserve: bool) -> tuple[str, ...]:
+    """The layers at which a run needs features of the base alone: what the built student needs, before it is built.
 
     Args:
-        layers: places that the projectors read.
-        preserve: whether the base is a teacher.
+        spec: the student of a recipe.
+        layers: layers that the projectors take as input.
+        preserve: whether the base is also a teacher.
 
     Raises:
         RecipeError: as `check_base`.
     """
-    beside = _places_beside(spec, _open(spec)[1].num_hidden_layers)
-    kept = ("latent",) if preserve else ()
-    return tuple(dict.fromkeys((*kept, *beside, *(("latent", *layers) if beside else ()))))
+    beside = _adapter_input_layers(spec, _open_base(spec)[1].num_hidden_layers)
+    preserved = ("latent",) if preserve else ()
+    return tuple(dict.fromkeys((*preserved, *beside, *(("latent", *layers) if beside else ()))))
 
 
-def _places_beside(spec: Student, depth: int) -> tuple[str, ...]:
-    """What an adapter beside a base of ``depth`` blocks layers of it; one inside it layers nothing."""
+def _adapter_input_layers(spec: Student, depth: int) -> tuple[str, ...]:
+    """The input layers of the adapter for a base of ``depth`` blocks; none for an adapter inside the base."""
+    if not isinstance(spec.adapter, Side | Conv):
+        return ()
     try:
-        return places_read(depth, spec.adapter.blocks or []) if isinstance(spec.adapter, Side | Conv) else ()
+        return select_input_layers(depth, spec.adapter.blocks or [])
     except ValueError as error:
-        raise RecipeError(f"student.adapter.blocks: {error}; {spec.base!r} has {depth}") from error
+        raise RecipeError(f"student.adapter.blocks: {error}; {spec.base!r} has {depth} blocks") from error
 
 
-def _open(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:
-    """The base's files and the config of its image encoder, after the checks that need no size."""
+def _open_base(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:
+    """The files of the base and the config of its image encoder, after all checks that do not depend on the size."""
     pretrained = open_pretrained("student.base", spec.base, spec.revision)
-    kind = pretrained.tree.get("model_type")
-    if kind not in (*BASES, *TOWERS):
-        allowed = ", ".join(sorted([*BASES, *TOWERS]))
-        raise pretrained.fault(f"is of model type {kind!r}, which cannot carry a student; a base is one of {allowed}")
+    model_type = pretrained.tree.get("model_type")
+    if model_type not in (*BASES, *IMAGE_CONFIGS):
+        allowed = ", ".join(sorted([*BASES, *IMAGE_CONFIGS]))
+        raise pretrained.fault(
+            f"is of model type {model_type!r}, which cannot be the base of a student; a base is one of {allowed}"
+        )
     config = read_config(pretrained)
-    config = getattr(config, TOWERS[kind]) if kind in TOWERS else config
-    if why := _unfit(config):
-        raise pretrained.fault(f"cannot carry a student: {why}")
+    config = getattr(config, IMAGE_CONFIGS[model_type]) if model_type in IMAGE_CONFIGS else config
+    if reason := _why_unusable(config):
+        raise pretrained.fault(f"cannot be the base of a student: {reason}")
     check_weights(pretrained)
     return pretrained, config
 
 
-def _unfit(config: transformers.PreTrainedConfig) -> str:
-    """Why a model of a family that can carry a student cannot, or ""."""
+def _why_unusable(config: transformers.PreTrainedConfig) -> str:
+    """Why a model of a known family cannot be a base, or ""."""
     if config.num_channels != 3:
         return f"it takes {config.num_channels} channels; images have red, green and blue"
     if not getattr(config, "vision_use_head", True):
         return "it has no pooling head (vision_use_head: false), and so no vector for the whole image"
     if not isinstance(config.patch_size, int):
-        return f"its config says patch_size {config.patch_size}; a single number is known here"
+        return f"the patch_size of its config is {config.patch_size}; only a single number is supported"
     h, w = as_size(config.image_size)
-    return "" if h == w else f"it was made for images of {h} x {w} px; position tables of square ones alone are resized"
+    return "" if h == w else f"it was made for images of {h} x {w} px; only square position tables can be resized"
 
 
-def _preprocessing(pretrained: Pretrained, config: transformers.PreTrainedConfig) -> Preprocessing:
-    stats = STATS.get(config.model_type, IMAGENET)
+def _read_preprocessing(pretrained: Pretrained, config: transformers.PreTrainedConfig) -> Preprocessing:
+    stats = BASES[config.model_type].pixel_stats
     return read_preprocessing(pretrained, Preprocessing(as_size(config.image_size), *stats))

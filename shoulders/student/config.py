@@ -1,4 +1,4 @@
-"""Everything that rebuilds a student's modules, as a config of transformers."""
+"""The config of a student, as a config of transformers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
         mean, std: pixel normalisation of the base, per channel; the model takes pixels in [0, 1].
         image_size: (h, w) that the student was trained at; other multiples of the patch size work too.
         taps: {tap: {"summary": width or None, "spatial": width or None}} of the teachers.
-        fine: {tap: how many times finer than the student's grid its projector answers}; 1 where it is not named.
-        coarse: {tap: how many times coarser}; 1 where it is not named.
-        layers: places that the projectors read.
+        fine: {tap: how many times finer than the student's grid the output of its projector is}; default 1.
+        coarse: {tap: how many times coarser}; default 1.
+        layers: layers of the student that the projectors take as input.
         projector_width: width between the two layers of a projector.
         standardize: kind of the standardizers.
-        teachers: {name: {"source", "revision", "license"}}: whose knowledge this is, and what binds it.
+        teachers: {name: {"source", "revision", "license"}} of the teachers and the base, whose licenses bind the
+            student.
     """
 
     model_type = "shoulders_student"

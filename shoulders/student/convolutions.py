@@ -1,8 +1,8 @@
-"""Convolutions beside the base: they look at the pixels themselves, and read what the base says on the way.
+"""An adapter of convolutions beside the base: it takes the pixels and, at several layers, the features of the base.
 
-A frozen ViT with large patches has forgotten where in a patch something was, and small adapters inside it learn shapes
-slowly; convolutions know both by birth. That is the spatial prior of ViT-Adapter (arXiv 2205.08534), here without
-attention and without a way back into the base.
+A frozen ViT with large patches loses where in a patch something is, and small adapters inside it learn shapes slowly.
+Convolutions on the pixels keep both. This is the spatial prior of ViT-Adapter (arXiv 2205.08534) without attention and
+without a path back into the base.
 """
 
 from __future__ import annotations
@@ -16,87 +16,97 @@ from torch import Tensor, nn
 from shoulders.features import Features
 from shoulders.student.adapters import Adapter
 
-GROUPS = 8  # of channels that are normalised together
+NORM_GROUPS = 8  # groups of channels in every GroupNorm
 
 
 class Residual(nn.Module):
-    """Two 3 x 3 convolutions on top of what was there."""
+    """A residual block: x + two 3 x 3 convolutions, each after GroupNorm and GELU."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(*_before(width), _three(width, width), *_before(width), _three(width, width))
+        self.layers = nn.Sequential(
+            *_norm_gelu(width), _conv3x3(width, width), *_norm_gelu(width), _conv3x3(width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, W, H, W') -> the same."""
+        """(B, W, H, W') -> the same shape."""
         return x + self.layers(x)
 
 
-class Rung(nn.Module):
-    """What the base says at one place joins the map; places mix; what is found is added to what the base says."""
+class ConvStage(nn.Module):
+    """One layer of the base joins the map, convolutions mix neighbours, and the result is added to the base's features.
 
-    def __init__(self, d: int, width: int, depth: int):
+    Args:
+        base_width: channels D of the base.
+        width: channels W of the map.
+        depth: :class:`Residual` blocks.
+    """
+
+    def __init__(self, base_width: int, width: int, depth: int):
         super().__init__()
-        self.down = nn.Linear(d, width)
+        self.down = nn.Linear(base_width, width)
         self.mix = nn.Sequential(*(Residual(width) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
-        self.up = nn.ModuleDict({part: nn.Linear(width, d) for part in ("summary", "spatial")})
-        for zero in self.up.parameters():
-            nn.init.zeros_(zero)
+        self.up = nn.ModuleDict({component: nn.Linear(width, base_width) for component in ("summary", "spatial")})
+        for parameter in self.up.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, said: Features) -> tuple[Tensor, Features]:
-        """Map (B, W, H, W') and the base's word (width D) at this place -> the next map, and the student's word."""
-        own = said.parts()
-        # a few channels of a ViT are a hundred times as loud as the rest
-        narrow = self.down(F.layer_norm(own["spatial"], own["spatial"].shape[-1:]))  # (B, N, W)
-        x = self.mix(x + narrow.transpose(1, 2).unflatten(2, said.grid))
-        found = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, W)
-        summary = own["summary"] + self.up["summary"](found.mean(1))
-        return x, Features(summary, own["spatial"] + self.up["spatial"](found), said.grid)
+    def forward(self, x: Tensor, base_features: Features) -> tuple[Tensor, Features]:
+        """Map (B, W, H, W') and the base's features (width D) of one layer -> the next map, the student's features."""
+        base = base_features.parts()
+        # a few channels of a ViT are a hundred times larger than the rest
+        tokens = self.down(F.layer_norm(base["spatial"], base["spatial"].shape[-1:]))  # (B, N, W)
+        x = self.mix(x + tokens.transpose(1, 2).unflatten(2, base_features.grid))
+        update = self.norm(x.flatten(2).transpose(1, 2))  # (B, N, W)
+        summary = base["summary"] + self.up["summary"](update.mean(1))  # (B, D)
+        spatial = base["spatial"] + self.up["spatial"](update)  # (B, N, D)
+        return x, Features(summary, spatial, base_features.grid)
 
 
 class Convolutions(Adapter):
-    """Pixels -> stride 4 -> stride 8 -> the grid of the base, and a :class:`Rung` for each place read.
+    """Pixels -> a stem of stride 8 -> the grid of the base -> one :class:`ConvStage` for each input layer.
+
+    The student has features of its own at every input layer.
 
     Args:
-        places: of the base, in their order; the last is ``latent``. The student has its own word at each of them.
-        d: width of the base.
-        width: of the maps, a multiple of 32.
-        depth: :class:`Residual` blocks of a rung.
+        input_layers: of the base, in their order; the last is ``latent``.
+        base_width: channels D of the base.
+        width: channels of the maps, a multiple of 32.
+        depth: :class:`Residual` blocks of each stage.
     """
 
-    def __init__(self, places: Sequence[str], d: int, width: int, depth: int):
+    def __init__(self, input_layers: Sequence[str], base_width: int, width: int, depth: int):
         super().__init__()
-        self.input_layers = tuple(places)
+        self.input_layers = tuple(input_layers)
         quarter, half = width // 4, width // 2
         self.stem = nn.Sequential(
-            _three(3, quarter, 2),
-            *_before(quarter),
-            _three(quarter, half, 2),
+            _conv3x3(3, quarter, 2),
+            *_norm_gelu(quarter),
+            _conv3x3(quarter, half, 2),
             Residual(half),
-            *_before(half),
-            _three(half, width, 2),
+            *_norm_gelu(half),
+            _conv3x3(half, width, 2),
         )
-        self.rungs = nn.ModuleDict({place: Rung(d, width, depth) for place in places})
+        self.rungs = nn.ModuleDict({layer: ConvStage(base_width, width, depth) for layer in input_layers})
 
-    def refine(self, said: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
-        """What the base says, at the places read at least, and normalised pixels -> what the student says there."""
+    def adapt(self, base_features: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
+        """Features of the student, from the base's features (at the input layers at least) and normalised pixels."""
         if not self.enabled:
-            return dict(said)
+            return dict(base_features)
         x = self.stem(pixels.contiguous(memory_format=torch.channels_last))  # (B, W, h / 8, w / 8)
-        grid = said["latent"].grid
+        grid = base_features["latent"].grid
         if x.shape[2:] != grid:
-            # in fp32: a CPU has no other for it
+            # in fp32: CPUs have no bf16 kernel for antialiased resizing
             x = F.interpolate(x.float(), grid, mode="bilinear", antialias=True).to(x.dtype)
-        found = dict(said)
-        for place, rung in self.rungs.items():
-            x, found[place] = rung(x, said[place])
-        return found
+        student_features = dict(base_features)
+        for layer, stage in self.rungs.items():
+            x, student_features[layer] = stage(x, base_features[layer])
+        return student_features
 
 
-def _three(width_in: int, width: int, stride: int = 1) -> nn.Module:
+def _conv3x3(width_in: int, width: int, stride: int = 1) -> nn.Module:
     return nn.Conv2d(width_in, width, 3, stride, padding=1)
 
 
-def _before(width: int) -> tuple[nn.Module, ...]:
-    """What stands before a convolution."""
-    return nn.GroupNorm(GROUPS, width), nn.GELU()
+def _norm_gelu(width: int) -> tuple[nn.Module, ...]:
+    return nn.GroupNorm(NORM_GROUPS, width), nn.GELU()

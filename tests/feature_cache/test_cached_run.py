@@ -128,7 +128,7 @@ def test_an_adapter_beside_the_base_reads_the_base_out_of_the_cache(
     build_cache(cached)
     assert before == {path: path.stat().st_ino for path in before}  # the teachers are those of any student
     distill(recipe(world, "float32", "side-live", mode="off", student=beside))
-    monkeypatch.setattr(Encoder, "own", lambda *args: pytest.fail("the base was asked"))
+    monkeypatch.setattr(Encoder, "base_features", lambda *args: pytest.fail("the base was asked"))
     distill(cached)
     assert same(weights(cached.out), weights(world / "runs" / "side-live"))
 

@@ -1,4 +1,4 @@
-"""Which bases are refused, in which words, and what of an honest one is loaded."""
+"""Bases: the messages of refused ones, and the weights of accepted ones."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from shoulders.config.recipe import Student
 from shoulders.errors import DataError, RecipeError
-from shoulders.student.base import TOWERS, check_base, load_base
-from shoulders.student.encoder import BASES
+from shoulders.student.base import check_base, load_base
+from shoulders.student.families import BASES, IMAGE_CONFIGS
 from tests.tiny import BASE_CONFIGS, save_base
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99}
 
 
 def refusal(base: Path | str, size: tuple[int, int] = (32, 32), revision: str | None = None) -> str:
-    """The one line that the check refuses with."""
+    """The message of `check_base`, which must be one line."""
     with pytest.raises(RecipeError) as refused:
         check_base(Student(base=str(base), revision=revision), size)
     assert "\n" not in str(refused.value)
@@ -36,7 +36,7 @@ def edit_weights(folder: Path, keep: dict[str, torch.Tensor]) -> None:
     save_file(keep, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     assert refusal("./nowhere") == ("student.base: no folder './nowhere'; give a local folder or a hub id owner/name")
     assert refusal("someone/something").startswith("student.base: 'someone/something' is no local folder, and no such")
     assert "at revision 'v2'" in refusal("someone/something", revision="v2")
@@ -45,30 +45,34 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
     )
 
 
-def test_a_family_that_cannot_carry_a_student(tmp_path: Path) -> None:
+def test_an_unsupported_model_type_is_refused(tmp_path: Path) -> None:
     edit(tmp_path / "config.json", model_type="convnext")
-    line = refusal(tmp_path)
-    assert line.startswith(f"student.base: {str(tmp_path)!r} is of model type 'convnext', which cannot carry a student")
-    assert line.endswith("a base is one of " + ", ".join(sorted([*BASES, *TOWERS])))
+    message = refusal(tmp_path)
+    assert message.startswith(
+        f"student.base: {str(tmp_path)!r} is of model type 'convnext', which cannot be the base of a student"
+    )
+    assert message.endswith("a base is one of " + ", ".join(sorted([*BASES, *IMAGE_CONFIGS])))
     edit(tmp_path / "config.json", model_type=None, auto_map={"AutoModel": "modeling_own.OwnModel"})
-    assert "is of model type None" in refusal(tmp_path)  # and its code is not run
+    assert "is of model type None" in refusal(tmp_path)  # its code is not run
 
 
-def test_a_config_that_is_not_valid(tmp_path: Path) -> None:
+def test_an_invalid_config_is_refused(tmp_path: Path) -> None:
     save_base(tmp_path)
     edit(tmp_path / "config.json", hidden_size="wide")
     assert refusal(tmp_path).startswith(f"student.base: {str(tmp_path)!r} has a config.json that is not valid: ")
 
 
-def test_a_preprocessing_that_is_not_understood(tmp_path: Path) -> None:
+def test_an_invalid_preprocessing_is_refused(tmp_path: Path) -> None:
     save_base(tmp_path)
     edit(tmp_path / "preprocessor_config.json", image_std=[0, 1, 1])
-    line = refusal(tmp_path)
-    assert line.startswith("student.base: ") and "image_std must be positive" in line
+    message = refusal(tmp_path)
+    assert message.startswith("student.base: ") and "image_std must be positive" in message
 
 
 @pytest.mark.parametrize(("size", "nearest"), [((32, 30), (32, 32)), ((3, 43), (8, 40)), ((225, 224), (224, 224))])
-def test_a_size_that_does_not_fit_the_patches(tmp_path: Path, size: tuple[int, int], nearest: tuple[int, int]) -> None:
+def test_a_size_that_is_no_multiple_of_the_patch_size_is_refused(
+    tmp_path: Path, size: tuple[int, int], nearest: tuple[int, int]
+) -> None:
     save_base(tmp_path)
     assert refusal(tmp_path, size) == (
         f"images.size: {size} is not a multiple of the base's patch size 8; the nearest is {nearest}"
@@ -76,32 +80,32 @@ def test_a_size_that_does_not_fit_the_patches(tmp_path: Path, size: tuple[int, i
     check_base(Student(base=str(tmp_path)), nearest)
 
 
-def test_the_patch_size_is_known_where_the_config_leaves_it_out(tmp_path: Path) -> None:
+def test_a_missing_patch_size_is_the_default_of_transformers(tmp_path: Path) -> None:
     save_base(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["patch_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "patch size 14" in refusal(tmp_path)  # what transformers then builds
+    assert "patch size 14" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
     [
         ("vit", {"num_channels": 1}, "it takes 1 channels"),
-        ("vit", {"patch_size": [8, 8]}, "patch_size"),
+        ("vit", {"patch_size": [8, 8]}, "the patch_size of its config is [8, 8]"),
         ("dinov2", {"image_size": [32, 48]}, "made for images of 32 x 48 px"),
         ("siglip_vision_model", {"vision_use_head": False}, "no pooling head"),
     ],
 )
-def test_a_base_of_a_known_family_that_does_not_fit(
+def test_an_unusable_config_of_a_supported_family_is_refused(
     kind: str, changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     edit(save_base(tmp_path, kind) / "config.json", **changes)
-    assert "cannot carry a student: " in refusal(tmp_path) and reason in refusal(tmp_path)
+    assert "cannot be the base of a student: " in refusal(tmp_path) and reason in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
+def test_loaded_weights_are_the_saved_weights(tmp_path: Path, kind: str) -> None:
     save_base(tmp_path, kind)
     edit(tmp_path / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
@@ -110,7 +114,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
     assert type(base.model).__name__ == BASES[kind].model and not base.model.training
     assert base.preprocessing.mean == (0.1, 0.2, 0.3) and base.preprocessing.std == (0.4, 0.5, 0.6)
     assert (base.license, base.revision) == ("mit", None)
-    # the reference: transformers by itself, with the pooler that a vit is loaded without
+    # reference: loading by transformers alone, without the pooler, which the base of a vit leaves out
     saved = {
         k: v
         for k, v in transformers.AutoModel.from_pretrained(tmp_path).state_dict().items()
@@ -122,26 +126,28 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_normalisation_that_a_folder_does_not_state_is_that_of_its_family(tmp_path: Path, kind: str) -> None:
+def test_the_default_normalisation_is_that_of_the_family(tmp_path: Path, kind: str) -> None:
     half = kind in ("siglip_vision_model", "vit")
     mean = load_base(Student(base=str(save_base(tmp_path, kind)))).preprocessing.mean
     assert mean == ((0.5, 0.5, 0.5) if half else (0.485, 0.456, 0.406))
 
 
-def test_a_full_siglip_lends_its_image_tower(tmp_path: Path) -> None:
+def test_the_base_of_an_image_text_checkpoint_is_its_image_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vision = BASE_CONFIGS["siglip_vision_model"]()
-    whole = transformers.SiglipModel(transformers.SiglipConfig(vision_config=vision.to_dict(), text_config=TEXT)).eval()
-    whole.save_pretrained(tmp_path)
+    siglip = transformers.SiglipModel(
+        transformers.SiglipConfig(vision_config=vision.to_dict(), text_config=TEXT)
+    ).eval()
+    siglip.save_pretrained(tmp_path)
     assert "patch size 8" in refusal(tmp_path, (30, 32))
     base = load_base(Student(base=str(tmp_path)))
     assert base.model.config.model_type == "siglip_vision_model"
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(base.model(pixels).pooler_output, whole.get_image_features(pixels).pooler_output)
+        assert torch.equal(base.model(pixels).pooler_output, siglip.get_image_features(pixels).pooler_output)
 
 
-def test_fp16_folders_load_as_float32(tmp_path: Path) -> None:
+def test_fp16_weights_load_as_float32(tmp_path: Path) -> None:
     save_base(tmp_path)
     half = transformers.AutoModel.from_pretrained(tmp_path).half()
     half.save_pretrained(tmp_path)
@@ -151,19 +157,19 @@ def test_fp16_folders_load_as_float32(tmp_path: Path) -> None:
         assert torch.equal(weight, half.state_dict()[key].float())
 
 
-def test_a_missing_weight_is_refused_and_a_leftover_one_is_fine(tmp_path: Path) -> None:
+def test_a_missing_weight_is_refused_and_an_extra_one_is_ignored(tmp_path: Path) -> None:
     save_base(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     edit_weights(tmp_path, weights | {"head.weight": torch.zeros(3)})
     load_base(Student(base=str(tmp_path)))
     name = next(key for key in weights if key.endswith("mlp.fc1.weight"))
     edit_weights(tmp_path, {key: weight for key, weight in weights.items() if key != name})
-    check_base(Student(base=str(tmp_path)), (32, 32))  # it reads no weights
+    check_base(Student(base=str(tmp_path)), (32, 32))  # the check reads no weights
     with pytest.raises(DataError, match=r"^student\.base: .*: the weights lack .*mlp\.fc1\.weight of Dinov2Model$"):
         load_base(Student(base=str(tmp_path)))
 
 
-def test_weights_that_are_broken(tmp_path: Path) -> None:
+def test_broken_weights_are_refused(tmp_path: Path) -> None:
     save_base(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
@@ -182,15 +188,15 @@ def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     assert refusal(tmp_path) == f"student.base: {str(tmp_path)!r} has no model.safetensors; give a folder with weights"
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    line = refusal(tmp_path)
-    assert "a pickle, which is never read" in line
-    assert f"transformers.Dinov2Model.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')" in line
+    message = refusal(tmp_path)
+    assert "a pickle, which is never read" in message
+    assert f"transformers.Dinov2Model.from_pretrained('{tmp_path}').save_pretrained('{tmp_path}')" in message
     with pytest.raises(RecipeError, match="never read"):
         load_base(Student(base=str(tmp_path)))
 
 
-def test_loading_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    save_base(tmp_path, "vit")  # its pooler is left over, which transformers would report
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_base(tmp_path, "vit")  # its pooler is an extra weight, which transformers would report
     capfd.readouterr()
     load_base(Student(base=str(tmp_path)))
     assert capfd.readouterr() == ("", "")
