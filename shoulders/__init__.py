@@ -1,8 +1,14 @@
 """Build a vision foundation model from models instead of labels.
 
-The front door. Names are imported when they are first used, so that ``shoulders --help`` does not wait for torch;
-transformers' Auto classes know the student as soon as both packages are imported, in whichever order.
-A run is ``from shoulders.distillation import distill``, its scores ``from shoulders.evaluation.evaluate import evaluate``.
+The front door: every public name of the package is listed in `PUBLIC`, and imported when it is first used, so that
+``import shoulders`` and ``shoulders --help`` do not wait for torch::
+
+    import shoulders
+
+    shoulders.distill("recipes/real_small.yaml")
+    student = shoulders.load("runs/real_small")
+
+The Auto classes of transformers know the student as soon as both packages are imported, in either order.
 """
 
 from __future__ import annotations
@@ -16,8 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shoulders.config.recipe import Recipe, read_recipe
+    from shoulders.distillation import distill
+    from shoulders.evaluation.evaluate import evaluate
+    from shoulders.feature_cache import build_cache as cache
     from shoulders.features import Batch, Features
     from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, load
+    from shoulders.planning import plan
+    from shoulders.prediction import predict
     from shoulders.teachers import Teacher
 
 __version__ = "0.1.0"
@@ -30,74 +41,95 @@ __all__ = [
     "ShouldersConfig",
     "ShouldersModel",
     "Teacher",
+    "cache",
+    "distill",
+    "evaluate",
     "load",
+    "plan",
+    "predict",
     "read_recipe",
 ]
 
-_HOME = {
-    "Batch": "features",
-    "Features": "features",
-    "Recipe": "config.recipe",
-    "ShouldersBackbone": "model",
-    "ShouldersConfig": "model",
-    "ShouldersModel": "model",
-    "Teacher": "teachers",
-    "load": "model",
-    "read_recipe": "config.recipe",
+# public name -> "module:name" where it is defined; no submodule has one of these names, which would hide it
+PUBLIC = {
+    "Batch": "shoulders.features:Batch",
+    "Features": "shoulders.features:Features",
+    "Recipe": "shoulders.config.recipe:Recipe",
+    "ShouldersBackbone": "shoulders.model:ShouldersBackbone",
+    "ShouldersConfig": "shoulders.model:ShouldersConfig",
+    "ShouldersModel": "shoulders.model:ShouldersModel",
+    "Teacher": "shoulders.teachers:Teacher",
+    "cache": "shoulders.feature_cache:build_cache",
+    "distill": "shoulders.distillation:distill",
+    "evaluate": "shoulders.evaluation.evaluate:evaluate",
+    "load": "shoulders.model:load",
+    "plan": "shoulders.planning:plan",
+    "predict": "shoulders.prediction:predict",
+    "read_recipe": "shoulders.config.recipe:read_recipe",
 }
-_AUTO = "transformers.models.auto.configuration_auto"
+AUTO_CLASSES = "transformers.models.auto.configuration_auto"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"shoulders.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'shoulders' has no attribute {name!r}")
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'shoulders' has no attribute {name!r}")
+    module, _, attribute = PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-class _RegisterAfterTransformers(MetaPathFinder):
-    """Registers the student once transformers' Auto classes are imported, at the first moment when no module of
-    either package is half imported; then it is gone."""
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
+
+
+class RegistrationFinder(MetaPathFinder):
+    """Registers the student with transformers once its Auto classes are imported, and then removes itself.
+
+    It waits until no module of either package is partly imported: ``shoulders.model`` needs all of them.
+    """
 
     def __init__(self) -> None:
-        self.underway = 0
+        self.imports_in_progress = 0
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The usual spec of a module of either package, with a loader that counts."""
         if not name.startswith(("transformers.", "shoulders.")):
             return None
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Counted(spec.loader, self)
+            spec.loader = CountingLoader(spec.loader, self)
         return spec
 
-    def done(self) -> None:
-        """A module of either package is imported."""
-        if self.underway == 0 and _AUTO in sys.modules and self in sys.meta_path:
+    def register_when_ready(self) -> None:
+        """Import the module that registers the student, if nothing is partly imported."""
+        if self.imports_in_progress == 0 and AUTO_CLASSES in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
             importlib.import_module("shoulders.model")
 
 
-class _Counted(Loader):
-    """A module's own loader, which tells when it begins and when it is done."""
+class CountingLoader(Loader):
+    """A module's own loader; it counts the imports that are in progress."""
 
-    def __init__(self, loader: Loader, whom: _RegisterAfterTransformers):
-        self.loader, self.whom = loader, whom
+    def __init__(self, loader: Loader, finder: RegistrationFinder):
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As the module's own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self.whom.underway += 1
+        """As the module's own loader, counted."""
+        self.finder.imports_in_progress += 1
         try:
             self.loader.exec_module(module)
         finally:
-            self.whom.underway -= 1
-        self.whom.done()
+            self.finder.imports_in_progress -= 1
+        self.finder.register_when_ready()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)  # get_source, get_data: whatever else a loader can
+        return getattr(self.loader, name)  # get_source, get_data and what else a loader has
 
 
-if _AUTO in sys.modules:
+if AUTO_CLASSES in sys.modules:
     importlib.import_module("shoulders.model")
 else:
-    sys.meta_path.insert(0, _RegisterAfterTransformers())
+    sys.meta_path.insert(0, RegistrationFinder())

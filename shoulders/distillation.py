@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoulders.config.recipe import Recipe, as_size, dump_recipe
+from shoulders.config.recipe import Recipe, as_recipe, as_size, dump_recipe
 from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.distributed.device import use_bf16
 from shoulders.distributed.sharding import gather_state, sync_gradients, unsharded, wrap_model
@@ -47,10 +48,13 @@ from shoulders.transfer.projectors import FeatureDims, coarser, finer, key, teac
 from shoulders.transfer.standardize import Moments
 
 
-def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume: bool = False) -> dict[str, Any]:
+def distill(
+    recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] | None = None, resume: bool = False
+) -> dict[str, Any]:
     """Distil the recipe's teachers into one student; everything it leaves is in the folder ``recipe.out``.
 
     Args:
+        recipe: a recipe, or its file.
         own: teachers beside those of the recipe, as modules of your own, by name.
         resume: go on from the newest checkpoint in ``recipe.out`` that verifies.
 
@@ -64,11 +68,8 @@ def distill(recipe: Recipe, *, own: Mapping[str, Teacher] | None = None, resume:
         SpaceError: if the disk is full.
         Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
     """
-    started = time.perf_counter()
-    with init_distributed() as dist, ExitStack() as held:
-        check(recipe, own or {}, dist, resume)
-        dist.barrier()  # nobody writes before all have checked
-        held.enter_context(run_lock(recipe.out, dist))
+from shoulders.config.recipe import Recipe, as_recipe, as_size, dump_recipe
+from shoulders.distributed.context import DistContext, init_distributed
         check_out(recipe, resume)  # once more: another run may have ended there since
         if dist.is_main:
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))

@@ -1,23 +1,27 @@
-"""How the command line puts answers into words and columns."""
+"""Results as text: tables, cells, and a prediction in a few words."""
 
 from __future__ import annotations
 
 from typing import Any
 
+Table = tuple[list[str], list[list[str]], list[str]]  # column titles, rows, and lines below the table
+MAX_LISTED = 4  # classes or objects of a prediction
+
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """Rows under their titles, each column as wide as its widest cell."""
+    """Print rows under their titles, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     for row in [titles, ["-" * width for width in widths], *rows]:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
 
 
-def brief(answer: Any) -> str:
-    """An answer in a few words: the first classes or objects with their scores."""
-    if isinstance(answer, dict):
+def summarize_prediction(prediction: Any) -> str:
+    """The first classes or objects of a prediction with their scores."""
+    if isinstance(prediction, dict):
         return "depth map"
-    scores = [f"{one['label']}" + ("" if one["score"] is None else f" {one['score']:.2f}") for one in answer]
-    return ", ".join(scores[:4]) + (f" and {len(scores) - 4} more" if len(scores) > 4 else "") or "nothing found"
+    scores = [f"{item['label']}" + ("" if item["score"] is None else f" {item['score']:.2f}") for item in prediction]
+    rest = f" and {len(scores) - MAX_LISTED} more" if len(scores) > MAX_LISTED else ""
+    return ", ".join(scores[:MAX_LISTED]) + rest or "no objects"
 
 
 def cell(value: Any) -> str:

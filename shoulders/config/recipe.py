@@ -269,6 +269,11 @@ def read_recipe(path: Path | str, overrides: list[str] | tuple[str, ...] = ()) -
     return check_recipe(tree, where=str(path))
 
 
+def as_recipe(recipe: Recipe | Path | str) -> Recipe:
+    """A recipe as it is, or read from its file."""
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+
+
 def check_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
     """Turn plain data into a Recipe.
 

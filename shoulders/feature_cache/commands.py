@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shoulders.config.recipe import Recipe
+from shoulders.config.recipe import Recipe, as_recipe
 from shoulders.errors import DataError
 from shoulders.feature_cache import store
 from shoulders.feature_cache.build import Builder
@@ -22,12 +22,13 @@ from shoulders.teachers import Teacher
 from shoulders.training.preflight import check_writable
 
 
-def build_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
+def build_cache(recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
     """Store what the teachers of a recipe say of every view of its images in ``recipe.cache.path``.
 
     What is there already is kept; a build that was killed goes on, and losing at most the shard that it was at.
 
     Args:
+        recipe: a recipe, or its file.
         own: teachers beside those of the recipe, as modules of your own, by name.
 
     Returns:
@@ -39,7 +40,7 @@ def build_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[st
         NumericError: a teacher says something that cannot be stored.
         SpaceError: the disk cannot hold it, or is full.
     """
-    started = time.perf_counter()
+    recipe, started = as_recipe(recipe), time.perf_counter()
     builder = Builder(recipe, own, say)
     if builder.unfinished():
         check_writable("cache.path", builder.path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from shoulders.config.recipe import Recipe
+from shoulders.config.recipe import Recipe, as_recipe
 from shoulders.distillation import ASKED_AT_ONCE, Run, prepare
 from shoulders.distributed.context import init_distributed
 from shoulders.distributed.device import environment, peak_memory_gib, use_bf16
@@ -55,10 +55,11 @@ MOST_VIEWS = 4  # that a cache is suggested with
 LATER = 1000  # a step whose images nobody has read yet
 
 
-def plan(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
+def plan(recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
     """What distilling a recipe will take, from a few real steps of it; nothing of them stays.
 
     Args:
+        recipe: a recipe, or its file.
         own: as in `shoulders.distillation.distill`.
 
     Returns:
@@ -68,6 +69,7 @@ def plan(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]
         RecipeError: the recipe cannot work, or there are several processes.
         DataError: as `shoulders.distillation.distill`.
     """
+    recipe = as_recipe(recipe)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
         raise RecipeError(f"plan: measures one process, not {processes}; start it without torchrun")
