@@ -68,8 +68,11 @@ def distill(
         SpaceError: if the disk is full.
         Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
     """
-from shoulders.config.recipe import Recipe, as_recipe, as_size, dump_recipe
-from shoulders.distributed.context import DistContext, init_distributed
+    recipe, started = as_recipe(recipe), time.perf_counter()
+    with init_distributed() as dist, ExitStack() as held:
+        check(recipe, own or {}, dist, resume)
+        dist.barrier()  # nobody writes before all have checked
+        held.enter_context(run_lock(recipe.out, dist))
         check_out(recipe, resume)  # once more: another run may have ended there since
         if dist.is_main:
             write_text(recipe.out / "recipe.yaml", dump_recipe(recipe))
