@@ -1,4 +1,4 @@
-"""The tables of docs/recipe.md, out of the models that check recipes: ``python docs/keys.py`` writes them."""
+"""Writes the tables of docs/recipe.md from the models that check recipes: ``python docs/keys.py``."""
 
 from __future__ import annotations
 
@@ -10,75 +10,78 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from shoulders.config import recipe
-from shoulders.config import student as recipe_student
+from shoulders.config import sections, student
+from shoulders.config.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipe.md")
-# (what stands before its keys, which kind it is of, its model)
+# (prefix of its keys, kind of adapter, its model)
 SECTIONS: tuple[tuple[str, str, type[BaseModel]], ...] = (
-    ("", "", recipe.Recipe),
-    ("student.", "", recipe_student.Student),
-    ("student.adapter.", "bottleneck", recipe_student.Bottleneck),
-    ("student.adapter.", "lora", recipe_student.Lora),
-    ("student.adapter.", "side", recipe_student.Side),
-    ("student.adapter.", "conv", recipe_student.Conv),
-    ("teachers.NAME.", "", recipe.TeacherSpec),
-    ("images.", "", recipe.Images),
-    ("images.sources.NAME.", "", recipe.Source),
-    ("transfer.", "", recipe.Transfer),
-    ("train.", "", recipe.Train),
-    ("cache.", "", recipe.Cache),
+    ("", "", Recipe),
+    ("student.", "", student.Student),
+    ("student.adapter.", "bottleneck", student.Bottleneck),
+    ("student.adapter.", "lora", student.Lora),
+    ("student.adapter.", "side", student.Side),
+    ("student.adapter.", "conv", student.Conv),
+    ("teachers.NAME.", "", sections.TeacherSpec),
+    ("images.", "", sections.Images),
+    ("images.sources.NAME.", "", sections.Source),
+    ("transfer.", "", sections.Transfer),
+    ("train.", "", sections.Train),
+    ("cache.", "", sections.Cache),
 )
-PLAIN = {int: "whole number", float: "number", str: "text", bool: "true, false", Path: "path", dict: "section"}
+TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path", dict: "section"}
 
 
-def _of(prefix: str, kind: str, model: type[BaseModel]) -> Iterator[dict[str, str]]:
-    sections = {section for section, _, _ in SECTIONS}
+def _rows(prefix: str, kind: str, model: type[BaseModel]) -> Iterator[dict[str, str]]:
+    """A row per key of a section; nested sections have tables of their own."""
+    nested = {section for section, _, _ in SECTIONS}
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        if {f"{key}.", f"{key}.NAME."} & sections:
-            continue  # a section of its own
-        chooses = name == "kind"
+        if {f"{key}.", f"{key}.NAME."} & nested:
+            continue
+        is_kind = name == "kind"
         yield {
-            "key": f"{key} ({kind})" if kind and not chooses else key,
+            "key": f"{key} ({kind})" if kind and not is_kind else key,
             "values": _values(field.annotation),
             "default": _default(field),
-            "meaning": str(model.__doc__).rstrip(".") if chooses else field.description or "",
+            "meaning": str(model.__doc__).rstrip(".") if is_kind else field.description or "",
         }
 
 
-def _values(kind: Any) -> str:
-    origin, inner = get_origin(kind), get_args(kind)
+def _values(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _values(inner[0])
     if origin is Literal:
         return ", ".join(map(str, inner))
     if origin in (Union, UnionType):
-        return " or ".join(_values(one) for one in inner if one is not type(None))
+        return " or ".join(_values(member) for member in inner if member is not type(None))
     if origin is list:
         return f"list: {_values(inner[0])}"
     if origin is tuple:
         return "[" + ", ".join(map(_values, inner)) + "]"
-    return PLAIN[origin or kind]
+    return TYPE_NAMES[origin or annotation]
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "(needed)"
+        return "(required)"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
-    return "-" if value is None or value in ([], {}) else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None or value in ([], {}):
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def page() -> str:
-    """docs/recipe.md with its tables as they are now."""
+    """docs/recipe.md with its tables as the models have them now."""
     text = PAGE.read_text()
     for prefix in dict.fromkeys(prefix for prefix, _, _ in SECTIONS):
         begin, end = f"<!-- keys of {prefix or 'the recipe'} -->\n", "<!-- end of keys -->"
-        before, rest = text.split(begin)
-        rows = [row for section, kind, model in SECTIONS if section == prefix for row in _of(section, kind, model)]
+        before, after = text.split(begin)
+        rows = [row for section, kind, model in SECTIONS if section == prefix for row in _rows(section, kind, model)]
         lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
         lines += [f"| `{row['key']}` | {row['values']} | {row['default']} | {row['meaning']} |" for row in rows]
-        text = before + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.split(end, 1)[1]
+        text = before + begin + "\n" + "\n".join(lines) + "\n\n" + end + after.split(end, 1)[1]
     return text
 
 

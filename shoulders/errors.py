@@ -1,41 +1,48 @@
-"""The ways a run can be refused or stop, each with the exit code of the command line."""
+"""Errors for the user, each with its exit code."""
 
 
 class ShouldersError(Exception):
-    """One line for the user: what was given, what is allowed, what to change."""
+    """One line for the user: what is wrong, what is allowed, what to change."""
 
     exit_code: int = 1
 
 
 class RecipeError(ShouldersError):
-    """A recipe or an argument that cannot work; found before anything costly starts."""
+    """A recipe or an argument that cannot work; raised before anything costly starts."""
 
     exit_code = 2
 
 
 class DataError(ShouldersError):
-    """Images, weights or a checkpoint that must not be used as they are."""
+    """Images, weights or a checkpoint that cannot be used as they are."""
 
     exit_code = 3
 
 
 class NumericError(ShouldersError):
-    """Training left the finite numbers."""
+    """A loss or a feature is not finite."""
 
     exit_code = 4
 
 
 class SpaceError(ShouldersError):
-    """No disk space or memory is left to go on."""
+    """The disk or the memory is full."""
 
     exit_code = 5
 
 
 class Interrupted(ShouldersError):
-    """A signal asked the run to stop; its checkpoint, or what is made of a cache, is saved."""
+    """SIGTERM or SIGINT ended the run, after its checkpoint or the finished part of its cache was saved.
+
+    Args:
+        number: of the signal; the exit code is 128 + number.
+        step: the step of the checkpoint; None if there is nothing to resume with ``--resume``.
+    """
 
     def __init__(self, number: int, step: int | None = None):
         self.number, self.exit_code = number, 128 + number
-        saved = f" at step {step}; the checkpoint is saved: go on with --resume"
-        made = "; what is made is kept: go on with the same command"
-        super().__init__(f"stopped by signal {number}" + (made if step is None else saved))
+        if step is None:
+            kept = "; finished parts are kept: continue with the same command"
+        else:
+            kept = f" at step {step}; the checkpoint is saved: continue with --resume"
+        super().__init__(f"interrupted by signal {number}{kept}")

@@ -258,7 +258,7 @@ def test_asked_to_stop_it_saves_and_says_so(
         process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors[-2000:]
-    assert "go on with --resume" in errors.splitlines()[-1]
+    assert "continue with --resume" in errors.splitlines()[-1]
     assert len(checkpoints(out / "checkpoints")) == 1
     assert not (out / "student").exists()
 

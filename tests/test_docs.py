@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shoulders.config.recipe import FREE_ON_RESUME
+from shoulders.config.resume import FREE_ON_RESUME
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -1,1 +1,1 @@
-"""What a recipe holds, and how faults in it are explained."""
+"""The recipe of a run: its sections, how it is read and checked, and the messages about faults in it."""

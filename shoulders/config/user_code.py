@@ -1,4 +1,4 @@
-"""Code of the user's own, named in a recipe as ``package.module:function``."""
+"""Functions of the user that a recipe names as ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -7,32 +7,28 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from typing import Any
 
 
 def check_function(path: str) -> None:
-    """Refuse a name that cannot be called, as far as can be known without running any of it.
+    """Refuse a name that cannot be imported, without running the module itself.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: naming what is wrong.
     """
     module, _ = _split(path)
     with _current_folder_importable():
-        try:
-            found = find_spec(module)
-        except ModuleNotFoundError as error:
-            if not module.startswith(error.name or ""):
-                raise ValueError(f"importing what {module} is in fails: {error}") from error
-            found = None
-        except Exception as error:  # finding it runs the packages that it is in
-            raise ValueError(f"importing what {module} is in fails: {type(error).__name__}: {error}") from error
-    if found is None:
-        raise ValueError(f"no Python module {module!r} here or among the installed packages")
+        if _find_module(module) is None:
+            raise ValueError(f"no Python module {module!r} in the current folder or among the installed packages")
 
 
 def call_function(path: str, **settings: Any) -> Any:
-    """What the function returns.
+    """Import a function and call it with these keyword arguments.
+
+    Returns:
+        What the function returns.
 
     Raises:
         ValueError: it cannot be imported or called, or it raised.
@@ -42,7 +38,7 @@ def call_function(path: str, **settings: Any) -> Any:
     with _current_folder_importable():
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # it is the user's code: whatever it raises is reported as theirs
+        except Exception as error:  # user code may raise anything: the message names the module
             raise ValueError(f"importing {module_name} fails: {type(error).__name__}: {error}") from error
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -51,6 +47,22 @@ def call_function(path: str, **settings: Any) -> Any:
             return function(**settings)
         except Exception as error:
             raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+
+
+def _find_module(module: str) -> ModuleSpec | None:
+    """The spec of a module; finding it imports the packages that contain it.
+
+    Raises:
+        ValueError: importing one of these packages fails.
+    """
+    try:
+        return find_spec(module)
+    except ModuleNotFoundError as error:
+        if module.startswith(error.name or ""):
+            return None  # the module itself, or a package that should contain it
+        raise ValueError(f"importing a package of {module} fails: {error}") from error
+    except Exception as error:
+        raise ValueError(f"importing a package of {module} fails: {type(error).__name__}: {error}") from error
 
 
 def _split(path: str) -> tuple[str, str]:
@@ -62,10 +74,10 @@ def _split(path: str) -> tuple[str, str]:
 
 @contextmanager
 def _current_folder_importable() -> Iterator[None]:
-    """Modules in the current folder can be imported, as with ``python -m``."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+    """Let modules in the current folder be imported, as ``python -m`` does."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(here)
+        sys.path.remove(folder)

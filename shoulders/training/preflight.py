@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from shoulders.config.recipe import Recipe, Source, as_size, check_name, check_resumed
+from shoulders.config.recipe import Recipe, Source, as_size, check_name
+from shoulders.config.resume import check_resumed
 from shoulders.config.user_code import check_function
 from shoulders.distributed.context import DistContext
 from shoulders.distributed.sharding import FSDP_SUPPORTED

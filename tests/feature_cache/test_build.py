@@ -217,7 +217,7 @@ class Stopping(Colours):
 def test_asked_to_stop_it_keeps_what_is_made(number: signal.Signals, root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__dtype="float16")
     own = {"one": Teacher(Stopping(number), size=(16, 16))}
-    with pytest.raises(Interrupted, match="what is made is kept: go on with the same command") as stop:
+    with pytest.raises(Interrupted, match="finished parts are kept: continue with the same command") as stop:
         build(recipe, own)
     assert stop.value.exit_code == 128 + number
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "cache/one/manifest.json").exists()
