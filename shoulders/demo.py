@@ -37,7 +37,7 @@ from shoulders.tasks.finetune import HParams
 from shoulders.teachers import Teachers, load_teacher
 from shoulders.training.preflight import check
 from shoulders.training.supervised_baseline import scratch
-from shoulders.world import SIZE, TASKS_OF, TEACHERS, write_world
+from shoulders.world import SIZE, TEACHER_TASKS, TEACHERS, write_world
 
 Row = dict[str, Any]
 THREADS = 1  # the same everywhere: more of them add in another order; for models this small they gain next to nothing
@@ -115,13 +115,14 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
         _save_newborn(told)
         with _processes() as pool:
             asked = [
-                pool.submit(ask, out, out / "init_from_scratch", effort, *what) for what in product(FIRST, TASKS_OF)
+                pool.submit(ask, out, out / "init_from_scratch", effort, *what)
+                for what in product(FIRST, TEACHER_TASKS)
             ]
             distill(told, resume=resume)
-            asked += [pool.submit(ask, out, out, effort, *what) for what in product(LAST, TASKS_OF)]
+            asked += [pool.submit(ask, out, out, effort, *what) for what in product(LAST, TEACHER_TASKS)]
             for done in tqdm(as_completed(asked), "measuring", len(asked), leave=False, disable=None):
                 done.result()
-        rows = [json.loads(_file(out, kind, teacher).read_text()) for teacher, kind in product(TASKS_OF, KINDS)]
+        rows = [json.loads(_file(out, kind, teacher).read_text()) for teacher, kind in product(TEACHER_TASKS, KINDS)]
         write_text(out / "demo.json", json.dumps(rows, indent=1) + "\n")
         write_report(out, rows=rows, images=None)
     except Interrupted as stopped:
@@ -138,12 +139,13 @@ def recipe(out: Path, effort: Effort) -> Recipe:
             "student": {"base": str(TEACHERS / "base"), "adapter": {"kind": "conv", "width": 128}},
             # each is asked about the style that it knows
             "teachers": {
-                name: {"model": str(TEACHERS / name), "sources": [style]} for name, (_, style, _) in TASKS_OF.items()
+                name: {"model": str(TEACHERS / name), "sources": [style]}
+                for name, (_, style, _) in TEACHER_TASKS.items()
             },
             "images": {
                 "sources": {
                     style: {"module": "shoulders.world:unlabelled", "args": {"styles": [style], "count": 5_000}}
-                    for _, style, _ in TASKS_OF.values()
+                    for _, style, _ in TEACHER_TASKS.values()
                 },
                 "size": SIZE,
                 "scale": [0.6, 1.0],
@@ -155,7 +157,7 @@ def recipe(out: Path, effort: Effort) -> Recipe:
                 "cosine_weight": 0.5,
                 "layers": ["block1", "block3", "latent"],
             },
-            "keep_heads": list(TASKS_OF),
+            "keep_heads": list(TEACHER_TASKS),
             "train": {
                 "steps": effort.steps,
                 "batch": effort.batch,
@@ -170,7 +172,7 @@ def recipe(out: Path, effort: Effort) -> Recipe:
 
 
 def _draw(folder: Path, effort: Effort) -> None:
-    total = len(TASKS_OF) * sum(effort.scenes.values())
+    total = len(TEACHER_TASKS) * sum(effort.scenes.values())
     with tqdm(total=total, desc="drawing scenes with labels", unit=" scenes", leave=False, disable=None) as bar:
         write_world(folder, counts=effort.scenes, on_scene=lambda: bar.update())
 
@@ -212,7 +214,7 @@ def ask(out: Path, student: Path, effort: Effort, kind: str, teacher: str) -> No
     file = _file(out, kind, teacher)
     if file.exists():
         return
-    task, style, labels = TASKS_OF[teacher]
+    task, style, labels = TEACHER_TASKS[teacher]
     data = out / "scenes" / style / labels
     if kind in ("teacher", "inherited"):
         who = teacher if kind == "teacher" else "student"

@@ -25,7 +25,7 @@ from shoulders.evaluation.probes import Probe, open_probe, probe_answers
 from shoulders.features import Batch, Features, Skipped
 from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
 from shoulders.images.folder import Folder
-from shoulders.images.pictures import enlarged, pca_pictures, picture
+from shoulders.images.pictures import display_size, draw_prediction, pca_pictures
 from shoulders.images.source import EXTENSIONS
 from shoulders.inference import FeaturesOf, features_of_student, features_of_teacher, predicted_taps
 from shoulders.model import ShouldersModel, load
@@ -178,9 +178,9 @@ def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict
     shades = pca_pictures(latent, (480, 480))
     for at, (stem, decoded) in enumerate(few):
         original = Image.fromarray(decoded.permute(1, 2, 0).numpy())
-        shades[at].resize(enlarged(original.size)).save(out / f"{stem}-latent.png")
+        shades[at].resize(display_size(original.size)).save(out / f"{stem}-latent.png")
         for head, answer in said.items():
-            picture(original, answer[at]).save(out / _file(stem, head, "png"))
+            draw_prediction(original, answer[at]).save(out / _file(stem, head, "png"))
 
 
 def _stems(names: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from shoulders.demo import FULL, KINDS, METRICS, QUICK, TRIES, Row, demo, recipe
 from shoulders.tasks import TASKS
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.supervised_baseline import BATCH, equal_flops
-from shoulders.world import TASKS_OF
+from shoulders.world import TEACHER_TASKS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_four_trainings_from_scratch_cost_what_the_one_distillation_did(rows: li
     """The recorded steps against the FLOPs counted on the quick student, which is the full one's shape."""
     assert len(TRIES) == 1
     images = FULL.steps * FULL.batch / (QUICK.steps * QUICK.batch)
-    for task, style, labels in TASKS_OF.values():
+    for task, style, labels in TEACHER_TASKS.values():
         goal = TASKS[task].tune(TASKS[task].find(folder / "scenes" / style / labels, "image"))
         equal = equal_flops(folder, goal, (96, 96)).distillation * images / 4
         supervised = equal_flops(folder, goal, (96, 96)).supervised

@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import Features
-from shoulders.images.pictures import pca_pictures, picture
 from shoulders.model import load
 from shoulders.prediction import _plain, _stems, ask_heads, predict
 from shoulders.teachers.heads import taps_of_teacher
@@ -83,35 +81,6 @@ def test_what_cannot_be_predicted_is_refused(run: Path, tmp_path: Path) -> None:
         predict(run, tmp_path, ["nobody"])
     with pytest.raises(DataError, match="leave it out"):
         predict(run, tmp_path / "broken.png")
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        [],
-        [{"label": "star", "score": 0.9}],
-        [{"label": "star", "score": 0.9, "box": {"xmin": 1.0, "ymin": 2.0, "xmax": 30.0, "ymax": 40.0}}],
-        [{"label": "star", "score": 0.9, "mask": torch.ones(96, 96, dtype=torch.bool).tril()}],
-        [{"label": name, "score": None, "mask": torch.eye(96).bool()} for name in ("background", "star", "heart")],
-        {"predicted_depth": torch.rand(96, 96)},
-    ],
-)
-def test_every_kind_of_answer_has_a_picture_that_differs_from_the_image(answer: object) -> None:
-    image = Image.fromarray(draw("studio", 0, 0).image)
-    drawn = picture(image, answer)
-    assert drawn.width == 480 and drawn.height >= 480
-    plain = np.asarray(image.resize((480, 480), Image.Resampling.BICUBIC))
-    changed = drawn.height > 480 or (np.asarray(drawn)[:480] != plain).any()
-    assert changed
-
-
-def test_equal_features_have_equal_colours() -> None:
-    features = Features(None, torch.randn(2, 16, 8).repeat(1, 4, 1), (8, 8))
-    first, second = pca_pictures(features, (8, 8))
-    again = pca_pictures(features, (8, 8))
-    assert first.tobytes() == again[0].tobytes() != second.tobytes()
-    top, bottom = np.asarray(first)[:2], np.asarray(first)[2:4]
-    assert (top == bottom).all()
 
 
 def test_pictures_of_images_with_like_names_do_not_overwrite_each_other() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from shoulders.config.recipe import TeacherSpec, as_size, read_recipe
 from shoulders.distributed.device import this_device
 from shoulders.images import View, render
-from shoulders.images.pictures import picture
+from shoulders.images.pictures import draw_prediction
 from shoulders.model import ShouldersModel, load
 from shoulders.tasks import TASKS
 from shoulders.tasks.data.coco import decode
@@ -213,7 +213,7 @@ def cell(image: Tensor, answer: Answer | None, colours: Colours, size: tuple[int
         original = original.convert("L")  # the colours are those of the classes alone
         if len(colours) == 1:
             answer, colours = apart(answer)
-    drawn = original.convert("RGB") if answer is None else picture(original, answer, colours)
+    drawn = original.convert("RGB") if answer is None else draw_prediction(original, answer, colours)
     scale = min(size[0] / original.width, size[1] / original.height)
     small = drawn.resize((round(original.width * scale), round(original.height * scale)), Image.Resampling.LANCZOS)
     for one in reversed(answer or ()):  # the surest on top, as its box is

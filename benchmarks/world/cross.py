@@ -1,8 +1,8 @@
-"""Each teacher of the small world at its own task, on the test scenes of every style.
+"""Each teacher of the small world evaluated on its own task, on the test scenes of every style.
 
     python benchmarks/world/cross.py --work runs/cross [--test 500]
 
-Writes cross.json beside this file: rows of teacher, task, style, metric, value.
+Writes cross.json in this folder: rows of teacher, task, style, metric, value.
 """
 
 from __future__ import annotations
@@ -19,38 +19,34 @@ from shoulders.tasks import TASKS
 from shoulders.tasks.teacher_head_eval import HEADS
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
-from shoulders.world import STYLES, TEACHERS, write_world
+from shoulders.world import STYLES, TEACHER_TASKS, TEACHERS, write_world
 
-# teacher -> task, metric, folder of a style that holds the labels
-JOBS = {
-    "classifier": ("classification", "top1", "classification"),
-    "detector": ("detection", "AP", "instances"),
-    "segmenter": ("semantic", "mIoU", "semantic"),
-    "instances": ("instance", "mask_AP", "instances"),
-}
+METRICS = {"classification": "top1", "detection": "AP", "semantic": "mIoU", "instance": "mask_AP"}  # by task
 
 
-def measure(world: Path) -> list[dict[str, object]]:
+def evaluate_teachers(world: Path) -> list[dict[str, object]]:
     """A row for each teacher and style."""
     rows: list[dict[str, object]] = []
-    for name, (task, metric, folder) in JOBS.items():
+    for name, (task, _, folder) in TEACHER_TASKS.items():
         spec = TeacherSpec(model=str(TEACHERS / name))
         teacher = load_teacher(name, spec)
         head = HeadInput(load_head(name, spec, teacher), teacher.size, teacher)
         for style in STYLES:
-            told = HEADS[task](head, TASKS[task].find(world / style / folder, "image"), 50, 0)
-            value = next(row["value"] for row in told if row["metric"] == metric)
-            rows.append({"teacher": name, "task": task, "style": style, "metric": metric, "value": round(value, 4)})
+            scores = HEADS[task](head, TASKS[task].find(world / style / folder, "image"), 50, 0)
+            value = next(row["value"] for row in scores if row["metric"] == METRICS[task])
+            rows.append(
+                {"teacher": name, "task": task, "style": style, "metric": METRICS[task], "value": round(value, 4)}
+            )
             print(rows[-1], flush=True)
     return rows
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """The rows as Markdown, a line for each teacher."""
+    """The rows as a Markdown table with one line for each teacher."""
     lines = [f"| teacher (task, metric) | {' | '.join(STYLES)} |", "|---|" + "---|" * len(STYLES)]
-    for name, (task, metric, _) in JOBS.items():
+    for name, (task, _, _) in TEACHER_TASKS.items():
         cells = [f"{row['value']:.3f}" for row in rows if row["teacher"] == name]
-        lines.append(f"| {name} ({task}, {metric}) | {' | '.join(cells)} |")
+        lines.append(f"| {name} ({task}, {METRICS[task]}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -58,10 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/cross"))
     parser.add_argument("--test", type=int, default=500)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.manual_seed(0)
-    write_world(given.work, counts={"train": 50, "val": 0, "test": given.test})
-    rows = measure(given.work)
+    write_world(args.work, counts={"train": 50, "val": 0, "test": args.test})
+    rows = evaluate_teachers(args.work)
     out = Path(__file__).with_suffix(".json")
     out.write_text(json.dumps(rows, indent=1) + "\n")
     print(table(rows))

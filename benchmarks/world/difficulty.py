@@ -1,11 +1,11 @@
-"""How hard the small world is: top-1 of image classification, by style and over all styles.
+"""The difficulty of the small world: top-1 of image classification, for each style and for all styles together.
 
-FeatureBank features are read by a linear map and by nearest neighbours: raw pixels, the base's architecture at random
-weights, the base itself. A small ResNet that is trained briefly with the labels says what can be reached at least.
+A linear probe and k-NN are evaluated on frozen features: raw pixels, the architecture of the base with random weights,
+and the base. A small ResNet trained for a few steps with the labels gives a lower bound of what can be reached.
 
     python benchmarks/world/difficulty.py [--base shoulders/world/teachers/base]
 
-Writes difficulty.json and difficulty.md beside this file. Ten minutes on one CPU thread of a busy machine.
+Writes difficulty.json and difficulty.md in this folder. Ten minutes on one CPU thread of a busy machine.
 """
 
 from __future__ import annotations
@@ -29,55 +29,57 @@ from shoulders.world import CLASSES, SIZE, STYLES
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "teachers"))
-import base  # noqa: E402  (the trainings of the teachers lie in a folder of scripts)
+import base  # noqa: E402  (the training scripts of the teachers are in another folder)
 import classifier  # noqa: E402
 import common  # noqa: E402
 import world_data  # noqa: E402
 from world_classifier import turn  # noqa: E402
 
 SEED, STEPS, COUNTS = 0, 300, {"train": 4000, "test": 1000}
-Pictures = tuple[Tensor, Tensor]  # uint8 (B, 3, H, W) and int64 (B,)
+LabelledImages = tuple[Tensor, Tensor]  # uint8 (B, 3, H, W) and int64 (B,)
 
 
-def by_style(split: str, work: Path) -> dict[str, Pictures]:
-    """Pictures and labels of each style, and of all together."""
-    drawn = world_data.load_styles(split, COUNTS[split], work)
-    found = {style: (scenes.images, scenes.labels) for style, scenes in drawn.items()}
-    found["all"] = (torch.cat([x for x, _ in found.values()]), torch.cat([y for _, y in found.values()]))
-    return found
+def by_style(split: str, work: Path) -> dict[str, LabelledImages]:
+    """Images and labels of each style, and of all styles together as ``all``."""
+    scenes = world_data.load_styles(split, COUNTS[split], work)
+    data = {style: (each.images, each.labels) for style, each in scenes.items()}
+    data["all"] = (torch.cat([x for x, _ in data.values()]), torch.cat([y for _, y in data.values()]))
+    return data
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The picture itself, at 16x16 px (B, 768)."""
+    """The pixels of the images at 16 x 16 px (B, 768)."""
     return F.interpolate(images.float(), size=(16, 16), mode="area").flatten(1) / 255
 
 
 def summary(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's CLS token (B, C)."""
+    """A function from images to the CLS token of the model (B, C)."""
 
     @torch.no_grad()
-    def answer(images: Tensor) -> Tensor:
+    def compute(images: Tensor) -> Tensor:
         return base.summaries(model.eval(), images, SIZE)
 
-    return answer
+    return compute
 
 
-def probe(features: Callable[[Tensor], Tensor], train: dict[str, Pictures], test: dict[str, Pictures]) -> Any:
-    """Top-1 in percent of both readings, by style."""
-    known = {style: features(train[style][0]) for style in STYLES}
-    asked = {style: features(test[style][0]) for style in STYLES}
-    known["all"], asked["all"] = torch.cat(list(known.values())), torch.cat(list(asked.values()))
+def probe(
+    features: Callable[[Tensor], Tensor], train: dict[str, LabelledImages], test: dict[str, LabelledImages]
+) -> Any:
+    """Top-1 in % of both probes, by style."""
+    fitted = {style: features(train[style][0]) for style in STYLES}
+    held_out = {style: features(test[style][0]) for style in STYLES}
+    fitted["all"], held_out["all"] = torch.cat(list(fitted.values())), torch.cat(list(held_out.values()))
     scores: dict[str, dict[str, float]] = {"linear": {}, "k-NN": {}}
     for style in train:
-        seen = Extracted(known[style], train[style][1], torch.arange(len(known[style])))
-        held = Extracted(asked[style], test[style][1], torch.arange(len(asked[style])))
+        train_set = Extracted(fitted[style], train[style][1], torch.arange(len(fitted[style])))
+        test_set = Extracted(held_out[style], test[style][1], torch.arange(len(held_out[style])))
         for name, measure in (("linear", linear_top1), ("k-NN", knn_top1)):
-            scores[name][style] = round(100 * measure(seen, None, held, len(CLASSES), SEED)[0], 1)
+            scores[name][style] = round(100 * measure(train_set, None, test_set, len(CLASSES), SEED)[0], 1)
     return scores
 
 
-def supervised(train: Pictures, test: Pictures) -> float:
-    """Top-1 in percent of a small ResNet trained with these labels, no choice made by any score."""
+def supervised(train: LabelledImages, test: LabelledImages) -> float:
+    """Top-1 in % of a small ResNet trained with these labels; no setting was selected by a score."""
     torch.manual_seed(SEED)
     model = classifier.build_model(CLASSES, (24, 48, 96), (1, 1, 1)).to(memory_format=torch.channels_last).train()
     matrices = [weight for weight in model.resnet.parameters() if weight.ndim == 4]
@@ -93,7 +95,7 @@ def supervised(train: Pictures, test: Pictures) -> float:
 
 
 def as_table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one row per reading, one column per style."""
+    """A Markdown table: one row for each method, one column for each style."""
     columns = [*STYLES, "all"]
     lines = ["| top-1, % | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for name, row in rows.items()]
@@ -103,22 +105,28 @@ def as_table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=HERE.parents[1] / "shoulders/world/teachers/base")
-    parser.add_argument("--work", type=Path, default=Path("runs/world/difficulty"), help="drawn scenes")
-    given = parser.parse_args()
-    begun = time.perf_counter()
+    parser.add_argument("--work", type=Path, default=Path("runs/world/difficulty"), help="folder of the drawn scenes")
+    args = parser.parse_args()
+    started_at = time.perf_counter()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    train, test = by_style("train", given.work), by_style("test", given.work)
+    train, test = by_style("train", args.work), by_style("test", args.work)
     rows: dict[str, dict[str, float]] = {}
-    untrained = AutoModel.from_config(AutoConfig.from_pretrained(given.base))
-    trained = AutoModel.from_pretrained(given.base, dtype=torch.float32)
+    untrained = AutoModel.from_config(AutoConfig.from_pretrained(args.base))
+    trained = AutoModel.from_pretrained(args.base, dtype=torch.float32)
     for name, features in (("pixels", pixels), ("random ViT", summary(untrained)), ("base", summary(trained))):
-        for reading, row in probe(features, train, test).items():
-            rows[f"{name}, {reading}"] = row
+        for head, row in probe(features, train, test).items():
+            rows[f"{name}, {head}"] = row
         print(as_table(rows), flush=True)
     rows[f"small ResNet, {STEPS} steps with labels"] = {style: supervised(train[style], test[style]) for style in train}
-    told = {"counts": COUNTS, "seed": SEED, "steps": STEPS, "seconds": round(time.perf_counter() - begun), "top1": rows}
-    write_text(HERE / "difficulty.json", json.dumps(told, indent=1) + "\n")
+    result = {
+        "counts": COUNTS,
+        "seed": SEED,
+        "steps": STEPS,
+        "seconds": round(time.perf_counter() - started_at),
+        "top1": rows,
+    }
+    write_text(HERE / "difficulty.json", json.dumps(result, indent=1) + "\n")
     write_text(HERE / "difficulty.md", as_table(rows))
     print(as_table(rows), flush=True)
 

@@ -1,4 +1,4 @@
-"""Draw a contact sheet of each style, and one scene with its labels: docs/world-*.jpg.
+"""Draw a contact sheet of each style, and one scene with its labels, as docs/world-*.jpg.
 
 python benchmarks/world/sheets.py
 """
@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shoulders.images.pictures import picture
+from shoulders.images.pictures import draw_prediction
 from shoulders.world import CLASSES, STYLES, draw
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-COLUMNS, ROWS, TILE, GAP = 8, 3, 128, 4
+COLUMNS, ROWS, TILE, GAP = 8, 3, 128, 4  # of a sheet; the last two in px
 
 
 def sheet(style: str) -> Image.Image:
@@ -39,13 +39,13 @@ def labelled(style: str, number: int) -> Image.Image:
         for n, b in zip(names, scene.boxes.tolist(), strict=True)
     ]
     masks = [{"label": n, "score": None, "mask": torch.from_numpy(m)} for n, m in zip(names, scene.masks, strict=True)]
-    each = [{**one, "label": f"{one['label']} {at + 1}", "score": 1.0} for at, one in enumerate(masks)]
-    parts = [image.resize((480, 480), Image.Resampling.BICUBIC)]
-    parts += [picture(image, answer) for answer in (boxes, masks, each)]
-    height = max(part.height for part in parts)
+    instances = [{**one, "label": f"{one['label']} {at + 1}", "score": 1.0} for at, one in enumerate(masks)]
+    panels = [image.resize((480, 480), Image.Resampling.BICUBIC)]
+    panels += [draw_prediction(image, prediction) for prediction in (boxes, masks, instances)]
+    height = max(panel.height for panel in panels)
     canvas = Image.new("RGB", (4 * 480 + 3 * 12, height), "white")
-    for at, part in enumerate(parts):
-        canvas.paste(part, (at * 492, 0))
+    for at, panel in enumerate(panels):
+        canvas.paste(panel, (at * 492, 0))
     return canvas.resize((canvas.width // 2, canvas.height // 2), Image.Resampling.LANCZOS)
 
 

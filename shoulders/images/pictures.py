@@ -1,4 +1,4 @@
-"""Pictures of what heads answer and of what features hold."""
+"""Pictures of predictions and of features."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ from torch import Tensor
 
 from shoulders.features import Features
 
-LEAST = 480  # px of the longer side: small images are enlarged, so that labels can be read
-COLOURS = (
+Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
+Colours = Mapping[str, Colour]  # by label
+
+MIN_SIDE_PX = 480  # of the longer side: smaller images are enlarged, so that labels can be read
+BACKGROUND = "background"  # is not painted, so that everything else stands out
+GREY = (128, 128, 128)
+COLOURS: tuple[Colour, ...] = (
     (230, 75, 53),
     (77, 187, 213),
     (0, 160, 135),
@@ -29,62 +34,64 @@ COLOURS = (
 )
 
 
-Colours = Mapping[str, tuple[int, int, int]]
-
-
-def picture(image: Image.Image, answer: Any, colours: Colours | None = None) -> Image.Image:
-    """An image with what a head says of it: boxes, masks with a legend, classes or depth.
+def draw_prediction(image: Image.Image, prediction: Any, colours: Colours | None = None) -> Image.Image:
+    """An image with a head's prediction drawn on it: boxes, masks with a legend, classes, or depth.
 
     Args:
         image: the original.
-        answer: of this image, as `shoulders.teachers.heads.post_process.post_process` gives it.
-        colours: of the labels that occur; where they are given nothing is written into the picture, for whoever
-            chose them says elsewhere what they mean.
+        prediction: for this image, as `shoulders.teachers.heads.post_process.post_process` returns it.
+        colours: of the labels in the prediction. If given, no text is drawn: the caller shows the labels elsewhere.
+
+    Returns:
+        A picture of at least `MIN_SIDE_PX` px.
     """
-    scale = max(1.0, LEAST / max(image.size))
-    large = image.convert("RGB").resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
-    if isinstance(answer, dict):
-        return depth_picture(answer["predicted_depth"], large.size)
-    if not answer:
-        return large if colours is not None else with_legend(large, [("nothing found", (128, 128, 128))])
-    names = list(dict.fromkeys(str(one["label"]) for one in answer))
-    written = colours is None
-    colours = palette(names) if colours is None else colours
-    if "mask" in answer[0]:
-        for one in answer:
-            if one["label"] == "background":
-                continue  # it stays as it is, so that what is not background stands out
-            large = overlay(large, one["mask"], colours[str(one["label"])], edge=one["score"] is not None)
-        shown = [(name, colours[name]) for name in names if name != "background"]
-        return with_legend(large, shown) if written else large
-    if "box" in answer[0]:
-        for one in reversed(answer):
-            draw_box(large, one, colours[str(one["label"])], large.width / image.width, written)
+    large = image.convert("RGB").resize(display_size(image.size), Image.Resampling.BICUBIC)
+    if isinstance(prediction, dict):
+        return depth_picture(prediction["predicted_depth"], large.size)
+    if not prediction:
+        return large if colours is not None else add_legend(large, [("nothing found", GREY)])
+    with_text = colours is None
+    colours = assign_colours([str(item["label"]) for item in prediction]) if colours is None else colours
+    if "mask" in prediction[0]:
+        return _draw_masks(large, prediction, colours, with_text)
+    if "box" in prediction[0]:
+        for item in reversed(prediction):
+            draw_box(large, item, colours[str(item["label"])], large.width / image.width, with_text)
         return large
-    if not written:
+    if not with_text:
         return large
-    return with_legend(large, [(f"{one['label']}  {one['score']:.2f}", colours[str(one["label"])]) for one in answer])
+    scores = [(f"{item['label']}  {item['score']:.2f}", colours[str(item["label"])]) for item in prediction]
+    return add_legend(large, scores)
 
 
-def enlarged(size: tuple[int, int]) -> tuple[int, int]:
-    """The size in px that an image is shown at."""
-    scale = max(1.0, LEAST / max(size))
+def _draw_masks(
+    image: Image.Image, prediction: Sequence[Mapping[str, Any]], colours: Colours, legend: bool
+) -> Image.Image:
+    for item in prediction:
+        if item["label"] != BACKGROUND:
+            # instances have a score, and an edge that separates them; semantic masks have neither
+            image = overlay_mask(image, item["mask"], colours[str(item["label"])], edge=item["score"] is not None)
+    labels = dict.fromkeys(str(item["label"]) for item in prediction if item["label"] != BACKGROUND)
+    return add_legend(image, [(label, colours[label]) for label in labels]) if legend else image
+
+
+def display_size(size: tuple[int, int]) -> tuple[int, int]:
+    """The size (width, height) in px of the picture of an image of ``size`` px."""
+    scale = max(1.0, MIN_SIDE_PX / max(size))
     return round(size[0] * scale), round(size[1] * scale)
 
 
-def palette(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """A colour for each name: nearly always the same in every picture, and never one twice while there are others."""
-    chosen: dict[str, tuple[int, int, int]] = {}
-    for name in sorted(names):
-        turns = [COLOURS[(_number(name) + turn) % len(COLOURS)] for turn in range(len(COLOURS))]
-        chosen[name] = next((colour for colour in turns if colour not in chosen.values()), turns[0])
+def assign_colours(labels: Sequence[str]) -> dict[str, Colour]:
+    """A colour for each label: the same in nearly all pictures, and different from the others while colours last."""
+    chosen: dict[str, Colour] = {}
+    for label in sorted(set(labels)):
+        candidates = [COLOURS[(_label_number(label) + offset) % len(COLOURS)] for offset in range(len(COLOURS))]
+        chosen[label] = next((colour for colour in candidates if colour not in chosen.values()), candidates[0])
     return chosen
 
 
-def overlay(image: Image.Image, mask: Tensor, colour: tuple[int, int, int], edge: bool) -> Image.Image:
-    """The image with a mask (h, w) laid over it half transparent, and its edge drawn."""
+def overlay_mask(image: Image.Image, mask: Tensor, colour: Colour, edge: bool) -> Image.Image:
+    """The image with a half transparent mask (h, w) over it, and the edge of the mask."""
     cover = Image.fromarray((mask.cpu().numpy() * 255).astype("uint8")).resize(image.size, Image.Resampling.BILINEAR)
     tinted = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
     painted = Image.composite(tinted, image, cover)
@@ -96,34 +103,37 @@ def overlay(image: Image.Image, mask: Tensor, colour: tuple[int, int, int], edge
     return painted
 
 
-def draw_box(
-    image: Image.Image, one: dict[str, Any], colour: tuple[int, int, int], scale: float, written: bool
-) -> None:
-    """A box, in place; with its label and score where they are to be written."""
+def draw_box(image: Image.Image, item: Mapping[str, Any], colour: Colour, scale: float, with_text: bool) -> None:
+    """Draw a box into the image, with its label and score where ``with_text``.
+
+    Args:
+        item: of a prediction, with a box in px of the original image.
+        scale: px of the image for each px of the original.
+    """
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
-    left, top, right, bottom = (value * scale for value in one["box"].values())
-    pen.rectangle((left, top, right, bottom), outline=colour, width=2 if written else 4)
-    if not written:
+    left, top, right, bottom = (value * scale for value in item["box"].values())
+    pen.rectangle((left, top, right, bottom), outline=colour, width=2 if with_text else 4)
+    if not with_text:
         return
-    text = f"{one['label']} {one['score']:.2f}"
+    text = f"{item['label']} {item['score']:.2f}"
     width, height = pen.textbbox((0, 0), text, font=font)[2:]
     x, y = min(max(left, 0), max(image.width - width - 6, 0)), max(top - height - 4, 0)
     pen.rectangle((x, y, x + width + 6, y + height + 4), fill=colour)
-    pen.text((x + 3, y + 1), text, fill=_ink(colour), font=font)
+    pen.text((x + 3, y + 1), text, fill=_text_colour(colour), font=font)
 
 
-def with_legend(image: Image.Image, rows: Sequence[tuple[str, tuple[int, int, int]]]) -> Image.Image:
-    """The image with a strip of names and their colours below, as many to a line as fit."""
+def add_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Image.Image:
+    """The image with names and their colours below it, as many in a line as fit."""
     font, pen = ImageFont.load_default(size=15), ImageDraw.Draw(image)
-    lines: list[list[tuple[str, tuple[int, int, int], int]]] = [[]]
+    lines: list[list[tuple[str, Colour, int]]] = [[]]
     x = 8
-    for name, colour in rows:
-        wide = 34 + round(pen.textlength(name, font=font))
-        if x + wide > image.width and lines[-1]:
+    for name, colour in entries:
+        width = 34 + round(pen.textlength(name, font=font))
+        if x + width > image.width and lines[-1]:
             lines.append([])
             x = 8
         lines[-1].append((name, colour, x))
-        x += wide
+        x += width
     sheet = Image.new("RGB", (image.width, image.height + 24 * len(lines) + 8), (255, 255, 255))
     sheet.paste(image, (0, 0))
     pen = ImageDraw.Draw(sheet)
@@ -136,40 +146,41 @@ def with_legend(image: Image.Image, rows: Sequence[tuple[str, tuple[int, int, in
 
 
 def depth_picture(depth: Tensor, size: tuple[int, int]) -> Image.Image:
-    """Depth (h, w) as grey, the largest value white."""
+    """Depth (h, w) in grey, with the largest value white, at ``size`` = (width, height) px."""
     low, high = depth.min(), depth.max()
     grey = ((depth - low) / (high - low).clamp_min(1e-6) * 255).byte().cpu().numpy()
     return Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def pca_pictures(features: Features, size: tuple[int, int], like: Features | None = None) -> list[Image.Image]:
-    """The first three principal components of spatial features as red, green and blue, one picture per image.
+    """The first three principal components of spatial features as red, green and blue, one picture for each image.
 
     Args:
-        features: of B images; the components are those of all of them together.
+        features: of B images; the components are those of all images together.
         size: (width, height) of the pictures in px.
-        like: features of the same width whose components and range of colours are used instead, for pictures that
-            can be held against those of `like`.
+        like: features of the same width. Their components and range of colours are used, so that the pictures can be
+            compared with those of ``like``.
     """
     spatial = features.parts()["spatial"].float()  # (B, N, C)
-    reference = (features if like is None else like).parts()["spatial"].float().flatten(0, 1)
+    reference = (features if like is None else like).parts()["spatial"].float().flatten(0, 1)  # (B * N, C)
     mean = reference.mean(0)
     reference = reference - mean
     axes = torch.linalg.svd(reference.T @ reference)[0][:, :3]
-    axes = axes * axes.sum(0).sign()  # a sign of its own, so that the same features give the same colours
-    seen = reference @ axes  # (B * N, 3)
-    low, high = seen.quantile(0.02, dim=0), seen.quantile(0.98, dim=0)
-    shown = (spatial.flatten(0, 1) - mean) @ axes
-    colours = ((shown - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).view(*spatial.shape[:2], 3)
+    axes = axes * axes.sum(0).sign()  # a fixed sign, so that the same features have the same colours
+    projected = reference @ axes  # (B * N, 3)
+    low, high = projected.quantile(0.02, dim=0), projected.quantile(0.98, dim=0)
+    components = (spatial.flatten(0, 1) - mean) @ axes  # (B * N, 3)
+    colours = ((components - low) / (high - low).clamp_min(1e-6)).clamp(0, 1).view(*spatial.shape[:2], 3)
     maps = (colours * 255).byte().unflatten(1, features.grid).cpu().numpy()  # (B, H, W, 3)
     return [Image.fromarray(image).resize(size, Image.Resampling.NEAREST) for image in maps]
 
 
-def _number(name: str) -> int:
-    """A number that belongs to a name, so that a class has one colour everywhere."""
-    return sum((place + 1) * ord(letter) for place, letter in enumerate(name))
+def _label_number(label: str) -> int:
+    """A number for a label, so that a class has the same colour everywhere."""
+    return sum((position + 1) * ord(letter) for position, letter in enumerate(label))
 
 
-def _ink(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = colour
+def _text_colour(background: Colour) -> Colour:
+    """Black or white, whichever can be read on this background."""
+    red, green, blue = background
     return (0, 0, 0) if 0.3 * red + 0.6 * green + 0.1 * blue > 140 else (255, 255, 255)

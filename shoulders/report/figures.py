@@ -17,7 +17,7 @@ from shoulders.distributed.device import this_device
 from shoulders.errors import ShouldersError
 from shoulders.features import Features
 from shoulders.images import View, central_view, render
-from shoulders.images.pictures import Colours, palette, pca_pictures, picture
+from shoulders.images.pictures import Colours, assign_colours, draw_prediction, pca_pictures
 from shoulders.model import ShouldersModel, load
 from shoulders.report.choose import Asked, Given, choose
 from shoulders.report.gather import Told
@@ -219,7 +219,7 @@ def _pairs(
             theirs = post_process(head, head(said), sizes, THRESHOLD)[0]
         labels = _labels(ours), _labels(theirs)
         both = labels[0] | labels[1]
-        colours = palette(list(both))
+        colours = assign_colours(list(both))
         yield Pair(
             name,
             task_of(student.head(name)),
@@ -252,7 +252,7 @@ def _few(scores: Sequence[str]) -> str:
 
 
 def _said(image: Pillow.Image, answer: Any, colours: Colours, alt: str) -> Said:
-    drawn = picture(image, answer, colours)
+    drawn = draw_prediction(image, answer, colours)
     if isinstance(answer, dict):
         return Said(jpeg(drawn, f"{alt}: depth", SIDE), [])
     is_drawn = _is_drawn(answer)

@@ -1,35 +1,51 @@
 """The small world: procedural scenes with labels for all four tasks, and the teachers trained on them."""
 
 from pathlib import Path
+from typing import NamedTuple
 
-from shoulders.world.files import COUNTS, SPLITS, seed_of, write_world
+from shoulders.world.files import SCENES_PER_SPLIT, SPLITS, split_seed, write_world
 from shoulders.world.scenes import SIZE, Scene, draw
 from shoulders.world.shapes import CLASSES
-from shoulders.world.source import Drawn, unlabelled
+from shoulders.world.source import WorldImages, unlabelled
 from shoulders.world.styles import STYLES
 
-TEACHERS = Path(__file__).parent / "teachers"  # one transformers folder each, the base included
+TEACHERS = Path(__file__).parent / "teachers"  # folders in transformers format, one for each teacher and the base
 
-# teacher -> the task that it is good at, the style where it is, and the folder of a style that holds labels of the task
-TASKS_OF = {
-    "classifier": ("classification", "studio", "classification"),
-    "detector": ("detection", "neon", "instances"),
-    "segmenter": ("semantic", "paper", "semantic"),
-    "instances": ("instance", "ink", "instances"),
+
+class TeacherTask(NamedTuple):
+    """What a teacher was trained for.
+
+    Args:
+        task: a name in `shoulders.tasks.TASKS`.
+        style: the only style it was trained on.
+        labels: the folder of a style that holds labels of the task.
+    """
+
+    task: str
+    style: str
+    labels: str
+
+
+TEACHER_TASKS = {
+    "classifier": TeacherTask("classification", "studio", "classification"),
+    "detector": TeacherTask("detection", "neon", "instances"),
+    "segmenter": TeacherTask("semantic", "paper", "semantic"),
+    "instances": TeacherTask("instance", "ink", "instances"),
 }
 
 __all__ = [
     "CLASSES",
-    "COUNTS",
+    "SCENES_PER_SPLIT",
     "SIZE",
     "SPLITS",
     "STYLES",
-    "TASKS_OF",
     "TEACHERS",
-    "Drawn",
+    "TEACHER_TASKS",
     "Scene",
+    "TeacherTask",
+    "WorldImages",
     "draw",
-    "seed_of",
+    "split_seed",
     "unlabelled",
     "write_world",
 ]

@@ -1,4 +1,4 @@
-"""The world as ordinary files, in the formats that `shoulders evaluate` and everyone else reads."""
+"""The world as files, in the common formats that `shoulders evaluate` reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +18,56 @@ from PIL import Image
 from shoulders.errors import RecipeError
 from shoulders.storage.atomic import write_folder
 from shoulders.tasks.data.coco import list_runs
-from shoulders.world.scenes import SIZE, SMALLEST, Scene, draw
+from shoulders.world.scenes import MIN_SIZE, SIZE, Scene, draw
 from shoulders.world.shapes import CLASSES
 from shoulders.world.styles import STYLES
 
 SPLITS = ("train", "val", "test", "unlabelled")
-PARTS = ("instances", "semantic/images", "semantic/annotations")
-COUNTS = {"train": 1000, "val": 200, "test": 500}
+SCENES_PER_SPLIT = {"train": 1000, "val": 200, "test": 500}
 
 
-def seed_of(split: str, seed: int = 0) -> int:
-    """The seed of a split's scenes, so that no two splits of any world share a scene."""
+def split_seed(split: str, seed: int = 0) -> int:
+    """The seed of the scenes of a split; no two splits of any two worlds share a scene.
+
+    Args:
+        split: a name in `SPLITS`.
+        seed: of the world.
+    """
     return len(SPLITS) * seed + SPLITS.index(split)
 
 
-def encode(pixels: NDArray[np.uint8]) -> bytes:
-    """A PNG file of (H, W, 3) or (H, W) pixels."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """Pixels (H, W, 3) or (H, W) as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def write_world(
     folder: Path | str,
     styles: Sequence[str] = tuple(STYLES),
-    counts: Mapping[str, int] = COUNTS,
+    counts: Mapping[str, int] = SCENES_PER_SPLIT,
     size: int = SIZE,
     seed: int = 0,
     on_scene: Callable[[], object] = lambda: None,
 ) -> list[Path]:
-    """Write ``folder/STYLE`` with all labels for each style, each in one step: whole or not at all.
+    """Write the scenes of each style with all labels to ``folder/STYLE``.
 
-    A style holds ``classification`` (class folders), ``instances`` (COCO JSON, masks as run lengths) and
-    ``semantic`` (index masks, 0 the background) over the same pictures, and ``world.json``, its settings.
+    A style has ``classification`` (class folders), ``instances`` (COCO JSON with masks as run lengths) and
+    ``semantic`` (index masks, where 0 is the background) of the same images, and ``world.json``, its settings. It is
+    written to a temporary folder and renamed, so that an interrupted style leaves nothing behind.
 
     Args:
         styles: names in `STYLES`.
         counts: scenes of each split.
         size: side in px.
-        on_scene: called after each scene.
+        on_scene: function that is called after each scene.
 
     Returns:
-        The folders written; those that hold this very world already are left as they are.
+        The folders that were written. A style that exists with the same settings is left as it is.
 
     Raises:
-        RecipeError: an unknown style or split, no scenes, or a folder with something else in it.
+        RecipeError: an unknown style or split, no scenes, or a folder with other content.
         SpaceError: the disk is full.
     """
     folder = Path(folder)
@@ -69,15 +75,15 @@ def write_world(
     written = []
     for style in styles:
         settings = _settings(style, counts, size, seed)
-        if not _is_there(folder / style, settings):
+        if not _exists(folder / style, settings):
             folder.mkdir(parents=True, exist_ok=True)
-            write_folder(folder / style, lambda aside, settings=settings: _write_style(aside, settings, on_scene))  # type: ignore[misc]
+            write_folder(folder / style, partial(_write_style, settings=settings, on_scene=on_scene))
             written.append(folder / style)
     return written
 
 
 def check_world(folder: Path, styles: Sequence[str], counts: Mapping[str, int], size: int, seed: int) -> None:
-    """Refuse what cannot be written, before anything is.
+    """Check the arguments of `write_world` and the folder, before anything is written.
 
     Raises:
         RecipeError: see `write_world`.
@@ -85,28 +91,30 @@ def check_world(folder: Path, styles: Sequence[str], counts: Mapping[str, int], 
     unknown = [style for style in styles if style not in STYLES]
     if unknown or not styles:
         raise RecipeError(f"world styles: {', '.join(unknown) or 'none'}; choose from {', '.join(STYLES)}")
-    if set(counts) - set(COUNTS) or counts.get("train", 0) < 1 or min(counts.values()) < 0:
-        raise RecipeError(f"world counts: {dict(counts)}; give {', '.join(COUNTS)}, at least one scene to train")
-    if size < SMALLEST or seed < 0:
-        raise RecipeError(f"world of {size} px, seed {seed}: at least {SMALLEST} px and a seed of at least 0")
+    if set(counts) - set(SCENES_PER_SPLIT) or counts.get("train", 0) < 1 or min(counts.values()) < 0:
+        raise RecipeError(
+            f"world counts: {dict(counts)}; give {', '.join(SCENES_PER_SPLIT)}, at least one scene to train"
+        )
+    if size < MIN_SIZE or seed < 0:
+        raise RecipeError(f"world of {size} px, seed {seed}: at least {MIN_SIZE} px and a seed of at least 0")
     for style in styles:
-        _is_there(folder / style, _settings(style, counts, size, seed))
+        _exists(folder / style, _settings(style, counts, size, seed))
 
 
 def _settings(style: str, counts: Mapping[str, int], size: int, seed: int) -> dict[str, Any]:
     return {"style": style, "seed": seed, "size": size, "counts": dict(counts)}
 
 
-def _is_there(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether `folder` is this very world; False where there is nothing."""
+def _exists(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds a world of these settings; an error where it holds anything else."""
     if not folder.exists():
         return False
     try:
-        found = json.loads((folder / "world.json").read_text())
+        existing = json.loads((folder / "world.json").read_text())
     except (OSError, ValueError):
-        raise RecipeError(f"{folder}: holds something else than a world; give another folder") from None
-    if found != settings:
-        raise RecipeError(f"{folder}: holds the world {found}, not {settings}; give another folder, or remove it")
+        raise RecipeError(f"{folder}: is not a world; give another folder") from None
+    if existing != settings:
+        raise RecipeError(f"{folder}: is the world {existing}, not {settings}; give another folder, or remove it")
     return True
 
 
@@ -121,19 +129,20 @@ def _write_style(folder: Path, settings: dict[str, Any], on_scene: Callable[[], 
 def _write_split(
     folder: Path, split: str, count: int, settings: dict[str, Any], on_scene: Callable[[], object]
 ) -> None:
-    of_class = [folder / "classification" / split / name for name in CLASSES]
-    coco, pictures, indexed = (folder / f"{part}/{split}" for part in PARTS)
-    for place in (*of_class, pictures, indexed, coco):
-        place.mkdir(parents=True)
+    class_folders = [folder / "classification" / split / name for name in CLASSES]
+    coco, semantic = folder / "instances" / split, folder / "semantic" / "images" / split
+    masks = folder / "semantic" / "annotations" / split
+    for path in (*class_folders, coco, semantic, masks):
+        path.mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        scene = draw(settings["style"], seed_of(split, settings["seed"]), index, settings["size"])
+        scene = draw(settings["style"], split_seed(split, settings["seed"]), index, settings["size"])
         name = f"{index:06d}.png"
-        (coco / name).write_bytes(encode(scene.image))
-        for twin in (of_class[scene.label], pictures):
-            _link(coco / name, twin / name)
-        (indexed / name).write_bytes(encode(scene.semantic))
+        (coco / name).write_bytes(encode_png(scene.image))
+        for other in (class_folders[scene.label], semantic):
+            _link(coco / name, other / name)
+        (masks / name).write_bytes(encode_png(scene.semantic))
         images.append({"id": index + 1, "file_name": name, "width": settings["size"], "height": settings["size"]})
         annotations += annotate(scene, index + 1, len(annotations) + 1)
         on_scene()
@@ -143,7 +152,7 @@ def _write_split(
 
 
 def annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """The objects of a scene as COCO annotations: boxes x, y, width, height in px; masks as run lengths."""
+    """The objects of a scene as COCO annotations: boxes x, y, width, height in px, and masks as run lengths."""
     rows = []
     for number, (kind, box, mask) in enumerate(zip(scene.classes, scene.boxes, scene.masks, strict=True)):
         left, top, right, bottom = box.tolist()
@@ -161,9 +170,9 @@ def annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]
     return rows
 
 
-def _link(picture: Path, twin: Path) -> None:
-    """The same picture under another name, at no cost where the disk can do that."""
+def _link(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy on disks without hard links."""
     try:
-        os.link(picture, twin)
+        os.link(source, target)
     except OSError:
-        shutil.copyfile(picture, twin)
+        shutil.copyfile(source, target)

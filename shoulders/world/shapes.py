@@ -1,7 +1,7 @@
 """The ten shape families: implicit functions of the plane, negative inside, about one unit in radius.
 
-Each takes coordinates (H, W) of any size and a *bend*, three numbers in [0, 1) that vary the shape within its
-family. They need not be distances: `depth` turns them into pixels.
+Each function takes coordinates (H, W) of any size and a *bend*, three numbers in [0, 1) that vary the shape within its
+family. Its values need not be distances: `depth` converts them to pixels.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def ring(x: Field, y: Field, bend: Bend) -> Field:
 
 
 def moon(x: Field, y: Field, bend: Bend) -> Field:
-    """A disc with a bite of its own size."""
+    """A disc without a part of a second, smaller disc."""
     return np.maximum(np.hypot(x + 0.25, y) - 1.05, 0.85 - np.hypot(x - 0.4 - 0.15 * bend[0], y))
 
 
@@ -96,17 +96,17 @@ CLASSES = tuple(SHAPES)
 
 
 def stroke(x: Field, y: Field, start: list[float], end: list[float], width: float) -> Field:
-    """A line with round ends: what scenes are cluttered with. In pixels."""
+    """A line with round ends, the clutter of scenes; coordinates and width in px."""
     along, up = end[0] - start[0], end[1] - start[1]
     at = (((x - start[0]) * along + (y - start[1]) * up) / (along**2 + up**2 + 1e-6)).clip(0, 1)
     return np.hypot(x - start[0] - at * along, y - start[1] - at * up) - width
 
 
 def depth(level: Field) -> Field:
-    """Pixels inside the outline (negative outside), to first order: a level over the length of its slope.
+    """Distance to the outline in px, positive inside, to first order: the level over the length of its gradient.
 
     Args:
-        level: (H, W) an implicit function sampled once per pixel.
+        level: (H, W) an implicit function, negative inside, sampled once per pixel.
     """
     slope_y, slope_x = np.gradient(level)
     return -level / np.maximum(np.hypot(slope_x, slope_y), 1e-3)

@@ -1,4 +1,4 @@
-"""Scenes drawn as they are asked for: a source of unlabelled images that takes no disk."""
+"""A source of unlabelled scenes that are drawn when they are read, and so need no disk."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.errors import RecipeError
-from shoulders.world.files import encode, seed_of
+from shoulders.world.files import encode_png, split_seed
 from shoulders.world.scenes import SIZE, draw
 from shoulders.world.styles import STYLES
 
 
-class Drawn:
+class WorldImages:
     """Scenes of several styles in turn, as a `shoulders.images.ImageSource`.
 
     In a recipe::
@@ -31,26 +31,29 @@ class Drawn:
         return self.count
 
     def name(self, index: int) -> str:
-        """Style, seed, index and size of a scene: all that it depends on."""
+        """Style, seed, index and size of a scene, which determine it."""
         number, style = divmod(index, len(self.styles))
         return f"{self.styles[style]}/{self.seed}/{number:07d}-{self.size}.png"
 
     def read(self, index: int) -> bytes:
-        """The scene as a PNG file."""
+        """The scene as the bytes of a PNG file."""
         number, style = divmod(index, len(self.styles))
-        return encode(draw(self.styles[style], self.seed, number, self.size).image)
+        return encode_png(draw(self.styles[style], self.seed, number, self.size).image)
 
     def label(self, index: int) -> int | None:
-        """None: nobody says what is in a scene."""
+        """None: the scenes have no labels here."""
         return None
 
 
-def unlabelled(count: int = 20_000, styles: Sequence[str] = tuple(STYLES), seed: int = 0, size: int = SIZE) -> Drawn:
-    """`count` scenes to learn from without labels; none of them is in a split that `write_world` writes.
+def unlabelled(
+    count: int = 20_000, styles: Sequence[str] = tuple(STYLES), seed: int = 0, size: int = SIZE
+) -> WorldImages:
+    """Unlabelled scenes for training; none of them is in a split that `write_world` writes.
 
     Args:
-        styles: names in `STYLES`, drawn in turn.
-        seed: of the world.
+        count: number of scenes.
+        styles: names in `STYLES`, in turn.
+        seed: of the world, as in `write_world`.
         size: side in px.
 
     Raises:
@@ -59,4 +62,4 @@ def unlabelled(count: int = 20_000, styles: Sequence[str] = tuple(STYLES), seed:
     unknown = [style for style in styles if style not in STYLES]
     if unknown or not styles or count < 1:
         raise RecipeError(f"{count} scenes of styles {list(styles)}: at least one, of {', '.join(STYLES)}")
-    return Drawn(count, styles, seed_of("unlabelled", seed), size)
+    return WorldImages(count, styles, split_seed("unlabelled", seed), size)

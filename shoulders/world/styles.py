@@ -1,7 +1,7 @@
-"""The four styles: how a background, an object and the finished picture look in each.
+"""The four styles: the appearance of backgrounds, objects and finished images.
 
-A style paints on a canvas (H, W, 3) of floats in [0, 1]. An object arrives as its *depth*: pixels inside its
-outline, negative outside, on a patch of the canvas. Lengths are in pixels of a 96 px scene times `unit`.
+A style paints on a canvas (H, W, 3) of floats in [0, 1]. An object is given by its *depth*: the distance to its outline
+in px, positive inside, on a window of the canvas. Lengths are in px of a 96 px scene, multiplied by ``unit``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ Paint = Callable[[Canvas, Field, Generator, float, float], None]
 
 @dataclass(frozen=True)
 class Style:
-    """What makes one domain look different from the others.
+    """The appearance of one domain.
 
     Args:
-        background: (H, W) side in px, generator, unit -> an empty canvas.
-        paint: (patch of the canvas, depth on it, generator, unit, direction of the light in radians); paints one
+        background: (side in px, generator, unit) -> a canvas without objects.
+        paint: (window of the canvas, depth in it, generator, unit, direction of the light in radians); it paints one
             object in place.
-        clutter: how many strokes lie about, from and to.
-        noise, blur: the most of each that a picture gets; deviation, and radius in px of a 96 px scene.
+        clutter: smallest and largest number of strokes without a label.
+        noise: largest standard deviation of the noise of an image.
+        blur: largest radius of the blur of an image, in px of a 96 px scene.
     """
 
     background: Callable[[int, Generator, float], Canvas]
@@ -54,7 +55,7 @@ def cloud(side: int, cells: int, rng: Generator) -> Field:
 
 
 def grain(shape: tuple[int, int], rng: Generator) -> Field:
-    """Noise (H, W) in [-0.5, 0.5); it takes one number from `rng` at any size, so that all else stays the same."""
+    """Noise (H, W) in [-0.5, 0.5). It draws one number from ``rng`` at any size, so that later draws do not change."""
     return np.random.default_rng(rng.integers(2**63)).random(shape, dtype=np.float32) - np.float32(0.5)
 
 
@@ -66,17 +67,17 @@ def ramp(side: int, rng: Generator) -> Field:
 
 
 def cover(depth: Field) -> Field:
-    """Share of each pixel that is inside (H, W), as an antialiased edge."""
+    """The fraction of each pixel that is inside (H, W), for antialiased edges."""
     return (depth + 0.5).clip(0, 1)
 
 
-def blend(canvas: Canvas, paint: Canvas, share: Field) -> None:
-    """Put `paint`, (3,) or (H, W, 3), over the canvas where `share` (H, W) says so."""
-    canvas += share[..., None] * (paint - canvas)
+def blend(canvas: Canvas, paint: Canvas, opacity: Field) -> None:
+    """Paint ``paint``, (3,) or (H, W, 3), over the canvas with an opacity (H, W)."""
+    canvas += opacity[..., None] * (paint - canvas)
 
 
 def shadow(canvas: Canvas, depth: Field, light: float, far: float, soft: float, dark: float) -> None:
-    """Darken what lies on the side away from the light."""
+    """Darken the canvas on the side of an object away from the light."""
     right, down = round(-far * np.cos(light)), round(-far * np.sin(light))
     height, width = depth.shape
     moved = np.full_like(depth, -soft)
@@ -86,24 +87,29 @@ def shadow(canvas: Canvas, depth: Field, light: float, far: float, soft: float, 
     canvas *= 1 - dark * ((moved + soft) / (2 * soft)).clip(0, 1)[..., None]
 
 
-def stripes(shape: tuple[int, int], rng: Generator, period: float, share: float) -> Field:
-    """Lines (H, W), 1 on a line and 0 between, in a random direction."""
+def stripes(shape: tuple[int, int], rng: Generator, period: float, duty: float) -> Field:
+    """Lines (H, W), 1 on a line and 0 between, in a random direction.
+
+    Args:
+        period: distance of the lines in px.
+        duty: fraction of the period that a line covers.
+    """
     angle, phase = rng.uniform(0, 3.1416), rng.random()
     y, x = np.ogrid[: shape[0], : shape[1]]
     across = (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))) / np.float32(period) + np.float32(phase)
-    width = np.float32(0.5 * share)
+    width = np.float32(0.5 * duty)
     return (((width - np.abs(across % 1 - np.float32(0.5))) * np.float32(period)) + 0.5).clip(0, 1).astype(np.float32)
 
 
 def studio_background(side: int, rng: Generator, unit: float) -> Canvas:
     """A lit backdrop: two muted colours and soft folds."""
     first, second = colour(rng, (0.1, 0.4), (0.45, 0.9)), colour(rng, (0.1, 0.4), (0.35, 0.8))
-    share = (0.7 * ramp(side, rng) + 0.3 * cloud(side, 4, rng))[..., None]
-    return first + share * (second - first)
+    mixture = (0.7 * ramp(side, rng) + 0.3 * cloud(side, 4, rng))[..., None]
+    return first + mixture * (second - first)
 
 
 def studio_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light: float) -> None:
-    """A rounded, glossy body that casts a soft shadow."""
+    """A round, glossy body with a soft shadow."""
     shadow(canvas, depth, light, 3 * unit, 4 * unit, 0.45)
     height = np.sqrt((depth / (5 * unit)).clip(0, 1) * (2 - (depth / (5 * unit)).clip(0, 1)))
     slope_y, slope_x = np.gradient(height * 5 * unit)
@@ -115,13 +121,13 @@ def studio_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, ligh
 
 
 def neon_background(side: int, rng: Generator, unit: float) -> Canvas:
-    """Night: almost black, with haze."""
+    """A dark night with haze."""
     haze = colour(rng, (0.5, 0.9), (0.1, 0.3))
     return 0.03 + haze * cloud(side, 5, rng)[..., None]
 
 
 def neon_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light: float) -> None:
-    """A glowing outline, a dim inside."""
+    """A glowing outline with a dim inside."""
     tube = colour(rng, (0.5, 1.0), (0.8, 1.0))
     canvas *= 1 - 0.5 * cover(depth)[..., None]
     away = np.abs(depth)
@@ -132,7 +138,7 @@ def neon_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light:
 
 
 def paper_background(side: int, rng: Generator, unit: float) -> Canvas:
-    """A pastel sheet with grain, at times ruled."""
+    """A pastel sheet with grain, sometimes with ruled lines."""
     sheet = colour(rng, (0.05, 0.35), (0.75, 0.97))
     rough = 0.06 * grain((side, side), rng) + 0.08 * (cloud(side, 12, rng) - 0.5)
     canvas = sheet + rough[..., None]
@@ -143,7 +149,7 @@ def paper_background(side: int, rng: Generator, unit: float) -> Canvas:
 
 
 def paper_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light: float) -> None:
-    """A flat cutting, plain or patterned, with a crisp shadow."""
+    """A flat paper cut-out, plain or patterned, with a sharp shadow."""
     shadow(canvas, depth, light, 2 * unit, 1.2 * unit, 0.3)
     sheet = colour(rng, (0.15, 0.6), (0.6, 0.98)) + np.zeros_like(canvas)
     if rng.random() < 0.5:
@@ -160,7 +166,7 @@ def ink_background(side: int, rng: Generator, unit: float) -> Canvas:
 
 
 def ink_paint(canvas: Canvas, depth: Field, rng: Generator, unit: float, light: float) -> None:
-    """A pen drawing: an outline and hatching, one dark ink."""
+    """A pen drawing: an outline and hatching in one dark ink."""
     ink = np.array((0.1, 0.1, 0.16), dtype=np.float32) + np.float32(rng.uniform(0, 0.15))
     inside = cover(depth)
     canvas += inside[..., None] * 0.5 * (np.float32(0.95) - canvas)

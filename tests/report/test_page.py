@@ -17,9 +17,7 @@ from PIL import Image
 
 from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import Features
 from shoulders.images import open_images, open_source
-from shoulders.images.pictures import pca_pictures
 from shoulders.report import write_report
 from shoulders.report.choose import choose
 from shoulders.report.gather import read_run
@@ -248,13 +246,3 @@ def test_a_run_notes_what_it_ran_on(run: Path) -> None:
     assert told.environment["processes"] == 1 and told.environment["device"].startswith("c")
     memory = told.of_training("peak_gib")
     assert len(memory) == 4 and all(0.05 < value < 1000 for value in memory) and memory == sorted(memory)
-
-
-def test_components_of_others_can_be_used() -> None:
-    generator = torch.Generator().manual_seed(0)
-    one = Features(None, torch.randn(2, 16, 6, generator=generator), (4, 4))
-    own = [image.tobytes() for image in pca_pictures(one, (4, 4))]
-    assert [image.tobytes() for image in pca_pictures(one, (4, 4), like=one)] == own
-    far = one.map(lambda x: x + 100)
-    assert [image.tobytes() for image in pca_pictures(far, (4, 4))] == own  # its own mean is taken away
-    assert [image.tobytes() for image in pca_pictures(far, (4, 4), like=one)] != own  # that of the other is not

@@ -1,10 +1,11 @@
-"""The world on disk: ordinary formats, the same bytes every time, whole or not there."""
+"""The world on disk: common formats, the same bytes every time, complete or absent."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +19,17 @@ from shoulders.errors import RecipeError
 from shoulders.images import ImageSource, call_source
 from shoulders.tasks import find_splits
 from shoulders.tasks.data.coco import list_runs
-from shoulders.world import CLASSES, draw, files, seed_of, unlabelled, write_world
+from shoulders.world import CLASSES, draw, split_seed, unlabelled, write_world
 
 COUNTS = {"train": 60, "val": 50, "test": 55}
 
 
 def digest(folder: Path) -> str:
-    told = hashlib.sha256()
+    """A hash of the names and contents of all files."""
+    contents = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        told.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return told.hexdigest()
+        contents.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return contents.hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -45,33 +47,33 @@ def test_the_same_seed_writes_the_same_files_bit_for_bit(world: Path, tmp_path: 
     assert digest(tmp_path / "other" / "neon") != digest(world / "neon")
 
 
-def test_class_folders_hold_each_scene_under_its_label(world: Path) -> None:
+def test_class_folders_have_each_scene_under_its_label(world: Path) -> None:
     splits = find_splits(world / "neon" / "classification")
     assert (len(splits.train.indices), len(splits.test.indices), splits.n_classes) == (60, 55, 10)
     assert splits.train.images.classes == sorted(CLASSES)
     for path in (world / "neon" / "classification" / "test").rglob("*.png"):
-        scene = draw("neon", seed_of("test"), int(path.stem))
+        scene = draw("neon", split_seed("test"), int(path.stem))
         assert path.parent.name == CLASSES[scene.label]
         assert (np.asarray(Image.open(path)) == scene.image).all()
 
 
-def test_index_masks_belong_to_their_pictures(world: Path) -> None:
+def test_semantic_masks_are_those_of_their_scenes(world: Path) -> None:
     folder = world / "neon" / "semantic"
     assert json.loads((folder / "classes.json").read_text()) == ["background", *CLASSES]
     for index in range(5):
-        scene = draw("neon", seed_of("test"), index)
+        scene = draw("neon", split_seed("test"), index)
         assert (np.asarray(Image.open(folder / "images" / "test" / f"{index:06d}.png")) == scene.image).all()
         assert (np.asarray(Image.open(folder / "annotations" / "test" / f"{index:06d}.png")) == scene.semantic).all()
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within pycocotools
 def test_coco_masks_and_boxes_are_those_of_the_scene(world: Path) -> None:
-    told = json.loads((world / "neon" / "instances" / "test.json").read_text())
-    assert [category["name"] for category in told["categories"]] == list(CLASSES)
-    assert len({row["id"] for row in told["annotations"]}) == len(told["annotations"])
-    for image in told["images"]:
-        scene = draw("neon", seed_of("test"), image["id"] - 1)
-        rows = [row for row in told["annotations"] if row["image_id"] == image["id"]]
+    content = json.loads((world / "neon" / "instances" / "test.json").read_text())
+    assert [category["name"] for category in content["categories"]] == list(CLASSES)
+    assert len({row["id"] for row in content["annotations"]}) == len(content["annotations"])
+    for image in content["images"]:
+        scene = draw("neon", split_seed("test"), image["id"] - 1)
+        rows = [row for row in content["annotations"] if row["image_id"] == image["id"]]
         assert [row["category_id"] - 1 for row in rows] == scene.classes.tolist()
         for row, mask, box in zip(rows, scene.masks, scene.boxes, strict=True):
             packed = coco_mask.frPyObjects(row["segmentation"], 96, 96)
@@ -87,22 +89,22 @@ def test_run_lengths_begin_with_zeros() -> None:
     assert list_runs(np.ones((2, 2), dtype=bool)) == [0, 4]
 
 
-def test_what_is_there_already_is_left_alone(world: Path) -> None:
+def test_an_existing_world_is_not_written_again(world: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in world.rglob("*")}
     assert write_world(world, ["neon"], COUNTS) == []
     assert before == {path: path.stat().st_mtime_ns for path in world.rglob("*")}
 
 
-def test_another_world_in_the_same_place_is_refused_before_anything_is_written(world: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_refused_before_anything_is_written(world: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="remove it"):
         write_world(world, ["ink", "neon"], COUNTS, seed=7)
     assert not (world / "ink").exists()
     (tmp_path / "ink").mkdir()
-    with pytest.raises(RecipeError, match="something else"):
+    with pytest.raises(RecipeError, match="is not a world"):
         write_world(tmp_path, ["ink"], COUNTS)
 
 
-def test_a_style_that_was_interrupted_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_style_leaves_nothing_behind(tmp_path: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt
 
@@ -115,15 +117,15 @@ def test_a_style_that_was_interrupted_is_not_there(tmp_path: Path, monkeypatch: 
 
 def test_disks_without_hard_links_get_copies(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise OSError("no links here")
+        raise OSError("no hard links")
 
-    monkeypatch.setattr(files.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     write_world(tmp_path, ["neon"], COUNTS)
     assert digest(tmp_path / "neon") == digest(world / "neon")
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"styles": ["photo"]}, "photo"),
         ({"styles": []}, "none"),
@@ -133,29 +135,29 @@ def test_disks_without_hard_links_get_copies(tmp_path: Path, world: Path, monkey
         ({"seed": -1}, "seed -1"),
     ],
 )
-def test_worlds_that_cannot_be_are_refused(tmp_path: Path, changes: dict[str, object], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
+def test_invalid_settings_are_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
         write_world(tmp_path / "w", **changes)  # type: ignore[arg-type]
     assert not (tmp_path / "w").exists()
 
 
-def test_the_source_draws_what_it_names(world: Path) -> None:
+def test_the_source_draws_the_scenes_of_its_names() -> None:
     source: ImageSource = unlabelled(count=9, styles=["ink", "neon"], seed=2)
     assert len(source) == 9 and source.labels is None and source.label(3) is None
     assert len({source.name(index) for index in range(9)}) == 9
     drawn = np.asarray(Image.open(io.BytesIO(source.read(5))))
-    assert (drawn == draw("neon", seed_of("unlabelled", 2), 2).image).all()
+    assert (drawn == draw("neon", split_seed("unlabelled", 2), 2).image).all()
 
 
-def test_a_recipe_names_the_source_as_a_function() -> None:
+def test_a_recipe_can_name_the_source_as_a_function() -> None:
     assert len(call_source("shoulders.world:unlabelled", count=7)) == 7
-    for function, settings, told in (
+    for function, settings, message in (
         ("shoulders.world:unlabelled", {"count": 0}, "at least one"),
         ("shoulders.world:unlabelled", {"counts": 3}, "counts"),
         ("shoulders.world:absent", {}, "no function 'absent'"),
         ("shoulders.nowhere:unlabelled", {}, "no Python module"),
         ("shoulders.world.unlabelled", {}, "package.module:function"),
-        ("shoulders.world:seed_of", {"split": "test"}, "ImageSource"),
+        ("shoulders.world:split_seed", {"split": "test"}, "ImageSource"),
     ):
-        with pytest.raises(RecipeError, match=told):
+        with pytest.raises(RecipeError, match=message):
             call_source(function, **settings)

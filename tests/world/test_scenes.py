@@ -1,4 +1,4 @@
-"""Scenes: pure functions of style, seed and index, whose labels say what the pixels show."""
+"""Scenes: pure functions of style, seed and index, with labels that agree with the pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shoulders.errors import RecipeError
-from shoulders.world import CLASSES, SPLITS, STYLES, Scene, draw, seed_of
+from shoulders.world import CLASSES, SPLITS, STYLES, Scene, draw, split_seed
 from shoulders.world.shapes import SHAPES, depth
 
 CODE = """
@@ -19,9 +19,9 @@ from shoulders.world import STYLES, draw
 scenes = [draw(style, seed, index) for style in STYLES for seed in (0, 3) for index in range(5)]
 print(hashlib.sha256(b"".join(s.image.tobytes() + s.masks.tobytes() + s.classes.tobytes() for s in scenes)).hexdigest())
 """
-# Of scenes 0 to 19 of seed 0: sha256 of their classes, mean pixel, mean pixels covered. The shipped teachers have
-# learned this world; whoever changes it has to train them again.
-KNOWN = {
+# Of scenes 0 to 19 of seed 0: sha256 of their classes, mean pixel, mean number of pixels covered by objects.
+# The shipped teachers were trained on this world: a change of it requires training them again.
+EXPECTED = {
     "studio": ("fe79d5330e9d225a", 119.23, 1648.5),
     "neon": ("50ac32b90dc6c404", 52.52, 1706.5),
     "paper": ("0105df196595d83e", 186.06, 1417.8),
@@ -36,27 +36,29 @@ def scenes() -> dict[str, list[Scene]]:
 
 def test_other_processes_draw_the_same_scenes_bit_for_bit() -> None:
     runs = [subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True) for _ in range(2)]
-    here = [draw(style, seed, index) for style in STYLES for seed in (0, 3) for index in range(5)]
-    mine = hashlib.sha256(b"".join(s.image.tobytes() + s.masks.tobytes() + s.classes.tobytes() for s in here))
-    assert {run.stdout.strip() for run in runs} == {mine.hexdigest()}
+    scenes = [draw(style, seed, index) for style in STYLES for seed in (0, 3) for index in range(5)]
+    expected = hashlib.sha256(b"".join(s.image.tobytes() + s.masks.tobytes() + s.classes.tobytes() for s in scenes))
+    assert {run.stdout.strip() for run in runs} == {expected.hexdigest()}
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_world_is_the_one_that_the_teachers_know(style: str, scenes: dict[str, list[Scene]]) -> None:
-    digest, mean, covered = KNOWN[style]
-    told = hashlib.sha256(b"".join(scene.classes.tobytes() for scene in scenes[style])).hexdigest()[:16]
-    assert told == digest
+def test_the_scenes_are_those_that_the_shipped_teachers_were_trained_on(
+    style: str, scenes: dict[str, list[Scene]]
+) -> None:
+    digest, mean, covered = EXPECTED[style]
+    classes = hashlib.sha256(b"".join(scene.classes.tobytes() for scene in scenes[style])).hexdigest()[:16]
+    assert classes == digest
     assert np.mean([scene.image.mean() for scene in scenes[style]]) == pytest.approx(mean, abs=0.05)
     assert np.mean([scene.masks.sum() for scene in scenes[style]]) == pytest.approx(covered, abs=0.5)
 
 
-def test_no_two_scenes_are_alike() -> None:
+def test_scenes_of_other_styles_seeds_and_indices_differ() -> None:
     drawn = [draw(style, seed, index).image.tobytes() for style in STYLES for seed in (0, 1) for index in (0, 1)]
     assert len(set(drawn)) == len(drawn)
 
 
-def test_no_split_of_any_world_shares_a_seed_with_another() -> None:
-    seeds = [seed_of(split, seed) for seed in range(5) for split in SPLITS]
+def test_no_two_splits_of_any_two_worlds_share_a_seed() -> None:
+    seeds = [split_seed(split, seed) for seed in range(5) for split in SPLITS]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -77,8 +79,7 @@ def test_labels_agree_with_each_other(style: str, scenes: dict[str, list[Scene]]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_masks_lie_where_something_is_painted(style: str) -> None:
-    """Inside an outline pixels differ from those of the same spot in other scenes' backgrounds: edges show it."""
+def test_edges_of_the_image_are_at_the_borders_of_the_masks(style: str) -> None:
     edges_on, edges_off = [], []
     for index in range(30):
         scene = draw(style, 5, index)
@@ -91,12 +92,12 @@ def test_masks_lie_where_something_is_painted(style: str) -> None:
     assert np.mean(edges_on) > 1.5 * np.mean(edges_off)
 
 
-def test_every_class_comes_up_as_the_label_and_no_class_much_more_often() -> None:
+def test_labels_are_balanced() -> None:
     count = np.bincount([draw("neon", 0, index).label for index in range(600)], minlength=len(CLASSES))
     assert count.min() >= 30 and count.max() <= 100
 
 
-def test_a_scene_shows_the_same_at_every_size() -> None:
+def test_a_scene_has_the_same_objects_at_every_size() -> None:
     for style in STYLES:
         small, large = draw(style, 0, 3), draw(style, 0, 3, size=192)
         assert small.classes.tolist() == large.classes.tolist()
@@ -106,12 +107,12 @@ def test_a_scene_shows_the_same_at_every_size() -> None:
         assert np.corrcoef(shrunk.ravel(), small.image.ravel())[0, 1] > 0.8
 
 
-def test_depth_is_the_distance_to_the_outline() -> None:
+def test_depth_is_the_distance_to_the_outline_in_px() -> None:
     y, x = np.mgrid[-40:41, -40:41].astype(np.float32)
     true = 30 - np.hypot(x, y)
-    told = depth(np.hypot(x / 30, y / 30) - 1)
+    estimated = depth(np.hypot(x / 30, y / 30) - 1)
     near = np.abs(true) < 8
-    assert np.abs(told - true)[near].max() < 0.1
+    assert np.abs(estimated - true)[near].max() < 0.1
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -127,7 +128,7 @@ def test_shapes_are_one_piece_of_about_one_unit(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("arguments", "message"),
     [
         (("photo", 0, 0, 96), "photo"),
         (("ink", -1, 0, 96), "-1"),
@@ -135,6 +136,6 @@ def test_shapes_are_one_piece_of_about_one_unit(name: str) -> None:
         (("ink", 0, 0, 8), "8 px"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(asked: tuple[str, int, int, int], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        draw(*asked)
+def test_invalid_arguments_are_refused(arguments: tuple[str, int, int, int], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        draw(*arguments)
