@@ -26,7 +26,7 @@ from shoulders.distributed.device import use_bf16
 from shoulders.distributed.sharding import gather_state, sync_gradients, unsharded, wrap_model
 from shoulders.distributed.signals import catch_signals
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError
-from shoulders.feature_cache import AnyTeachers, open_cache
+from shoulders.feature_cache import LiveOrCachedTeachers, open_cache
 from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped, in_order
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
 from shoulders.model import ShouldersModel, build_student, save_student, student_config
@@ -122,7 +122,12 @@ class Run:
     """One run in progress: images, teachers and the student's state, and the loop over them."""
 
     def __init__(
-        self, recipe: Recipe, learner: DistillationModule, teachers: AnyTeachers, images: ImageSet, dist: DistContext
+        self,
+        recipe: Recipe,
+        learner: DistillationModule,
+        teachers: LiveOrCachedTeachers,
+        images: ImageSet,
+        dist: DistContext,
     ):
         self.recipe, self.learner, self.teachers, self.images, self.dist = recipe, learner, teachers, images, dist
         self.student = learner.student
@@ -158,7 +163,7 @@ class Run:
         if first == 0 and dist.is_main:
             bad.unlink(missing_ok=True)  # of an earlier try: what was wrong then may have been put right
         dist.barrier()
-        report = SkipReport(bad, len(self.images.images), self.recipe.images.max_unreadable, dist.is_main)
+        report = SkipReport(bad, len(self.images.collection), self.recipe.images.max_unreadable, dist.is_main)
         report.add(heldout.skipped)
         skipped: list[Skipped] = []
         with (
@@ -214,7 +219,7 @@ class Run:
     def asked(self, batch: Batch) -> dict[str, Tensor]:
         """{teacher: (b,) the images of the batch that it is asked about}, of those who are not asked about all."""
         rows = {
-            name: self.images.images.rows_of(home, batch.ids.numpy())
+            name: self.images.collection.indices_from(home, batch.ids.numpy())
             for name, home in self.recipe.teacher_sources.items()
         }
         return {name: torch.from_numpy(one).to(self.dist.device, non_blocking=True) for name, one in rows.items()}
@@ -248,13 +253,13 @@ class Run:
             steps=steps - first,
             rank=rank,
             world_size=world_size,
-            decoded_for=self.sizes,
+            decode_sizes=self.sizes,
         )
 
     def _heldout_batches(self) -> Iterator[Batch]:
         how = self.recipe.images
         return evaluation_batches(
-            self.images.images,
+            self.images.collection,
             self.drawn,
             ASKED_AT_ONCE,
             self.images.heldout,
@@ -321,7 +326,7 @@ class Run:
 
     def _began_with(self) -> dict[str, Any]:
         """What a run that goes on must find again, beside its recipe."""
-        ids = self.images.images.ids
+        ids = self.images.collection.ids
         images = hashlib.sha256(np.sort(ids).tobytes()).hexdigest()
         return {"frozen": self.frozen, "images": images, "bf16": self.teachers.bf16}
 
@@ -341,7 +346,7 @@ class Run:
         return int(state["step"])
 
 
-def kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) -> dict[str, Head]:
+def kept_heads(recipe: Recipe, teachers: LiveOrCachedTeachers, dist: DistContext) -> dict[str, Head]:
     """The heads that the student will keep, from their teachers' own checkpoints; on the rank that writes them.
 
     Raises:
@@ -357,7 +362,7 @@ def kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) -> dict
     return heads if dist.is_main else {}
 
 
-def init_student(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
+def init_student(recipe: Recipe, teachers: LiveOrCachedTeachers) -> ShouldersModel:
     """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
     base = load_base(recipe.student)
     taps = {tap: FeatureDims(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERFACE = {
     "distill": "{recipe} [overrides]... --resume --json --help",
     "plan": "{recipe} [overrides]... --json --help",
-    "cache": "{recipe} [overrides]... --plan --verify --info --json --help",
+    "cache": "{recipe} [overrides]... --estimate --verify --info --json --help",
     "evaluate": (
         "{run} --task --data --models --column --batch --workers --seed --heads --size --tune --scratch-steps --probe "
         "--json --help"
@@ -133,7 +133,7 @@ def distill_with(override: str) -> list[str]:
         (distill_with("images.size=30"), "images.size: "),
         (distill_with("student.base=nowhere/at/all"), "student.base: "),
         (distill_with("transfer.layers=[block9]"), "transfer.layers: "),
-        (["cache", "recipe.yaml", "--plan", "--info"], "give one of --plan, --verify and --info"),
+        (["cache", "recipe.yaml", "--estimate", "--info"], "give one of --estimate, --verify and --info"),
         (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
         (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
         (

@@ -131,7 +131,7 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
     if how.get("whole"):
         learn_all(run)
     if how.get("cached") == "teachers" and isinstance(run.teachers, CachedTeachers):
-        run.teachers.shelves.pop(BASE, None)  # asked live
+        run.teachers.stores.pop(BASE, None)  # asked live
     return partial(run.step, 1, next(run._batches(0, 1, 0, 1)))
 
 

@@ -16,37 +16,39 @@ from shoulders.storage.atomic import size_text
 def cache(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) with cache.path and a number of images.views.")],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only estimate its disk space, time and memory.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only estimate its disk space, time and memory.")
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Only read and check every record of it.")] = False,
     info: Annotated[bool, typer.Option("--info", help="Only list what it holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Precompute teacher features, so that runs read them instead of running the teachers."""
-    if plan + verify + info > 1:
-        raise RecipeError("give one of --plan, --verify and --info, or none of them to build the cache")
+    if estimate + verify + info > 1:
+        raise RecipeError("give one of --estimate, --verify and --info, or none of them to build the cache")
     from shoulders.config.recipe import read_recipe
 
     checked = read_recipe(recipe, overrides or ())
-    from shoulders.feature_cache import build_cache, info_cache, plan_cache, verify_cache
+    from shoulders.feature_cache import build_cache, estimate_cache, info_cache, verify_cache
 
-    run = plan_cache if plan else verify_cache if verify else info_cache if info else build_cache
+    run = estimate_cache if estimate else verify_cache if verify else info_cache if info else build_cache
     result = run(checked)
     if as_json:
         print_json(result)
         return
-    titles, rows, notes = (estimate_table if plan else contents_table)(result)
+    titles, rows, notes = (estimate_table if estimate else contents_table)(result)
     print_table(titles, rows)
     print("", *notes, *(["every record is as it was written"] if verify else []), sep="\n")
 
 
-def estimate_table(estimate: dict[str, Any]) -> Table:
-    """The result of `shoulders.feature_cache.plan_cache`."""
+def estimate_table(result: dict[str, Any]) -> Table:
+    """The result of `shoulders.feature_cache.estimate_cache`."""
     rows = [
         [row["teacher"], str(row["views"]), str(row["bytes_per_view"]), f"{row['s_per_view']:.2g}"]
-        for row in estimate["teachers"]
+        for row in result["teachers"]
     ]
-    disk, free, memory = (size_text(estimate[f"{kind}_bytes"]) for kind in ("disk", "free", "memory"))
-    notes = [f"{disk} on disk ({free} free), {memory} of memory, {estimate['minutes']:.1f} minutes in one process"]
+    disk, free, memory = (size_text(result[f"{kind}_bytes"]) for kind in ("disk", "free", "memory"))
+    notes = [f"{disk} on disk ({free} free), {memory} of memory, {result['minutes']:.1f} minutes in one process"]
     return ["teacher", "views to compute", "bytes per view", "s per view"], rows, notes
 
 

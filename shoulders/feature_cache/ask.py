@@ -49,17 +49,19 @@ class TeacherRunner:
 
     Args:
         name: of the teacher; ``base`` for the base.
-        own: teachers that are not in the recipe.
+        extra_teachers: teachers that are not in the recipe.
         bf16: ask in bfloat16.
         device: where.
     """
 
-    def __init__(self, name: str, recipe: Recipe, own: Mapping[str, Teacher], bf16: bool, device: torch.device) -> None:
+    def __init__(
+        self, name: str, recipe: Recipe, extra_teachers: Mapping[str, Teacher], bf16: bool, device: torch.device
+    ) -> None:
         if name == BASE:
             # its encoder normalises by itself
             teacher = Teacher(_Base(recipe), as_size(recipe.images.size), mean=(0.0,) * 3, std=(1.0,) * 3)
         else:
-            teacher = own[name] if name in own else load_teacher(name, recipe.teachers[name])
+            teacher = extra_teachers[name] if name in extra_teachers else load_teacher(name, recipe.teachers[name])
         self.name, self.taps, self.size, self.device = name, teacher.taps, teacher.size, device
         self.teachers = Teachers({name: teacher}, bf16=bf16).to(device)
         self.at_once = max(1, min(MOST_AT_ONCE, PIXELS_AT_ONCE // (self.size[0] * self.size[1])))

@@ -50,7 +50,7 @@ class Builder:
 
     Args:
         recipe: with a cache.path and a number of views.
-        own: teachers beside those of the recipe.
+        extra_teachers: teachers beside those of the recipe.
         say: for one line at a time.
 
     Raises:
@@ -58,12 +58,12 @@ class Builder:
         DataError: the folder holds a cache of something else; it is left as it is.
     """
 
-    def __init__(self, recipe: Recipe, own: Mapping[str, Teacher], say: Callable[[str], None]) -> None:
-        self.recipe, self.own, self.say = recipe, dict(own), say
-        check_teaching(recipe, self.own)
+    def __init__(self, recipe: Recipe, extra_teachers: Mapping[str, Teacher], say: Callable[[str], None]) -> None:
+        self.recipe, self.extra_teachers, self.say = recipe, dict(extra_teachers), say
+        check_teaching(recipe, self.extra_teachers)
         self.path, views = folder_of(recipe), views_of(recipe)
         self.images = open_images(recipe.images, recipe.train.seed)
-        asked = asked_of(recipe, self.own)
+        asked = asked_of(recipe, self.extra_teachers)
         self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
         self.bf16 = use_bf16(recipe.train.precision, self.device)
         self.prints = fingerprints(recipe, asked, self.images, self.bf16)
@@ -77,7 +77,9 @@ class Builder:
             if (plan := self.folders[name] / store.PLAN).exists():
                 check_fingerprint(plan.parent, store.read_json(plan).get("fingerprint", {}), fields)
         self.claims = FileLocks(self.path / ".locks")
-        self.skipped = SkipReport(self.path / "skipped.jsonl", len(self.images.images), recipe.images.max_unreadable)
+        self.skipped = SkipReport(
+            self.path / "skipped.jsonl", len(self.images.collection), recipe.images.max_unreadable
+        )
         self.asked_to_stop: list[int] = []
 
     def _counts(self, index: Index) -> list[int]:
@@ -99,7 +101,7 @@ class Builder:
 
     def load(self, name: str) -> TeacherRunner:
         """A live teacher."""
-        return TeacherRunner(name, self.recipe, self.own, self.bf16, self.device)
+        return TeacherRunner(name, self.recipe, self.extra_teachers, self.bf16, self.device)
 
     def draw(self, index: Index, parts: list[Numbers]) -> Iterator[Batch]:
         """The views of records, at the sizes of all teachers."""
@@ -227,7 +229,9 @@ class Builder:
         try:
             return codec.encode(asking(batch))
         except EncodeError as error:
-            raise refusal(asking.name, error, repr(self.images.images.name_of(int(batch.ids[error.row])))) from error
+            raise refusal(
+                asking.name, error, repr(self.images.collection.name_of(int(batch.ids[error.row])))
+            ) from error
 
     def _planned(self, name: str, asking: TeacherRunner) -> TeacherStore:
         """The teacher's plan: written now, or by another process, or long ago."""

@@ -22,14 +22,14 @@ from shoulders.teachers import Teacher
 from shoulders.training.preflight import check_writable
 
 
-def build_cache(recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
+def build_cache(recipe: Recipe | Path | str, *, extra_teachers: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
     """Store what the teachers of a recipe say of every view of its images in ``recipe.cache.path``.
 
     What is there already is kept; a build that was killed goes on, and losing at most the shard that it was at.
 
     Args:
         recipe: a recipe, or its file.
-        own: teachers beside those of the recipe, as modules of your own, by name.
+        extra_teachers: teachers beside those of the recipe, by name.
 
     Returns:
         As `info_cache`, and ``seconds``.
@@ -41,7 +41,7 @@ def build_cache(recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] = NON
         SpaceError: the disk cannot hold it, or is full.
     """
     recipe, started = as_recipe(recipe), time.perf_counter()
-    builder = Builder(recipe, own, say)
+    builder = Builder(recipe, extra_teachers, say)
     if builder.unfinished():
         check_writable("cache.path", builder.path)
         check_room(builder.path, needed_bytes(builder))
@@ -51,7 +51,7 @@ def build_cache(recipe: Recipe | Path | str, *, own: Mapping[str, Teacher] = NON
     return info_cache(recipe) | {"seconds": time.perf_counter() - started}
 
 
-def verify_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
+def verify_cache(recipe: Recipe, *, extra_teachers: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
     """Read every byte of a recipe's cache.
 
     Returns:
@@ -62,7 +62,7 @@ def verify_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[s
         DataError: naming every shard and record that is not as it was written; or it is of something else.
     """
     started = time.perf_counter()
-    builder = Builder(recipe, own, say)
+    builder = Builder(recipe, extra_teachers, say)
     faults: list[str] = []
     views = sum(map(len, builder.indices.values()))
     with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:

@@ -29,7 +29,7 @@ TIMED = 16  # views that each teacher is timed on
 DRAWN = 5  # times as many are drawn, to time that: the first ones wait for the loader's workers to come up
 
 
-def plan_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
+def estimate_cache(recipe: Recipe, *, extra_teachers: Mapping[str, Teacher] = NONE) -> dict[str, Any]:
     """What making the cache of a recipe will take, from asking each teacher about a few images.
 
     Returns:
@@ -41,7 +41,7 @@ def plan_cache(recipe: Recipe, *, own: Mapping[str, Teacher] = NONE) -> dict[str
         DataError: the folder holds a cache of something else.
         SpaceError: the disk cannot hold it.
     """
-    builder = Builder(recipe, own, lambda line: None)
+    builder = Builder(recipe, extra_teachers, lambda line: None)
     check_writable("cache.path", builder.path)
     left = {name: builder.missing(name) for name in builder.unfinished()}
     batch, seconds_to_draw = _draw(builder)

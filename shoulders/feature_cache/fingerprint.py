@@ -18,7 +18,7 @@ import transformers
 
 from shoulders.config.recipe import Recipe, Student, TeacherSpec, as_size
 from shoulders.hub import Pretrained, find, read_json
-from shoulders.images import ImageSet, longest_side, smallest_decode
+from shoulders.images import ImageSet, longest_side, min_decode_side
 from shoulders.student.base import base_layers_needed, read_base
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.teachers.checkpoint import read_checkpoint
@@ -48,14 +48,14 @@ class Asked:
     fields: Fields
 
 
-def asked_of(recipe: Recipe, own: dict[str, Teacher]) -> dict[str, Asked]:
+def asked_of(recipe: Recipe, extra_teachers: dict[str, Teacher]) -> dict[str, Asked]:
     """Every teacher of a recipe, and the base where it is to be preserved, or read by an adapter beside it.
 
     Raises:
         RecipeError: a model is not there, or not as the recipe says.
     """
     asked = {name: _of_spec(name, spec) for name, spec in recipe.teachers.items()}
-    asked |= {name: _of_module(name, teacher) for name, teacher in own.items()}
+    asked |= {name: _of_module(name, teacher) for name, teacher in extra_teachers.items()}
     if places := base_layers_needed(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve)):
         asked[BASE] = _of_base(recipe.student, as_size(recipe.images.size), places)
     return asked
@@ -69,7 +69,7 @@ def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet, bf16
     """
     sizes = sizes_of(recipe, asked)
     how, cache = recipe.images, recipe.cache
-    ids, training = images.images.ids, np.concatenate(list(images.training.values()))
+    ids, training = images.collection.ids, np.concatenate(list(images.training.values()))
     common: Fields = {
         "format": FORMAT,
         "torch": torch.__version__.partition("+")[0],
@@ -82,7 +82,7 @@ def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet, bf16
         "images.scale": list(how.scale),
         "images.flip": how.flip,
         "images.max_pixels": how.max_pixels,
-        "decoded to at least": [smallest_decode(sizes, how.scale), longest_side(sizes)],
+        "decoded to at least": [min_decode_side(sizes, how.scale), longest_side(sizes)],
         "rendering": RENDERING,
         "cache.dtype": cache.dtype,
         "cache.pool": cache.pool,

@@ -28,18 +28,18 @@ class Index:
         self.images, self.views, self.home = images, views, home
         training = self._in_order(np.concatenate(list(images.training.values())))
         self.indices = np.concatenate([training, self._in_order(images.heldout)])
-        self.ids = images.images.ids[self.indices]
+        self.ids = images.collection.ids[self.indices]
         self.trained = len(training)  # images, the first of these
         self.first_heldout = self.trained * views
 
     def _in_order(self, indices: Numbers) -> Numbers:
-        ids = self.images.images.ids[indices]
+        ids = self.images.collection.ids[indices]
         ours = self._rows(ids)
         return indices[ours[np.argsort(ids[ours])]]
 
     def _rows(self, ids: Numbers) -> Numbers:
         """Which of some images count, as indices into ``ids`` (n,)."""
-        return np.arange(len(ids)) if self.home is None else self.images.images.rows_of(self.home, ids)
+        return np.arange(len(ids)) if self.home is None else self.images.collection.indices_from(self.home, ids)
 
     def __len__(self) -> int:
         """Records in all."""
@@ -55,11 +55,11 @@ class Index:
     def keys(self, numbers: Numbers) -> list[tuple[int, int]]:
         """(image id, view) of records (B,)."""
         wanted = self.wanted(numbers)
-        return list(zip(self.images.images.ids[wanted[:, 0]].tolist(), wanted[:, 1].tolist(), strict=True))
+        return list(zip(self.images.collection.ids[wanted[:, 0]].tolist(), wanted[:, 1].tolist(), strict=True))
 
     def counting(self, wanted: Numbers) -> tuple[Numbers, Numbers]:
         """Which of some views (B, 2), as `wanted` gives them, count here, and the records that hold those."""
-        ids = self.images.images.ids[wanted[:, 0]]
+        ids = self.images.collection.ids[wanted[:, 0]]
         rows = self._rows(ids)
         return rows, self._find(ids[rows], wanted[rows, 1])
 

@@ -107,7 +107,7 @@ class TeacherStore:
                     f"{self.shards.path(shard)}: record {row} is damaged; remove this file, then: {self.command}"
                 )
         if not absent_too and None in (seen := store.pixels_seen(records.numpy())):
-            name = self.index.images.images.name_of(keys[seen.index(None)][0])
+            name = self.index.images.collection.name_of(keys[seen.index(None)][0])
             raise DataError(
                 f"{name!r} could not be decoded when {self.folder} was made; remove {self.folder.parent}, then: "
                 f"{self.command}"
@@ -151,7 +151,7 @@ class CachedTeachers(nn.Module):
     """Stands where `shoulders.teachers.Teachers` would; no teacher is loaded, and no pixel is needed.
 
     Args:
-        shelves: by teacher; ``base`` among them where the base is to be preserved.
+        stores: by teacher; ``base`` among them where the base is to be preserved.
         asked: by teacher, as the recipe says.
         sizes: all that images are decoded for; ``size``: the student's.
         bf16: whether the run computes in bfloat16.
@@ -162,7 +162,7 @@ class CachedTeachers(nn.Module):
 
     def __init__(
         self,
-        shelves: Mapping[str, TeacherStore],
+        stores: Mapping[str, TeacherStore],
         asked: Mapping[str, Asked],
         sizes: list[Size],
         size: Size,
@@ -170,20 +170,20 @@ class CachedTeachers(nn.Module):
         load: Callable[[str], Teacher],
     ) -> None:
         super().__init__()
-        self.shelves, self.asked, self.sizes = dict(shelves), dict(asked), sizes
+        self.stores, self.asked, self.sizes = dict(stores), dict(asked), sizes
         self.bf16, self.load = bf16, load
-        for shelf in self.shelves.values():
-            shelf.shards.most = max(1, store.MOST_OPEN // len(self.shelves))
+        for shelf in self.stores.values():
+            shelf.shards.most = max(1, store.MOST_OPEN // len(self.stores))
         # one that saw images at the very size that the student sees them at, if there is one, and as many as possible
-        seeing = [shelf for shelf in self.shelves.values() if shelf.size == size]
+        seeing = [shelf for shelf in self.stores.values() if shelf.size == size]
         self.seeing = max(seeing, key=lambda shelf: len(shelf.index), default=None)
-        salts = torch.tensor([shelf.salt for shelf in self.shelves.values()])
+        salts = torch.tensor([shelf.salt for shelf in self.stores.values()])
         self.register_buffer("fingerprint", salts)  # stands for the weights, wherever those are compared
 
     @property
     def taps(self) -> dict[str, Tap]:
         """What each ``"name/tap"`` of the teachers gives, the base aside."""
-        named = {name: shelf.codec.taps for name, shelf in self.shelves.items() if name != BASE}
+        named = {name: shelf.codec.taps for name, shelf in self.stores.items() if name != BASE}
         return {f"{name}/{tap}": facts for name, taps in named.items() for tap, facts in taps.items()}
 
     def provenance(self) -> dict[str, dict[str, str | None]]:
@@ -201,7 +201,7 @@ class CachedTeachers(nn.Module):
         """
         device = next(iter(batch.rendered.values())).device
         told: dict[str, Features] = {}
-        for name, shelf in self.shelves.items():
+        for name, shelf in self.stores.items():
             theirs = batch.take(asked[name]) if name in asked else batch
             if not len(theirs):
                 told |= {f"{name}/{tap}": silence(facts, device) for tap, facts in shelf.codec.taps.items()}
@@ -219,7 +219,7 @@ class CachedTeachers(nn.Module):
             return
         for identity, checksum, pixels in zip(batch.ids.tolist(), seen, drawn.cpu().numpy(), strict=True):
             if checksum != zlib_ng.crc32(pixels):
-                name = shelf.index.images.images.name_of(identity)
+                name = shelf.index.images.collection.name_of(identity)
                 raise DataError(
                     f"{name!r} does not look as it did when {shelf.folder} was made (a changed file, or another "
                     f"decoder); remove {shelf.folder.parent}, then: {shelf.command}"
@@ -230,11 +230,11 @@ class CachedTeachers(nn.Module):
         return self.load(name)
 
 
-AnyTeachers = Teachers | CachedTeachers
+LiveOrCachedTeachers = Teachers | CachedTeachers
 
 
 def open_cache(
-    recipe: Recipe, own: Mapping[str, Teacher], images: ImageSet, bf16: bool, dist: DistContext
+    recipe: Recipe, extra_teachers: Mapping[str, Teacher], images: ImageSet, bf16: bool, dist: DistContext
 ) -> CachedTeachers | None:
     """The teachers of a recipe out of its cache, or None where they are to be asked live; the same on all ranks.
 
@@ -246,7 +246,7 @@ def open_cache(
         return None
     cached = None
     try:
-        cached = _open(recipe, dict(own), images, bf16)
+        cached = _open(recipe, dict(extra_teachers), images, bf16)
     except (DataError, RecipeError) as error:
         if recipe.cache.mode == "require":
             raise
@@ -257,20 +257,20 @@ def open_cache(
     return cached
 
 
-def _open(recipe: Recipe, own: dict[str, Teacher], images: ImageSet, bf16: bool) -> CachedTeachers:
+def _open(recipe: Recipe, extra_teachers: dict[str, Teacher], images: ImageSet, bf16: bool) -> CachedTeachers:
     path, views = folder_of(recipe), views_of(recipe)
-    asked = asked_of(recipe, own)
+    asked = asked_of(recipe, extra_teachers)
     prints = fingerprints(recipe, asked, images, bf16)
     indices = indices_of(recipe, prints, images, views)
-    shelves = {
+    stores = {
         name: TeacherStore(path / asked[name].folder, fields, command(recipe), indices[name])
         for name, fields in prints.items()
     }
 
     def load(name: str) -> Teacher:
-        return own[name] if name in own else load_teacher(name, recipe.teachers[name])
+        return extra_teachers[name] if name in extra_teachers else load_teacher(name, recipe.teachers[name])
 
-    return CachedTeachers(shelves, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load)
+    return CachedTeachers(stores, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load)
 
 
 def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet, views: int) -> dict[str, Index]:

@@ -6,7 +6,7 @@ from shoulders.images.loader import batches, evaluation_batches, listed_batches
 from shoulders.images.skips import SkipReport
 from shoulders.images.source import ImageSource, image_id
 from shoulders.images.sources import call_source, open_images, open_source
-from shoulders.images.views import View, central_view, longest_side, random_view, render, smallest_decode
+from shoulders.images.views import View, central_view, longest_side, min_decode_side, random_view, render
 
 __all__ = [
     "Collection",
@@ -28,5 +28,5 @@ __all__ = [
     "open_source",
     "random_view",
     "render",
-    "smallest_decode",
+    "min_decode_side",
 ]

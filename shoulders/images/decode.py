@@ -32,7 +32,7 @@ class Undecodable(DataError):
     """An image that cannot be used; the message is ``kind: details``, so that kinds can be counted."""
 
 
-def decode(data: bytes, max_pixels: int, at_least: int | None = None) -> Tensor:
+def decode(data: bytes, max_pixels: int, min_side: int | None = None) -> Tensor:
     """Pixels (3, H, W) uint8 of an encoded image, upright; the first frame where there are several.
 
     Transparent parts are put on white: that is what cut-out photos are shown on, so teachers have seen it.
@@ -41,15 +41,15 @@ def decode(data: bytes, max_pixels: int, at_least: int | None = None) -> Tensor:
     Args:
         data: the file.
         max_pixels: refuse more than this many, from the header, before any pixel is decoded.
-        at_least: decode JPEG at a smaller scale as long as both sides keep this many pixels; None: full size.
+        min_side: decode JPEG at a smaller scale as long as both sides keep this many pixels; None: full size.
 
     Raises:
         Undecodable: for anything that is not a whole image of a known format.
     """
-    return decode_with_size(data, max_pixels, at_least)[0]
+    return decode_with_size(data, max_pixels, min_side)[0]
 
 
-def decode_with_size(data: bytes, max_pixels: int, at_least: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """Like `decode`, with the (H, W) that the upright image has at full size."""
     if not data:
         raise Undecodable("empty file")
@@ -59,8 +59,8 @@ def decode_with_size(data: bytes, max_pixels: int, at_least: int | None = None) 
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
                 _check_size(width, height, max_pixels)
-                if at_least is not None:
-                    image.draft(None, (at_least, at_least))
+                if min_side is not None:
+                    image.draft(None, (min_side, min_side))
                 image.load()
                 turned, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
                 pixels = _to_rgb(image)  # (H, W, 3)

@@ -63,13 +63,13 @@ class Collection:
         """Name of the image with this id."""
         return self.name(int(np.flatnonzero(self.ids == identity)[0]))
 
-    def rows_of(self, sources: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def indices_from(self, sources: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of the images with these ids (n,) are of some sources, as indices into ``ids``."""
         numbers = [list(self.sources).index(source) for source in sources]
         indices = self._by_id[np.searchsorted(self.ids, ids, sorter=self._by_id)]
         return np.flatnonzero(np.isin(np.searchsorted(self.ends, indices, side="right"), numbers))
 
-    def pixels(self, index: int, max_pixels: int, at_least: int | None) -> tuple[Tensor, tuple[int, int]]:
+    def pixels(self, index: int, max_pixels: int, min_side: int | None) -> tuple[Tensor, tuple[int, int]]:
         """The decoded image (3, H, W) uint8 and its full size, as `decode_with_size`.
 
         Raises:
@@ -82,7 +82,7 @@ class Collection:
             raise
         except Exception as error:  # a file that went away, a disk error, a damaged page of a parquet file
             raise Undecodable(f"cannot be read: {' '.join(str(error).split())}"[:200]) from error
-        return decode_with_size(data, max_pixels, at_least)
+        return decode_with_size(data, max_pixels, min_side)
 
     def _locate(self, index: int) -> tuple[str, int]:
         number = int(np.searchsorted(self.ends, index, side="right"))
@@ -115,19 +115,19 @@ class ImageSet:
     def __init__(
         self, sources: Mapping[str, ImageSource], shares: Mapping[str, float | None], seed: int, holdout: int
     ) -> None:
-        self.images = Collection(sources)
+        self.collection = Collection(sources)
         self.seed = seed
-        count = len(self.images)
+        count = len(self.collection)
         if count < 2:
             raise DataError("only one image: give at least two, one of them is held out for evaluation")
         # ids are hashes: their order is random, the same wherever the files lie and however they are listed
-        by_id = np.argsort(self.images.ids)
-        owner = np.searchsorted(self.images.ends, by_id, side="right")
-        parts = {key: by_id[owner == number] for number, key in enumerate(self.images.sources)}
+        by_id = np.argsort(self.collection.ids)
+        owner = np.searchsorted(self.collection.ends, by_id, side="right")
+        parts = {key: by_id[owner == number] for number, key in enumerate(self.collection.sources)}
         wanted = quotas({key: len(part) for key, part in parts.items()}, dict(shares))
         kept = {key: _kept_out(len(part), holdout * wanted[key] / count) for key, part in parts.items()}
         heldout = np.concatenate([part[: kept[key]] for key, part in parts.items()])
-        self.heldout = heldout[np.argsort(self.images.ids[heldout])]
+        self.heldout = heldout[np.argsort(self.collection.ids[heldout])]
         self.training = {key: part[kept[key] :] for key, part in parts.items()}
         self.count = count - len(heldout)
         for key, indices in self.training.items():
@@ -170,9 +170,9 @@ class ImageSet:
 
     def replacements(self, index: int) -> list[int]:
         """Training images of the same source to try in place of one that cannot be decoded, in this order."""
-        number = int(np.searchsorted(self.images.ends, index, side="right"))
+        number = int(np.searchsorted(self.collection.ends, index, side="right"))
         indices = self.training[list(self.training)[number]]
-        identity = int(self.images.ids[index])
+        identity = int(self.collection.ids[index])
         words = np.random.Philox(key=identity).random_raw(_REPLACEMENTS)
         return [int(indices[int(word) % len(indices)]) for word in words]
 

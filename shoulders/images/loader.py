@@ -20,7 +20,7 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.features import CENTRAL, Batch, Skipped
 from shoulders.images.decode import Undecodable
 from shoulders.images.image_set import Collection, ImageSet
-from shoulders.images.views import View, central_view, longest_side, random_view, render, smallest_decode
+from shoulders.images.views import View, central_view, longest_side, min_decode_side, random_view, render
 
 Size = tuple[int, int]
 _GRACE_S = 20
@@ -39,7 +39,7 @@ def batches(
     first_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    decoded_for: Sequence[Size] = (),
+    decode_sizes: Sequence[Size] = (),
 ) -> Generator[Batch, None, None]:
     """This rank's part of the batches of steps [first_step, first_step + steps).
 
@@ -56,7 +56,7 @@ def batches(
         seed: of the views.
         first_step: where a resumed run goes on.
         steps: how many batches.
-        decoded_for: further sizes that are not drawn, but that decoding allows for as if they were.
+        decode_sizes: further sizes that are not drawn, but that decoding allows for as if they were.
 
     Raises:
         RecipeError: batch not divisible by world_size.
@@ -72,7 +72,7 @@ def batches(
         for step in range(first_step, first_step + steps):
             yield image_set.positions(step * batch + rank * share, share)
 
-    views = _TrainingViews(image_set, sizes, settings, seed, [*sizes, *decoded_for])
+    views = _TrainingViews(image_set, sizes, settings, seed, [*sizes, *decode_sizes])
     for rendered in _render_ahead(views, wanted(), settings.workers):
         yield _batch(rendered)
 
@@ -84,7 +84,7 @@ def evaluation_batches(
     indices: NDArray[np.int64] | None = None,
     workers: int = 0,
     max_pixels: int = 50_000_000,
-    decoded_for: Sequence[Size] = (),
+    decode_sizes: Sequence[Size] = (),
     shape: Size | None = None,
 ) -> Iterator[Batch]:
     """Central views of images in order, with labels where ``images`` has them (-1 where one image has none).
@@ -96,7 +96,7 @@ def evaluation_batches(
         sizes: every (h, w) that someone will ask the batch for.
         batch: images per batch.
         indices: which images, (n,); all by default. For the held-out ones: ``image_set.heldout``.
-        decoded_for: as in `batches`.
+        decode_sizes: as in `batches`.
         shape: one view of this aspect for all sizes, as training draws them; default: at each size its own.
 
     Raises:
@@ -107,7 +107,7 @@ def evaluation_batches(
     ready: Batch | None = None
     skipped: tuple[Skipped, ...] = ()
     # one batch is kept back: skipped images of an empty batch must go with one that is handed out
-    views = _CentralViews(images, sizes, max_pixels, [*sizes, *decoded_for], shape)
+    views = _CentralViews(images, sizes, max_pixels, [*sizes, *decode_sizes], shape)
     for rendered in _render_ahead(views, wanted, workers):
         current = _batch(rendered)
         if len(current) == 0:
@@ -152,10 +152,10 @@ class _TrainingViews(Dataset[Rendered | DataError]):
     """(B, 2) of image index and visit -> random views of those images."""
 
     def __init__(
-        self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int, decoded_for: list[Size]
+        self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int, decode_sizes: list[Size]
     ) -> None:
         self.image_set, self.sizes, self.settings, self.seed = image_set, sizes, settings, seed
-        self.at_least = smallest_decode(decoded_for, settings.scale)
+        self.min_side = min_decode_side(decode_sizes, settings.scale)
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
         ids = torch.empty(len(wanted), dtype=torch.int64)
@@ -167,7 +167,7 @@ class _TrainingViews(Dataset[Rendered | DataError]):
                 used, pixels, full_size = self._decode(index, skipped)
             except DataError as error:
                 return error  # raised by the main process: a worker would wrap it into a traceback
-            ids[row] = identity = int(self.image_set.images.ids[used])
+            ids[row] = identity = int(self.image_set.collection.ids[used])
             numbers[row] = number = visit if self.settings.views == "fresh" else visit % self.settings.views
             view = random_view(self.seed, identity, number, self.settings.scale, self.settings.flip, full_size)
             for size in self.sizes:
@@ -175,10 +175,10 @@ class _TrainingViews(Dataset[Rendered | DataError]):
         return ids, canvas, None, tuple(skipped), numbers
 
     def _decode(self, index: int, skipped: list[Skipped]) -> tuple[int, Tensor, Size]:
-        images = self.image_set.images
+        images = self.image_set.collection
         for candidate in [index, *self.image_set.replacements(index)]:
             try:
-                return candidate, *images.pixels(candidate, self.settings.max_pixels, self.at_least)
+                return candidate, *images.pixels(candidate, self.settings.max_pixels, self.min_side)
             except Undecodable as error:
                 skipped.append(Skipped(images.name(candidate), str(error)))
         raise DataError(
@@ -191,10 +191,10 @@ class _CentralViews(Dataset[Rendered | DataError]):
     """(B,) image indices -> central views of those that can be decoded."""
 
     def __init__(
-        self, images: Collection, sizes: list[Size], max_pixels: int, decoded_for: list[Size], shape: Size | None
+        self, images: Collection, sizes: list[Size], max_pixels: int, decode_sizes: list[Size], shape: Size | None
     ) -> None:
         self.images, self.sizes, self.max_pixels, self.shape = images, sizes, max_pixels, shape
-        self.at_least = longest_side(decoded_for)
+        self.min_side = longest_side(decode_sizes)
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
         used: list[int] = []
@@ -202,7 +202,7 @@ class _CentralViews(Dataset[Rendered | DataError]):
         skipped: list[Skipped] = []
         for index in wanted.tolist():
             try:
-                pixels, full_size = self.images.pixels(index, self.max_pixels, self.at_least)
+                pixels, full_size = self.images.pixels(index, self.max_pixels, self.min_side)
             except Undecodable as error:
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue
@@ -219,7 +219,7 @@ class _ListedViews(Dataset[Rendered | DataError]):
     """(B, 2) of image index and view number -> those views of the images that can be decoded."""
 
     def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
-        self.images, self.sizes, self.settings, self.seed = image_set.images, sizes, settings, seed
+        self.images, self.sizes, self.settings, self.seed = image_set.collection, sizes, settings, seed
         self.shape = recipe.as_size(settings.size)  # central views are cut for the student
 
     def __getitem__(self, wanted: NDArray[np.int64]) -> Rendered | DataError:
@@ -228,9 +228,9 @@ class _ListedViews(Dataset[Rendered | DataError]):
         skipped: list[Skipped] = []
         for index, number in wanted.tolist():
             random = number != CENTRAL
-            at_least = smallest_decode(self.sizes, self.settings.scale) if random else longest_side(self.sizes)
+            min_side = min_decode_side(self.sizes, self.settings.scale) if random else longest_side(self.sizes)
             try:
-                pixels, full_size = self.images.pixels(index, self.settings.max_pixels, at_least)
+                pixels, full_size = self.images.pixels(index, self.settings.max_pixels, min_side)
             except Undecodable as error:
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue

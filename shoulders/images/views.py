@@ -74,7 +74,7 @@ def longest_side(sizes: list[tuple[int, int]]) -> int:
     return max(max(size) for size in sizes)
 
 
-def smallest_decode(sizes: list[tuple[int, int]], scale: tuple[float, float]) -> int:
+def min_decode_side(sizes: list[tuple[int, int]], scale: tuple[float, float]) -> int:
     """Shortest side in pixels at which no view of at least ``scale[0]`` of the area has to be enlarged."""
     return math.ceil(longest_side(sizes) / math.sqrt(scale[0] * _RATIO[0]))
 

@@ -20,7 +20,7 @@ from shoulders.distillation import ASKED_AT_ONCE, Run, prepare
 from shoulders.distributed.context import init_distributed
 from shoulders.distributed.device import environment, peak_memory_gib, use_bf16
 from shoulders.errors import DataError, RecipeError, SpaceError
-from shoulders.feature_cache import CachedTeachers, plan_cache
+from shoulders.feature_cache import CachedTeachers, estimate_cache
 from shoulders.feature_cache.estimate import free_bytes
 from shoulders.features import Batch
 from shoulders.hub.fast import int8_available
@@ -209,7 +209,7 @@ def _storing(
     )
     run.dist.log(f"asking what a cache of {views} views would take")
     try:
-        return plan_cache(cached, own=own) | {"views": views}
+        return estimate_cache(cached, extra_teachers=own) | {"views": views}
     except (RecipeError, DataError, SpaceError) as error:
         run.dist.log(f"no cache: {error}")
         return None

@@ -175,7 +175,7 @@ def seconds_to_decode(run: Run, first: int) -> float:
         seed=train.seed,
         first_step=first,
         steps=1 + STEPS,
-        decoded_for=run.sizes,
+        decode_sizes=run.sizes,
     )
     arrived = []
     with closing(stream):

@@ -79,7 +79,7 @@ def _held_out(recipe: Recipe | None, notes: list[str]) -> Some | None:
     except (ShouldersError, OSError) as error:
         notes.append(f"The images of the recipe are not here ({error}).")
         return None
-    return found.images, _in_turn(found.images, found.heldout)[: max(MAPS, MOST)]
+    return found.collection, _in_turn(found.collection, found.heldout)[: max(MAPS, MOST)]
 
 
 def _in_turn(images: Collection, indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from shoulders.distributed.device import use_bf16
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped
-from shoulders.images import View, random_view, render, smallest_decode
+from shoulders.images import View, min_decode_side, random_view, render
 from shoulders.tasks.feature_bank import WHOLE, held_out, minibatches
 from shoulders.tasks.goals import FinetuneTask
 from shoulders.tasks.rows import Row
@@ -103,7 +103,7 @@ class Views:
     ) -> None:
         self.goal, self.split, self.size, self.scale, self.seed = goal, split, size, scale, seed
         self.unread: dict[int, Skipped] = {}
-        at_least = smallest_decode([size], scale)
+        at_least = min_decode_side([size], scale)
         many = max(1, KEEP_BYTES // (3 * (2 * at_least) ** 2))
         self.read = lru_cache(maxsize=many)(partial(_decoded, goal, split, at_least=at_least))
 

@@ -29,7 +29,7 @@ def check_int8(recipe: Recipe, say: Callable[[str], None]) -> None:
         return
     images = open_images(recipe.images, recipe.train.seed)
     sizes = list(dict.fromkeys(teacher.size for teacher in quick.values()))
-    batch = next(evaluation_batches(images.images, sizes, SEEN, images.heldout[:SEEN]))
+    batch = next(evaluation_batches(images.collection, sizes, SEEN, images.heldout[:SEEN]))
     for name, teacher in quick.items():
         exact = load_teacher(name, recipe.teachers[name].model_copy(update={"int8": False}))
         lost, cosine = _compare(teacher, exact, batch.pixels(exact.size))

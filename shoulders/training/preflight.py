@@ -141,10 +141,10 @@ def check_heldout(recipe: Recipe, images: ImageSet) -> None:
     Raises:
         DataError: naming the teacher.
     """
-    heldout = images.images.ids[images.heldout]
+    heldout = images.collection.ids[images.heldout]
     for name in recipe.teachers:
         home = recipe.teacher_sources.get(name)
-        count = len(heldout) if home is None else len(images.images.rows_of(home, heldout))
+        count = len(heldout) if home is None else len(images.collection.indices_from(home, heldout))
         if count < FEWEST:
             raise too_few(name, count, len(heldout))
 

@@ -17,7 +17,7 @@ import torch
 
 from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError, SpaceError
-from shoulders.feature_cache import info_cache, plan_cache, verify_cache
+from shoulders.feature_cache import estimate_cache, info_cache, verify_cache
 from shoulders.feature_cache.build import Builder
 from shoulders.feature_cache.read import command
 from shoulders.features import Features
@@ -253,7 +253,7 @@ def test_an_unfinished_cache_is_read_as_far_as_it_goes(root: Path, tmp_path: Pat
     told = {row["teacher"]: row for row in info_cache(recipe)["teachers"]}
     assert (told["small"]["finished"], told["small"]["shards_done"], told["large"]["finished"]) == (False, 2, True)
     with pytest.raises(DataError, match="small: 2 of 3 shards are there; finish it with: shoulders cache RECIPE"):
-        verify_cache(recipe, own=teachers())
+        verify_cache(recipe, extra_teachers=teachers())
 
 
 def test_an_image_that_cannot_be_decoded_is_left_out(root: Path, tmp_path: Path) -> None:
@@ -264,11 +264,11 @@ def test_an_image_that_cannot_be_decoded_is_left_out(root: Path, tmp_path: Path)
     recipe = toy_recipe(tmp_path, tmp_path / "cache", images__max_unreadable=0.1)
     build(recipe)
     builder = Builder(recipe, teachers(), print)
-    names = [builder.images.images.name(index) for index, _ in builder.index.wanted(np.arange(24)).tolist()]
+    names = [builder.images.collection.name(index) for index, _ in builder.index.wanted(np.arange(24)).tolist()]
     number = names.index(bad.name)
     with pytest.raises(DataError, match=f"'{bad.name}' could not be decoded when .*cache/small was made"):
         builder.shelf("small").records(np.array([number]))
-    assert [row["undecodable"] for row in verify_cache(recipe, own=teachers())["teachers"]] == [1, 1]
+    assert [row["undecodable"] for row in verify_cache(recipe, extra_teachers=teachers())["teachers"]] == [1, 1]
     bad.write_bytes(good)
 
 
@@ -321,17 +321,17 @@ def test_what_cannot_be_stored_stops_the_build(
 
 def test_the_plan_is_what_it_takes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = toy_recipe(root, tmp_path / "cache")
-    plan = plan_cache(recipe, own=teachers())
+    plan = estimate_cache(recipe, extra_teachers=teachers())
     assert not (tmp_path / "cache").exists()
     assert 0 < plan["minutes"] < 1 and plan["memory_bytes"] > 2**20
     assert (
         build(recipe)["bytes"] == plan["disk_bytes"] == sum(r["views"] * r["bytes_per_view"] for r in plan["teachers"])
     )
-    assert plan_cache(recipe, own=teachers())["disk_bytes"] == 0
+    assert estimate_cache(recipe, extra_teachers=teachers())["disk_bytes"] == 0
     monkeypatch.setattr("shoulders.feature_cache.estimate.free_bytes", lambda path: 100)
-    plan_cache(recipe, own=teachers())
+    estimate_cache(recipe, extra_teachers=teachers())
     with pytest.raises(SpaceError):
-        plan_cache(toy_recipe(root, tmp_path / "other"), own=teachers())
+        estimate_cache(toy_recipe(root, tmp_path / "other"), extra_teachers=teachers())
 
 
 def test_recipes_that_cannot_be_cached_are_refused(root: Path, tmp_path: Path) -> None:

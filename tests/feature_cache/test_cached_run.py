@@ -140,11 +140,11 @@ def test_features_are_those_of_live_teachers(world: Path) -> None:
     assert cached is not None
     live = Teachers({name: load_teacher(name, spec) for name, spec in asked.teachers.items()})
     assert cached.taps == live.taps and cached.provenance() == live.provenance()
-    assert sum(shelf.shards.most for shelf in cached.shelves.values()) <= store.MOST_OPEN
+    assert sum(shelf.shards.most for shelf in cached.stores.values()) <= store.MOST_OPEN
     sizes = [(32, 32), (64, 64)]
     training = list(batches(images, sizes, asked.images, batch=8, seed=0, steps=7))  # the second epoch and the third
     assert {int(view) for batch in training for view in batch.views} == {0, 1}  # type: ignore[union-attr]
-    heldout = list(evaluation_batches(images.images, sizes, 8, images.heldout))
+    heldout = list(evaluation_batches(images.collection, sizes, 8, images.heldout))
     for batch in training + heldout:
         read, told = cached(batch), live(batch)
         assert read.keys() == {*told, "base/latent"}
@@ -190,7 +190,7 @@ def test_a_batch_says_which_views_it_holds(world: Path) -> None:
     images = open_images(asked.images, 0)
     cached = open_cache(asked, {}, images, False, HERE)
     assert cached is not None
-    batch = next(batches(images, [(32, 32)], asked.images, batch=8, seed=0, steps=1, decoded_for=[(64, 64)]))
+    batch = next(batches(images, [(32, 32)], asked.images, batch=8, seed=0, steps=1, decode_sizes=[(64, 64)]))
     assert batch.views is not None
     assert [len(part.views) for part in batch.split(5)] == [5, 3]  # type: ignore[arg-type]
     parts = [cached(part)["segmenter/stage1"].parts()["spatial"] for part in batch.split(5)]

@@ -49,20 +49,20 @@ def test_plan_make_look_and_verify(recipe: Path, monkeypatch: Any, capsys: Any) 
 
     code, out, err = cache("--info")
     assert (code, out) == (3, "") and "no cache is here; make it with: shoulders cache RECIPE cache.path=" in err
-    code, out, _ = cache("--plan")
-    assert code == 0 and "KiB on disk (" in out and "minutes for one process" in out and "base" in out
-    planned = json.loads(cache("--plan", "--json")[1])
+    code, out, _ = cache("--estimate")
+    assert code == 0 and "KiB on disk (" in out and "minutes in one process" in out and "base" in out
+    planned = json.loads(cache("--estimate", "--json")[1])
     assert {row["teacher"]: row["views"] for row in planned["teachers"]} == {"classifier": 30, "base": 30}
     code, out, err = cache("--json")
     made = json.loads(out)
     assert code == 0 and made["bytes"] == planned["disk_bytes"] and "storing loses" in err
     code, out, _ = cache("--info")
-    assert code == 0 and "classifier/stage1/spatial  64 x 16 int8" in out and "classifier: 30 views, whole, " in out
+    assert code == 0 and "classifier/stage1/spatial  64 x 16 int8" in out and "classifier: 30 views, complete, " in out
     code, out, _ = cache("--verify")
-    assert code == 0 and out.endswith("every byte is as it was written\n")
+    assert code == 0 and out.endswith("every record is as it was written\n")
     assert json.loads(cache("--verify", "--json")[1])["teachers"] == made["teachers"]
-    code, out, err = cache("--verify", "--plan")
-    assert (code, out) == (2, "") and "give one of --plan, --verify and --info" in err
+    code, out, err = cache("--verify", "--estimate")
+    assert (code, out) == (2, "") and "give one of --estimate, --verify and --info" in err
 
 
 def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -91,7 +91,7 @@ def test_every_flipped_bit_is_found_on_reading_and_by_verify(made: Recipe) -> No
             os.pwrite(disk.fileno(), sound, at)
     reader.read()
     reader.verify()
-    assert verify_cache(made, own=teachers())["bytes"] > 0
+    assert verify_cache(made, extra_teachers=teachers())["bytes"] > 0
 
 
 def test_a_damaged_record_is_named(made: Recipe) -> None:

@@ -185,7 +185,7 @@ def test_another_image_under_the_same_name_is_noticed_when_it_is_seen(made: Path
     cached = open_again(changed)
     found = open_images(changed.images, 0)
     with pytest.raises(DataError, match="does not look as it did when .* was made"):
-        for batch in evaluation_batches(found.images, [(32, 32)], 8, found.heldout, decoded_for=cached.sizes):
+        for batch in evaluation_batches(found.collection, [(32, 32)], 8, found.heldout, decode_sizes=cached.sizes):
             cached(batch)
 
 

@@ -44,14 +44,16 @@ def test_every_record_is_asked_for_by_what_it_holds(images: ImageSet) -> None:
     wanted = index.wanted(np.arange(len(index)))
     assert len(np.unique(wanted, axis=0)) == len(index)
     assert sorted(np.unique(wanted[:, 1])) == [CENTRAL, 0, 1, 2]
-    assert index.keys(np.arange(2)) == [(int(images.images.ids[i]), int(view)) for i, view in wanted[:2]]
+    assert index.keys(np.arange(2)) == [(int(images.collection.ids[i]), int(view)) for i, view in wanted[:2]]
 
 
 def test_of_some_sources_it_numbers_their_images_alone_in_the_same_order(images: ImageSet, settings: Images) -> None:
     every, two = Index(images, VIEWS), Index(images, VIEWS, ["two"])
     wanted = every.wanted(np.arange(len(every)))
     rows, numbers = two.counting(wanted)
-    assert [images.images.name(index)[:3] == "two" for index, _ in wanted] == [i in rows for i in range(len(wanted))]
+    assert [images.collection.name(index)[:3] == "two" for index, _ in wanted] == [
+        i in rows for i in range(len(wanted))
+    ]
     assert numbers.tolist() == list(range(len(two)))
     assert two.wanted(numbers).tolist() == wanted[rows].tolist()
     batch = next(batches(images, SIZES, settings, batch=12, seed=5, steps=1))
@@ -68,7 +70,7 @@ def test_listed_views_are_those_of_runs(workers: int, images: ImageSet, settings
     index, how = Index(images, VIEWS), settings.model_copy(update={"workers": workers})
     seen = list(batches(images, SIZES, settings, batch=8, seed=5, steps=10))
     shape = as_size(settings.size)
-    seen += list(evaluation_batches(images.images, SIZES, 4, images.heldout, shape=shape))
+    seen += list(evaluation_batches(images.collection, SIZES, 4, images.heldout, shape=shape))
     numbers = [index.of(batch) for batch in seen]
     assert {int(number) for part in numbers for number in part} == set(range(len(index)))
     listed = listed_batches(images, [index.wanted(part) for part in numbers], SIZES, how, seed=5)
@@ -79,9 +81,9 @@ def test_listed_views_are_those_of_runs(workers: int, images: ImageSet, settings
 
 
 def test_sizes_that_are_not_drawn_still_decide_how_images_are_decoded(images: ImageSet, settings: Images) -> None:
-    def first(sizes: list[tuple[int, int]], decoded_for: list[tuple[int, int]]) -> list[torch.Tensor]:
-        drawn = next(batches(images, sizes, settings, batch=8, seed=5, steps=1, decoded_for=decoded_for))
-        central = next(evaluation_batches(images.images, sizes, 2, images.heldout, decoded_for=decoded_for))
+    def first(sizes: list[tuple[int, int]], decode_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
+        drawn = next(batches(images, sizes, settings, batch=8, seed=5, steps=1, decode_sizes=decode_sizes))
+        central = next(evaluation_batches(images.collection, sizes, 2, images.heldout, decode_sizes=decode_sizes))
         return [batch.rendered[(32, 32)] for batch in (drawn, central)]
 
     large = (200, 200)

@@ -71,7 +71,7 @@ def save_toy_world(root: Path, images: int = 24) -> Path:
 
 
 def build(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> dict[str, Any]:
-    return build_cache(recipe, own=teachers() if own is None else own)
+    return build_cache(recipe, extra_teachers=teachers() if own is None else own)
 
 
 def shelves(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> tuple[list[TeacherStore], Builder]:

@@ -68,14 +68,14 @@ def test_exif_orientation(kind: str, orientation: int, seen: str) -> None:
 def test_orientation_and_draft_agree_on_the_full_size() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels, size = decode_with_size(encode(quadrants(800, 600), "JPEG", exif=exif), CAP, at_least=100)
+    pixels, size = decode_with_size(encode(quadrants(800, 600), "JPEG", exif=exif), CAP, min_side=100)
     assert (corners(pixels), size, tuple(pixels.shape)) == ("BRWG", (800, 600), (3, 200, 150))
 
 
-@pytest.mark.parametrize(("at_least", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)])
-def test_draft_never_goes_below(at_least: int | None, height: int) -> None:
-    assert decode(encode(quadrants(800, 600), "JPEG"), CAP, at_least).shape[1] == height
-    assert decode(encode(quadrants(800, 600), "PNG"), CAP, at_least).shape[1] == 600
+@pytest.mark.parametrize(("min_side", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)])
+def test_draft_never_goes_below(min_side: int | None, height: int) -> None:
+    assert decode(encode(quadrants(800, 600), "JPEG"), CAP, min_side).shape[1] == height
+    assert decode(encode(quadrants(800, 600), "PNG"), CAP, min_side).shape[1] == 600
 
 
 def half_transparent() -> Image.Image:
@@ -197,7 +197,7 @@ def test_sixteen_bit_rgb_png() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 2)])
 def test_thin_and_tiny_images(size: tuple[int, int]) -> None:
-    assert tuple(decode(encode(Image.new("RGB", size), "PNG"), CAP, at_least=224).shape) == (
+    assert tuple(decode(encode(Image.new("RGB", size), "PNG"), CAP, min_side=224).shape) == (
         3,
         size[1],
         size[0],
@@ -256,7 +256,7 @@ def test_mutated_files_are_decoded_or_refused() -> None:
         if number % 3 == 0:
             del data[generator.randrange(len(data)) :]
         try:
-            check(decode(bytes(data), CAP, at_least=16))
+            check(decode(bytes(data), CAP, min_side=16))
             outcomes["decoded"] += 1
         except Undecodable:
             outcomes["refused"] += 1

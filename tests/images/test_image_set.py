@@ -44,7 +44,7 @@ def image_set(holdout: int = 512, seed: int = 0, **counts: int) -> ImageSet:
 
 
 def heldout_names(images: ImageSet) -> set[str]:
-    return {images.images.name(index) for index in images.heldout}
+    return {images.collection.name(index) for index in images.heldout}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_held_out_images_stay_when_others_are_added() -> None:
 def test_the_order_of_names_does_not_change_the_order_of_training() -> None:
     names = [f"{number}.jpg" for number in range(50)]
     first, other = (ImageSet({"a": Listed(order)}, {}, 0, 8) for order in (names, names[::-1]))
-    seen = [[(images.images.name(i), visit) for i, visit in images.positions(0, 99)] for images in (first, other)]
+    seen = [[(images.collection.name(i), visit) for i, visit in images.positions(0, 99)] for images in (first, other)]
     assert seen[0] == seen[1]
 
 

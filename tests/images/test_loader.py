@@ -90,8 +90,8 @@ def test_what_a_batch_holds(folder: Path) -> None:
     for row, (index, visit) in enumerate(images.positions(0, 8).tolist()):
         if index in (7, 21):
             continue
-        pixels, full_size = images.images.pixels(index, 10**6, None)
-        identity = int(images.images.ids[index])
+        pixels, full_size = images.collection.pixels(index, 10**6, None)
+        identity = int(images.collection.ids[index])
         view = random_view(3, identity, visit, (0.4, 1.0), True, full_size)
         assert batch.ids[row] == identity
         for size in SIZES:
@@ -101,7 +101,7 @@ def test_what_a_batch_holds(folder: Path) -> None:
 
 def test_bad_images_are_replaced_and_reported(folder: Path) -> None:
     images = open_set(folder)
-    training = {images.images.name(index): int(images.images.ids[index]) for index in images.training["images"]}
+    training = {images.collection.name(index): int(images.collection.ids[index]) for index in images.training["images"]}
     bad = {"07.jpg", "21.jpg"} & set(training)
     assert bad, "the names in the fixture have to be such that a bad one trains"
     epochs = run(images, steps=8)
@@ -115,7 +115,7 @@ def test_bad_images_are_replaced_and_reported(folder: Path) -> None:
 
 def test_held_out_images_never_train(folder: Path) -> None:
     images = open_set(folder)
-    heldout = set(images.images.ids[images.heldout].tolist())
+    heldout = set(images.collection.ids[images.heldout].tolist())
     assert not heldout & {int(identity) for batch in run(images, steps=12) for identity in batch.ids}
 
 
@@ -149,7 +149,7 @@ def test_a_folder_of_nothing_but_bad_images_is_given_up(tmp_path: Path) -> None:
 
 def test_a_file_that_goes_away_is_skipped(folder: Path) -> None:
     images = open_set(folder)
-    gone = images.images.name(int(images.positions(0, 1)[0, 0]))
+    gone = images.collection.name(int(images.positions(0, 1)[0, 0]))
     (folder / gone).unlink()
     batch = run(images, steps=1)[0]
     assert gone in {skip.name for skip in batch.skipped} and len(batch) == 8

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from shoulders.images.decode import decode_with_size
-from shoulders.images.views import View, central_view, random_view, render, smallest_decode
+from shoulders.images.views import View, central_view, min_decode_side, random_view, render
 
 SCALE = (0.4, 1.0)
 FROZEN = (0.029832128957756703, 0.01716262587545041, 0.9638759798957648, 0.8177660372878796)
@@ -94,7 +94,7 @@ def test_the_same_view_shows_the_same_at_another_decoded_size() -> None:
     file = io.BytesIO()
     Image.fromarray(small).resize((1600, 1200), Image.Resampling.BICUBIC).save(file, "JPEG", quality=95)
     whole, full_size = decode_with_size(file.getvalue(), 10**7)
-    reduced, same_size = decode_with_size(file.getvalue(), 10**7, smallest_decode([(64, 64)], SCALE))
+    reduced, same_size = decode_with_size(file.getvalue(), 10**7, min_decode_side([(64, 64)], SCALE))
     assert whole.shape[1] == 8 * reduced.shape[1] and full_size == same_size == (1200, 1600)
     view = random_view(0, 5, 0, SCALE, True, full_size)
     difference = render(whole, view, (64, 64)).int() - render(reduced, view, (64, 64)).int()
@@ -102,7 +102,7 @@ def test_the_same_view_shows_the_same_at_another_decoded_size() -> None:
 
 
 def test_no_view_is_enlarged_at_the_smallest_decode() -> None:
-    side = smallest_decode([(224, 160), (96, 96)], SCALE)
+    side = min_decode_side([(224, 160), (96, 96)], SCALE)
     for visit in range(300):
         view = random_view(0, 1, visit, SCALE, False, (side, 2 * side))
         assert view.height * side >= 223.5 and view.width * 2 * side >= 223.5

@@ -201,7 +201,7 @@ def test_sources_take_turns(run: Path, tmp_path: Path) -> None:
 def names_of(recipe: Recipe) -> list[str]:
     """The held-out images of a run, by name."""
     images = open_images(recipe.images, recipe.train.seed)
-    return [images.images.name(at) for at in images.heldout.tolist()]
+    return [images.collection.name(at) for at in images.heldout.tolist()]
 
 
 def test_rows_can_be_given(run: Path, tmp_path: Path) -> None:

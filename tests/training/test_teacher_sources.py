@@ -16,7 +16,7 @@ from shoulders.config.recipe import check_recipe
 from shoulders.distillation import distill, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, RecipeError
-from shoulders.feature_cache import build_cache, plan_cache, verify_cache
+from shoulders.feature_cache import build_cache, estimate_cache, verify_cache
 from shoulders.features import Batch, Features
 from shoulders.images import ImageSet, open_source
 from shoulders.training.preflight import check_training
@@ -178,7 +178,7 @@ def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_is_asked_about_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, HERE)
     (batch,) = run._batches(0, 1, 0, 1)
-    names = [run.images.images.name_of(int(identity)) for identity in batch.ids]
+    names = [run.images.collection.name_of(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
     assert 0 < len(streets) < len(batch)
     assert run.asked(batch)["segmenter"].tolist() == streets
@@ -258,7 +258,7 @@ def test_a_cache_holds_what_is_asked(world: Path, tmp_path: Path, monkeypatch: p
         "cache": {"path": str(tmp_path / "cache"), "mode": "require"},
     }
     one = recipe(world, tmp_path / "run", ["streets"], **tree)
-    planned = {row["teacher"]: row["views"] for row in plan_cache(one)["teachers"]}
+    planned = {row["teacher"]: row["views"] for row in estimate_cache(one)["teachers"]}
     assert planned["segmenter"] == 2 * 3 + 3  # half of so few are held out
     assert planned["classifier"] == planned["base"] > 6 * planned["segmenter"]
     told = {row["teacher"]: row for row in build_cache(one)["teachers"]}
@@ -314,10 +314,10 @@ def test_a_teacher_that_is_asked_less_costs_less(world: Path, streets_only: Path
 def test_every_source_gives_its_share_of_held_out_images(world: Path) -> None:
     sources = {"many": open_source(world / "photos", "image"), "few": open_source(world / "streets", "image")}
     images = ImageSet(sources, {"many": 0.75, "few": 0.25}, 0, 12)
-    heldout = images.images.ids[images.heldout]
-    owners = [len(images.images.rows_of([source], heldout)) for source in ("many", "few")]
+    heldout = images.collection.ids[images.heldout]
+    owners = [len(images.collection.indices_from([source], heldout)) for source in ("many", "few")]
     assert owners == [8, 8]  # some in any case
-    assert (np.diff(images.images.ids[images.heldout]) > 0).all()
+    assert (np.diff(images.collection.ids[images.heldout]) > 0).all()
     trained = np.concatenate(list(images.training.values()))
     assert sorted([*trained.tolist(), *images.heldout.tolist()]) == list(range(80))
 
