@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from shoulders.config.recipe import Recipe, Student, TeacherSpec, as_size
-from shoulders.hub import Pretrained, find, read_json
+from shoulders.hub import Pretrained, find_file, read_json
 from shoulders.images import ImageSet, longest_side, min_decode_side
 from shoulders.student.base import base_layers_needed, read_base
 from shoulders.teachers import Teacher, load_teacher
@@ -138,12 +138,12 @@ def _of_base(spec: Student, size: Size, places: tuple[str, ...]) -> Asked:
 def _of_files(pretrained: Pretrained) -> Fields:
     """What the files of a pretrained model say of it; those of its weights are read, but not loaded."""
     index = read_json(pretrained, "model.safetensors.index.json")
-    single = find(pretrained, "model.safetensors")
+    single = find_file(pretrained, "model.safetensors")
     names = sorted(set(index["weight_map"].values())) if index and not single else ["model.safetensors"]
-    weights, config = [find(pretrained, name) for name in names], find(pretrained, "config.json")
+    weights, config = [find_file(pretrained, name) for name in names], find_file(pretrained, "config.json")
     missing = [name for name, path in zip(names, weights, strict=True) if path is None]
     if missing or config is None:
-        raise pretrained.fault(f"has no {', '.join(missing)}; give a folder with weights")
+        raise pretrained.error(f"has no {', '.join(missing)}; give a folder with weights")
     code = sorted(config.parent.glob("*.py"))
     return {
         "weights": [_sha256(path) for path in weights if path],

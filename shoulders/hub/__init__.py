@@ -1,28 +1,36 @@
-"""Pretrained models in transformers format, from a local folder or the hub: read with care, loaded strictly.
+"""Pretrained models in transformers format, from a local folder or the hub: checked before use, loaded strictly.
 
-What is particular to a family of teachers or bases is not here. Every message begins with ``where``: the key of the
-recipe that names the model, such as ``student.base``.
+Nothing in this package depends on the family of a model. Every error message begins with the key of the recipe that
+names the model, such as ``student.base``.
 """
 
-from shoulders.hub.files import COMMIT, Pretrained, find, license_of, locate, open_pretrained, read_json
-from shoulders.hub.preprocessing import HALF, IMAGENET, PixelStats, Preprocessing, read_preprocessing
+from shoulders.hub.files import (
+    COMMIT_PATTERN,
+    Pretrained,
+    find_file,
+    open_pretrained,
+    read_json,
+    read_license,
+    resolve_source,
+)
+from shoulders.hub.preprocessing import HALF_STATS, IMAGENET_STATS, PixelStats, Preprocessing, read_preprocessing
 from shoulders.hub.weights import check_weights, load_strict, quiet, read_config
 
 __all__ = [
-    "COMMIT",
-    "HALF",
-    "IMAGENET",
+    "COMMIT_PATTERN",
+    "HALF_STATS",
+    "IMAGENET_STATS",
     "PixelStats",
     "Preprocessing",
     "Pretrained",
     "check_weights",
-    "find",
-    "license_of",
+    "find_file",
     "load_strict",
-    "locate",
     "open_pretrained",
+    "quiet",
     "read_config",
     "read_json",
-    "quiet",
+    "read_license",
     "read_preprocessing",
+    "resolve_source",
 ]

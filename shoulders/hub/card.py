@@ -1,4 +1,4 @@
-"""The card of a student: what it is, how it is loaded, and whose knowledge and licenses bind it."""
+"""The model card of a student: how to load it, its teachers and their licenses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_card(
         patch_size: px.
         teachers: {name: {"source", "revision", "license"}}.
     """
-    rows = [f"| {name} | {facts['source']} | {facts['license']} |" for name, facts in teachers.items()]
+    rows = [f"| {name} | {teacher['source']} | {teacher['license']} |" for name, teacher in teachers.items()]
     card = [
         "---",
         "library_name: transformers",
@@ -32,7 +32,7 @@ def write_card(
         "latent = student(pixels).latent  # Features(summary, spatial, grid)",
         "```",
         "",
-        "It holds what these models know; the licenses of all of them bind it.",
+        "It was distilled from these models; the licenses of all of them apply to it.",
         "",
         "| teacher | source | license |",
         "|---|---|---|",

@@ -1,6 +1,6 @@
-"""What makes models run faster on a CPU: nothing here changes what they mean, and on a GPU it all steps aside.
+"""Faster inference on a CPU with the same results; on a GPU nothing here applies.
 
-Measured, not guessed: ``benchmarks/speed``. What did not pay is in LOG.md.
+`benchmarks/speed` measures each of these; LOG.md lists what brought nothing.
 """
 
 from __future__ import annotations
@@ -17,106 +17,120 @@ from transformers.masking_utils import sdpa_mask
 
 from shoulders.hub import quiet
 
-PACKS = torch.backends.mkldnn.is_available() and all(
+HAS_PACKED_LINEAR = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, op) for op in ("_reorder_linear_weight", "_linear_pointwise")
 )
-EIGHT = all(hasattr(torch.ops.onednn, op) for op in ("qlinear_prepack", "qlinear_pointwise"))
-ATTENTION = "shoulders"  # the name of :func:`attention` in transformers' table
-FEW = 640  # places: in bf16 two matrix products take half the time of the fused kernel at 200, the same at 1,000
+HAS_INT8_LINEAR = all(hasattr(torch.ops.onednn, op) for op in ("qlinear_prepack", "qlinear_pointwise"))
+ATTENTION_NAME = "shoulders"  # the name of `attention` in transformers' table
+# in bf16 two matrix products take half the time of the fused kernel at 200 tokens, the same at 1,000
+MAX_PRODUCT_TOKENS = 640
 
 
 def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **how: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of query, key and value (B, heads, N, C / heads), as (B, N, heads, C / heads).
+    """Attention as (B, N, heads, C / heads), with the signature of transformers' attention functions.
 
-    In bf16 on a CPU, where torch's fused kernel is the slower one, two matrix products and a softmax; else the kernel.
+    In bf16 on a CPU, where torch's fused kernel is slower, it is two matrix products and a softmax; else the kernel.
+
+    Args:
+        module: the attention layer.
+        query, key, value: (B, heads, N, C / heads).
+        attention_mask: added to the scores before the softmax.
+        options: of transformers' `sdpa_attention_forward`, such as ``scaling`` and ``dropout``.
     """
-    if not _two_products(module, query, key, attention_mask, how):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    if not _use_two_products(module, query, key, attention_mask, options):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     batch, heads = query.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (query, key, value))  # (B * heads, N, C / heads)
-    scale = how.get("scaling") or query.shape[-1] ** -0.5
+    scale = options.get("scaling") or query.shape[-1] ** -0.5
     weights = torch.baddbmm(q.new_zeros(1), q, k.mT, beta=0, alpha=scale).softmax(-1)  # (B * heads, N, N)
     return torch.bmm(weights, v).unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), None
 
 
-def _two_products(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, how: dict[str, Any]) -> bool:
-    causal = how.get("is_causal")
+def _use_two_products(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    causal = options.get("is_causal")
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
-        and key.shape[2] <= FEW
+        and key.shape[2] <= MAX_PRODUCT_TOKENS
         and key.shape[1] == query.shape[1]
         and mask is None
-        and how.get("position_bias") is None
-        and not how.get("dropout")
+        and options.get("position_bias") is None
+        and not options.get("dropout")
         and not (getattr(module, "is_causal", True) if causal is None else causal)
-        and not torch.compiler.is_compiling()  # it would turn them back into the kernel
+        and not torch.compiler.is_compiling()  # the compiler would turn the products back into the kernel
     )
 
 
 def optimize_for_inference(model: nn.Module) -> None:
-    """Make a frozen transformers model ready to be asked: it attends by :func:`attention`, its layers are packed."""
-    _attend(model)
+    """Prepare a frozen transformers model for inference on a CPU: `attention`, and packed linear layers."""
+    _use_attention(model)
     _pack(model)
 
 
-def _attend(model: nn.Module) -> None:
-    """One with attention of its own stays as it is."""
+def _use_attention(model: nn.Module) -> None:
+    """Make a model use `attention`, unless it has an attention of its own."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) != "sdpa":
         return
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    AttentionInterface.register(ATTENTION_NAME, attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
     with quiet():
-        model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
+        model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
 
 
 class PackedLinear(nn.Linear):
-    """A frozen linear layer with its weight a second time, in bf16 and in the order in which the CPU multiplies.
+    """A frozen linear layer with a second copy of its weight, in bf16 and in the order in which the CPU multiplies.
 
-    Used where no gradient is wanted; the same bits as without, a tenth sooner. Costs half the weight's memory.
+    Used in bf16 without gradients; gives the same bits in nine tenths of the time, for half the weight's memory.
     """
 
-    packed: tuple[Any, Tensor, Tensor | None] | None = None  # what it was made of, weight, bias
+    packed: tuple[Any, Tensor, Tensor | None] | None = None  # (identity of the weight, packed weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., K)."""
-        if torch.is_grad_enabled() or not _in_bf16_on_cpu(x):
+        if torch.is_grad_enabled() or not _is_bf16_on_cpu(x):
             return super().forward(x)
-        origin = (self.weight.data_ptr(), self.weight._version)
-        if self.packed is None or self.packed[0] != origin:
+        identity = (self.weight.data_ptr(), self.weight._version)
+        if self.packed is None or self.packed[0] != identity:
             weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(torch.bfloat16), None)
-            self.packed = origin, weight, None if self.bias is None else self.bias.detach().to(torch.bfloat16)
+            self.packed = identity, weight, None if self.bias is None else self.bias.detach().to(torch.bfloat16)
         _, weight, bias = self.packed
         return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), weight, bias, "none", [], "none")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was packed, which cannot be copied."""
+        """The state without the packed copy, which cannot be pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "packed"}
 
 
 def _pack(model: nn.Module) -> None:
-    """Make every linear layer :class:`PackedLinear`, where this torch knows how: weights and their names stay as they are."""
+    """Turn every linear layer into a `PackedLinear` where this torch has the operators; weights and names stay."""
     for layer in model.modules():
-        if PACKS and type(layer) is nn.Linear:
-            layer.__class__ = PackedLinear
+        if HAS_PACKED_LINEAR and type(layer) is nn.Linear:
+            layer.__class__ = PackedLinear  # in place: the parameters stay the same objects
 
 
 def unpack(model: nn.Module) -> None:
-    """Undo the packing of :func:`optimize_for_inference`, of no use to weights that come and go: they would be packed every time."""
+    """Undo the packing of `optimize_for_inference`, for weights that are replaced at every step and packed anew."""
     for layer in model.modules():
         if type(layer) is PackedLinear:
-            layer.__dict__.pop("packed", None)  # half as large as the weights
+            layer.__dict__.pop("packed", None)  # frees half the memory of the weights
             layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer in int8: a scale for each row of the weight, and one scale for all that comes in.
+    """A frozen linear layer in int8: one scale for each row of the weight, one scale for all inputs.
 
-    Made for CPUs with int8 products of four (VNNI), where it takes half the time of bf16. Not the same bits:
-    `shoulders.training.int8_check` says how far off.
+    For CPUs with int8 dot products (VNNI), where it takes half the time of bf16. Its results differ;
+    `shoulders.training.int8_check` measures by how much.
     """
 
     weight: Tensor
@@ -135,42 +149,41 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., K), in the dtype of autocast where that is on."""
-        least, most = (float(end) for end in torch.aminmax(x))
-        least, most = min(least, 0.0), max(most, 0.0)
-        step = max(most - least, 1e-12) / 255
-        zero = round(-least / step)
-        whole = x.flatten(0, -2).float().mul(1 / step).add_(zero + 0.5).to(torch.uint8)  # cut off, hence the half
+        smallest, largest = (float(end) for end in torch.aminmax(x))
+        smallest, largest = min(smallest, 0.0), max(largest, 0.0)
+        step = max(largest - smallest, 1e-12) / 255
+        zero = round(-smallest / step)
+        # the cast to uint8 truncates: adding one half rounds
+        quantized = x.flatten(0, -2).float().mul(1 / step).add_(zero + 0.5).to(torch.uint8)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        answer = torch.ops.onednn.qlinear_pointwise(
-            whole, step, zero, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, dtype, "none", [], ""
+        output = torch.ops.onednn.qlinear_pointwise(
+            quantized, step, zero, self.packed, self.scale, self.zeros, self.bias, 1.0, 0, dtype, "none", [], ""
         )
-        return answer.unflatten(0, x.shape[:-1])
+        return output.unflatten(0, x.shape[:-1])
 
 
 def int8_available() -> bool:
     """Whether this machine computes faster in int8: a CPU with VNNI, a torch that uses it, and no GPU."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    can = ask() if ask else {}
-    return EIGHT and not torch.cuda.is_available() and bool(can.get("avx512_vnni") or can.get("amx_int8"))
+    get_capabilities = getattr(torch.cpu, "get_capabilities", None)
+    capabilities = get_capabilities() if get_capabilities else {}
+    has_vnni = bool(capabilities.get("avx512_vnni") or capabilities.get("amx_int8"))
+    return HAS_INT8_LINEAR and not torch.cuda.is_available() and has_vnni
 
 
 def to_int8(model: nn.Module) -> None:
-    """Replace every linear layer by its :class:`Int8Linear`."""
-    for part in list(model.modules()):
-        for name, layer in list(part.named_children()):
-            if isinstance(layer, nn.Linear) and type(layer) in (
-                nn.Linear,
-                PackedLinear,
-            ):  # not what other modules derive
-                setattr(part, name, Int8Linear(layer))
+    """Replace every linear layer by its `Int8Linear`, but no layer of a class derived from `nn.Linear` elsewhere."""
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if isinstance(layer, nn.Linear) and type(layer) in (nn.Linear, PackedLinear):
+                setattr(module, name, Int8Linear(layer))
 
 
-def arranged(pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, h, w), channels last in memory where convolutions are faster that way: in bf16 on a CPU, twice."""
-    return pixels.contiguous(memory_format=torch.channels_last) if _in_bf16_on_cpu(pixels) else pixels
+def to_fast_layout(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, h, w) in the memory layout in which convolutions run faster: channels last in bf16 on a CPU."""
+    return pixels.contiguous(memory_format=torch.channels_last) if _is_bf16_on_cpu(pixels) else pixels
 
 
-def _in_bf16_on_cpu(x: Tensor) -> bool:
+def _is_bf16_on_cpu(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and torch.is_autocast_enabled("cpu")
@@ -179,10 +192,10 @@ def _in_bf16_on_cpu(x: Tensor) -> bool:
     )
 
 
-def _flop(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    """Of a linear layer: torch's counter knows neither of the two products."""
+def _count_linear_flop(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+    """FLOP of a linear layer, for the two operators that torch's counter does not know."""
     return 2 * math.prod(x) * out_shape[-1]
 
 
-register_flop_formula([torch.ops.mkldnn._linear_pointwise] if PACKS else [])(_flop)
-register_flop_formula([torch.ops.onednn.qlinear_pointwise] if EIGHT else [])(_flop)
+register_flop_formula([torch.ops.mkldnn._linear_pointwise] if HAS_PACKED_LINEAR else [])(_count_linear_flop)
+register_flop_formula([torch.ops.onednn.qlinear_pointwise] if HAS_INT8_LINEAR else [])(_count_linear_flop)

@@ -1,7 +1,7 @@
-"""Input size and normalisation of a checkpoint, read from its JSON as plain data.
+"""Input size and normalization of a checkpoint, read from its JSON as plain data.
 
-The image processors of transformers are not used: some of them need torchvision, and views are rendered here
-by the loader, so all that is wanted of them is a size, a mean and a standard deviation.
+The image processors of transformers are not used: some of them need torchvision, and the loader of this project renders
+the views, so that only a size, a mean and a standard deviation are needed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shoulders.hub.files import Pretrained, is_unknown, read_json
+from shoulders.hub.files import Pretrained, may_exist_on_hub, read_json
 
 Triple = tuple[float, ...]
 PixelStats = tuple[Triple, Triple]  # mean and std
 
-IMAGENET: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+IMAGENET_STATS: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF_STATS: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -30,33 +30,35 @@ class Preprocessing:
 
 
 def read_preprocessing(pretrained: Pretrained, default: Preprocessing) -> Preprocessing:
-    """What a model says of its pixels, and ``default`` where it says nothing.
+    """The preprocessing that the files of a model give, and ``default`` for what they leave out.
 
     Raises:
-        RecipeError: if it cannot be understood.
+        RecipeError: the files cannot be parsed.
     """
-    whole, image = (read_json(pretrained, file) or {} for file in FILES)
-    if not whole and not image and is_unknown(pretrained, FILES[1]):
-        raise pretrained.fault(
-            f"was found without its {FILES[1]}, and the hub cannot be asked for it; connect once, or give the local "
-            "folder of the model"
+    processor, image_processor = (read_json(pretrained, file) or {} for file in FILES)
+    if not processor and not image_processor and may_exist_on_hub(pretrained, FILES[1]):
+        raise pretrained.error(
+            f"is in the hub's cache without its {FILES[1]}, and the hub cannot be reached; connect once, or give the "
+            "local folder of the model"
         )
     try:
         # the older of the two files may be left over: transformers 5 writes and reads the other one
-        return parse_preprocessing(whole if "image_processor" in whole else image or whole, default)
+        return parse_preprocessing(
+            processor if "image_processor" in processor else image_processor or processor, default
+        )
     except ValueError as error:
-        raise pretrained.fault(f"has a {' or '.join(FILES)} that cannot be used: {error}") from error
+        raise pretrained.error(f"has a {' or '.join(FILES)} that cannot be used: {error}") from error
 
 
 def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
-    """What a preprocessor_config.json (or the image part of a processor_config.json) says.
+    """The preprocessing of a preprocessor_config.json, or of the image processor in a processor_config.json.
 
     Args:
         tree: the parsed JSON; {} where the checkpoint has none.
-        default: used for whatever is not said.
+        default: used for what the JSON leaves out.
 
     Raises:
-        ValueError: if a size or a mean is written in no known way, or a std is not positive.
+        ValueError: a size or a mean is written in an unknown way, or a std is not positive.
     """
     tree = tree.get("image_processor", tree)
     if not isinstance(tree, Mapping):
@@ -81,12 +83,12 @@ def _height_width(size: Any) -> tuple[int, int]:
     if isinstance(size, list) and len(size) == 2:
         return int(size[0]), int(size[1])
     if isinstance(size, Mapping):
-        said = {name: int(side) for name, side in size.items() if isinstance(side, int | float)}
-        if "height" in said and "width" in said:
-            return said["height"], said["width"]
+        sides = {name: int(side) for name, side in size.items() if isinstance(side, int | float)}
+        if "height" in sides and "width" in sides:
+            return sides["height"], sides["width"]
         for edge in ("shortest_edge", "longest_edge"):
-            if edge in said:
-                return said[edge], said[edge]
+            if edge in sides:
+                return sides[edge], sides[edge]
     raise ValueError(f"cannot read size {size!r}; known: an int, height and width, or an edge")
 
 
@@ -95,7 +97,7 @@ def _statistics(tree: Mapping[str, Any], default: Preprocessing) -> tuple[Triple
     normalizes = tree.get("do_normalize", True)  # null is no, as in transformers
     mean = _triple(tree.get("image_mean"), default.mean) if normalizes else (0.0, 0.0, 0.0)
     std = _triple(tree.get("image_std"), default.std) if normalizes else (1.0, 1.0, 1.0)
-    # the model was fed (255 x factor - offset - mean) / std for x in [0, 1]
+    # the model was trained on (255 x factor - offset - mean) / std for x in [0, 1]
     factor = 255 * _number(tree.get("rescale_factor") or 1 / 255) if tree.get("do_rescale", True) else 255.0
     offset = 1.0 if tree.get("rescale_offset") else 0.0
     if abs(factor - 1) > 1e-6 or offset:

@@ -16,41 +16,42 @@ from transformers.utils import logging
 from shoulders.errors import DataError
 from shoulders.hub.files import Pretrained
 
-FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)  # the last two of a model's own code
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# AttributeError and ImportError come from a model's own code
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def read_config(pretrained: Pretrained, *, remote_code: bool = False) -> PreTrainedConfig:
     """The config as its transformers class, with the defaults that ``config.json`` leaves out.
 
     Raises:
-        RecipeError: if ``config.json`` does not fit the class.
+        RecipeError: ``config.json`` does not fit the class.
     """
     source, revision = pretrained.source, pretrained.revision
     try:
         with quiet():
             return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=remote_code)
-    except (*FAULTS, StrictDataclassError) as error:
-        raise pretrained.fault(f"has a config.json that is not valid: {_line(error)}") from error
+    except (*LOAD_ERRORS, StrictDataclassError) as error:
+        raise pretrained.error(f"has a config.json that is not valid: {_one_line(error)}") from error
 
 
 def check_weights(pretrained: Pretrained) -> None:
-    """Refuse a local folder without safetensors; the hub is asked when the weights are loaded.
+    """Refuse a local folder without safetensors; files on the hub are checked when the weights are loaded.
 
     Raises:
-        RecipeError: with the way to convert weights that are there as a pickle.
+        RecipeError: the folder has no weights, or a pickle of them, which the message says how to convert.
     """
     folder = Path(pretrained.source)
-    if not folder.is_dir() or any((folder / name).is_file() for name in WEIGHTS):
+    if not folder.is_dir() or any((folder / name).is_file() for name in WEIGHT_FILES):
         return
     if any(folder.glob("pytorch_model*.bin")):
-        model_class = (pretrained.tree.get("architectures") or ["AutoModel"])[0]
-        raise pretrained.fault(
+        model_class = (pretrained.config.get("architectures") or ["AutoModel"])[0]
+        raise pretrained.error(
             "has its weights only as pytorch_model.bin, a pickle, which is never read; if you trust it, convert it "
             f'once: python -c "import transformers; transformers.{model_class}.from_pretrained'
             f"('{folder}').save_pretrained('{folder}')\""
         )
-    raise pretrained.fault("has no model.safetensors; give a folder with weights")
+    raise pretrained.error("has no model.safetensors; give a folder with weights")
 
 
 def load_strict(
@@ -58,26 +59,26 @@ def load_strict(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     *,
-    inside: str = "",
-    apart_from: tuple[str, ...] = (),
+    required_prefix: str = "",
+    optional_prefixes: tuple[str, ...] = (),
     remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """A model with its weights in float32; weights left over are fine: a head or a text tower that is not read.
+    """A model with its weights in float32; the file may hold more weights: of a head or a text tower that is not used.
 
     Args:
-        config: of ``model_class``, or of the whole that it is a part of.
-        inside: beginning of the names of the weights that must be there.
-        apart_from: beginnings of the names of those that may be missing all the same.
+        config: the config of ``model_class``, or of the model that ``model_class`` is a part of.
+        required_prefix: weights whose names begin with it must be in the file.
+        optional_prefixes: weights whose names begin with one of these may be missing all the same.
         options: further arguments of the model's constructor.
 
     Raises:
-        DataError: if a weight is missing or of another shape, or the file is damaged or no safetensors.
+        DataError: a weight is missing or has another shape, or the file is damaged or not safetensors.
     """
-    where = f"{pretrained.where}: {pretrained.source!r}"
+    model_name = f"{pretrained.key}: {pretrained.source!r}"
     try:
         with quiet():
-            # float32 at once: weights are cast exactly, and tables computed at birth keep their precision
+            # float32 from the start: weights are cast exactly, and buffers that the constructor computes stay exact
             model, report = model_class.from_pretrained(
                 pretrained.source,
                 config=config,
@@ -88,19 +89,21 @@ def load_strict(
                 trust_remote_code=remote_code,
                 **options,
             )
-    except (*FAULTS, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{where}: weights cannot be read as {model_class.__name__}: {_line(error)}") from error
-    needed = (key for key in report["missing_keys"] if key.startswith(inside))
-    missing = sorted(key for key in needed if not key.startswith(apart_from))
+    except (*LOAD_ERRORS, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"{model_name}: weights cannot be read as {model_class.__name__}: {_one_line(error)}"
+        ) from error
+    required = (name for name in report["missing_keys"] if name.startswith(required_prefix))
+    missing = sorted(name for name in required if not name.startswith(optional_prefixes))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DataError(f"{where}: the weights lack {', '.join(missing[:3])}{more} of {model_class.__name__}")
+        raise DataError(f"{model_name}: the weights lack {', '.join(missing[:3])}{more} of {model_class.__name__}")
     return model
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without its progress bar and its report of the weights that are left out on purpose."""
+    """Within this context transformers shows no progress bar and no report of weights left out on purpose."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -112,6 +115,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception's message in one line."""
     return " ".join(str(error).split())

@@ -14,10 +14,10 @@ from shoulders.hub import (
     Preprocessing,
     Pretrained,
     check_weights,
-    license_of,
     load_strict,
     open_pretrained,
     read_config,
+    read_license,
     read_preprocessing,
 )
 from shoulders.student.families import BASES, IMAGE_CONFIGS
@@ -79,7 +79,7 @@ def load_base(spec: Student) -> Base:
     pretrained, config = _open_base(spec)
     family = BASES[config.model_type]
     model = load_strict(pretrained, getattr(transformers, family.model), config, **family.build)
-    return Base(model.eval(), _read_preprocessing(pretrained, config), license_of(pretrained), pretrained.revision)
+    return Base(model.eval(), _read_preprocessing(pretrained, config), read_license(pretrained), pretrained.revision)
 
 
 def read_base(spec: Student) -> tuple[Pretrained, Preprocessing]:
@@ -121,16 +121,16 @@ def _adapter_input_layers(spec: Student, depth: int) -> tuple[str, ...]:
 def _open_base(spec: Student) -> tuple[Pretrained, transformers.PreTrainedConfig]:
     """The files of the base and the config of its image encoder, after all checks that do not depend on the size."""
     pretrained = open_pretrained("student.base", spec.base, spec.revision)
-    model_type = pretrained.tree.get("model_type")
+    model_type = pretrained.config.get("model_type")
     if model_type not in (*BASES, *IMAGE_CONFIGS):
         allowed = ", ".join(sorted([*BASES, *IMAGE_CONFIGS]))
-        raise pretrained.fault(
+        raise pretrained.error(
             f"is of model type {model_type!r}, which cannot be the base of a student; a base is one of {allowed}"
         )
     config = read_config(pretrained)
     config = getattr(config, IMAGE_CONFIGS[model_type]) if model_type in IMAGE_CONFIGS else config
     if reason := _why_unusable(config):
-        raise pretrained.fault(f"cannot be the base of a student: {reason}")
+        raise pretrained.error(f"cannot be the base of a student: {reason}")
     check_weights(pretrained)
     return pretrained, config
 

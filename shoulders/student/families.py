@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shoulders.hub import HALF, IMAGENET, PixelStats
+from shoulders.hub import HALF_STATS, IMAGENET_STATS, PixelStats
 
 # model type of an image-text checkpoint -> the part of its config that describes the image encoder, which is the base
 IMAGE_CONFIGS = {"siglip": "vision_config"}
@@ -42,7 +42,7 @@ class BaseFamily:
     blocks: str
     prefix: Callable[[Any], int]
     summary: Callable[[Tensor, nn.Module], Tensor]
-    pixel_stats: PixelStats = IMAGENET
+    pixel_stats: PixelStats = IMAGENET_STATS
     build: dict[str, Any] = field(default_factory=dict)
     forward: dict[str, Any] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ BASES = {
         "encoder.layers",
         lambda config: 0,
         _attention_pool,
-        HALF,
+        HALF_STATS,
         forward={"interpolate_pos_encoding": True},
     ),
     "vit": BaseFamily(
@@ -69,7 +69,7 @@ BASES = {
         "layers",
         lambda config: 1,
         _class_token,
-        HALF,
+        HALF_STATS,
         build={"add_pooling_layer": False},
         forward={"interpolate_pos_encoding": True},
     ),

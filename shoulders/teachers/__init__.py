@@ -1,6 +1,6 @@
-"""Whom we learn from: frozen models that say Features of pixels.
+"""Teachers: frozen models that compute Features of pixels.
 
-``FAMILIES`` is the table of supported transformers models; a model of your own is a ``Teacher`` returned by a
+``FAMILIES`` is the table of supported transformers models. Any other PyTorch model is a ``Teacher`` returned by a
 function that the recipe names as ``module: package.module:function``.
 """
 

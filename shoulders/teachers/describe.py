@@ -1,4 +1,4 @@
-"""What a teacher is and costs, as plain data for tables."""
+"""A teacher's properties and cost, as plain data for tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shoulders.teachers.teacher import Teacher
 
 
 def describe(name: str, teacher: Teacher) -> dict[str, Any]:
-    """One teacher as plain data; ``gflop_per_image`` counts a multiplication and its addition as two."""
+    """The properties of one teacher; ``gflop_per_image`` counts a multiplication and its addition as two."""
     return {
         "name": name,
         "source": teacher.source,
@@ -22,14 +22,14 @@ def describe(name: str, teacher: Teacher) -> dict[str, Any]:
         "size": teacher.size,
         "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
         "gflop_per_image": round(count_flop(teacher) / 1e9, 3),
-        "taps": {tap: asdict(gives) for tap, gives in teacher.taps.items()},
+        "taps": {tap: asdict(shape) for tap, shape in teacher.taps.items()},
     }
 
 
 def count_flop(teacher: Teacher) -> int:
     """Floating-point operations of one image: matrix products, convolutions and attention."""
     blank = torch.zeros(1, 3, *teacher.size, device=teacher.mean.device)
-    # the counter knows no fused attention on CPUs, so attention is run as the two products that it is
+    # the counter does not count the fused attention of CPUs, so attention runs as two matrix products
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         teacher(blank)
     return int(counter.get_total_flops())

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from shoulders.hub.fast import (
-    ATTENTION,
-    EIGHT,
-    FEW,
+    ATTENTION_NAME,
+    HAS_INT8_LINEAR,
+    MAX_PRODUCT_TOKENS,
     Int8Linear,
     PackedLinear,
     attention,
@@ -66,7 +66,7 @@ def test_two_products_are_the_kernel_within_the_rounding_of_bf16(scaling: float 
 def test_the_kernel_stays_where_it_is_the_better_one() -> None:
     assert not kernel_runs(50)
     assert kernel_runs(50, torch.float32)
-    assert kernel_runs(FEW + 1)
+    assert kernel_runs(MAX_PRODUCT_TOKENS + 1)
     assert kernel_runs(50, attention_mask=torch.zeros(2, 1, 50, 50, dtype=torch.bfloat16))
     assert kernel_runs(50, dropout=0.1) and kernel_runs(50, is_causal=True)
 
@@ -83,7 +83,7 @@ def test_a_quick_model_says_the_same(kind: str) -> None:
     slow = transformers.AutoModel.from_config(BASE_CONFIGS[kind]()).eval()
     quick = copy.deepcopy(slow)
     optimize_for_inference(quick)
-    assert quick.config._attn_implementation == ATTENTION and slow.config._attn_implementation == "sdpa"
+    assert quick.config._attn_implementation == ATTENTION_NAME and slow.config._attn_implementation == "sdpa"
     assert quick.config.to_dict() == slow.config.to_dict()  # nothing of it is saved
     assert quick.state_dict().keys() == slow.state_dict().keys()
     pixels = torch.rand(2, 3, 32, 32)
@@ -140,7 +140,7 @@ def test_a_packed_layer_follows_its_weight_and_can_be_copied() -> None:
         torch.testing.assert_close(quick(x).float(), x.sum(1, keepdim=True).expand(5, 80), atol=0.2, rtol=0.02)
 
 
-@pytest.mark.skipif(not EIGHT, reason="this torch has no products in int8")
+@pytest.mark.skipif(not HAS_INT8_LINEAR, reason="this torch has no products in int8")
 @pytest.mark.parametrize("shift", [0.0, 3.0])
 @torch.no_grad()
 def test_int8_is_near(shift: float) -> None:

@@ -9,13 +9,13 @@ import pytest
 
 from shoulders.errors import RecipeError
 from shoulders.hub import (
-    IMAGENET,
+    IMAGENET_STATS,
     Preprocessing,
     Pretrained,
-    find,
-    license_of,
+    find_file,
     open_pretrained,
     read_json,
+    read_license,
     read_preprocessing,
 )
 
@@ -42,14 +42,16 @@ def test_all_files_come_from_the_commit_of_the_first(hub_cache: Path, revision: 
     (hub_cache / "refs" / "main").write_text(NEW)  # somebody pushes
     assert pretrained == Pretrained("student.base", "someone/something", OLD, {"commit": OLD})
     assert read_json(pretrained, "other.json") == {"commit": OLD}
-    assert find(pretrained, "nothing.json") is None and read_json(pretrained, "nothing.json") is None
+    assert find_file(pretrained, "nothing.json") is None and read_json(pretrained, "nothing.json") is None
 
 
 def test_a_file_that_nobody_knows_of_is_not_one_that_is_not_there(hub_cache: Path) -> None:
     """What was fetched without its preprocessing would be shown wrong pixels."""
     pretrained = open_pretrained("student.base", "someone/something", None)
-    default = Preprocessing((224, 224), *IMAGENET)
-    with pytest.raises(RecipeError, match=r"found without its preprocessor_config\.json, and the hub cannot be asked"):
+    default = Preprocessing((224, 224), *IMAGENET_STATS)
+    with pytest.raises(
+        RecipeError, match=r"without its preprocessor_config\.json, and the hub cannot be reached"
+    ):
         read_preprocessing(pretrained, default)
     absent = hub_cache / ".no_exist" / OLD / "preprocessor_config.json"  # where the hub said that there is none
     absent.parent.mkdir(parents=True)
@@ -92,4 +94,4 @@ def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_licence(tmp_path: Path, card: str | None, license: str) -> None:
     if card is not None:
         (tmp_path / "README.md").write_text(card)
-    assert license_of(Pretrained("student.base", str(tmp_path), None)) == license
+    assert read_license(Pretrained("student.base", str(tmp_path), None)) == license

@@ -202,7 +202,7 @@ def test_every_family_has_a_test() -> None:
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_family_reads_what_the_original_says(model_type: str, write_tiny: WriteTiny) -> None:
     folder = write_tiny(model_type, torch.float16 if model_type in HALF_PRECISION else torch.float32)
-    size = {"siglip2": 32}.get(model_type, 64 if FAMILIES[model_type].size else None)
+    size = {"siglip2": 32}.get(model_type, 64 if FAMILIES[model_type].default_size else None)
     teacher = load_teacher("t", TeacherSpec(model=str(folder), size=size))
     pixels = torch.rand(2, 3, *teacher.size)
     said = teacher(pixels)
@@ -231,16 +231,16 @@ def test_a_family_gives_all_its_taps_at_another_size(model_type: str, write_tiny
     folder = write_tiny(model_type)
     family = FAMILIES[model_type]
     config = transformers.AutoConfig.from_pretrained(folder)
-    config = getattr(config, family.part) if family.part else config
-    step = 32 if family.multiple == 1 else family.step(config)
-    size = None if family.fixed else (step * -(-64 // step), step * -(-128 // step))
+    config = getattr(config, family.image_config) if family.image_config else config
+    step = 32 if family.size_multiple == 1 else family.size_step(config)
+    size = None if family.fixed_size else (step * -(-64 // step), step * -(-128 // step))
     teacher = load_teacher("t", TeacherSpec(model=str(folder), size=size, taps=list(family.taps.names(config))))
     assert size is None or teacher.size == size
     assert list(teacher.taps) == list(family.taps.names(config))
     assert_as_declared(teacher, teacher(torch.rand(1, 3, *teacher.size)), images=1)
     for tap in teacher.taps.values():  # the grid has the shape of the image
         assert tap.grid[1] * teacher.size[0] == pytest.approx(tap.grid[0] * teacher.size[1], rel=0.2)
-    if family.fixed:
+    if family.fixed_size:
         with pytest.raises(RecipeError, match=r"teachers\.t\.size: .* takes only"):
             load_teacher("t", TeacherSpec(model=str(folder), size=96))
     assert count_flop(teacher) > 0

@@ -215,8 +215,8 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     teacher = load_teacher("t", TeacherSpec(model=str(folder), trust_remote_code=True))
     assert teacher.taps["last"].grid == (2, 2) and teacher.taps["last"].spatial == 4
     for ours, theirs, message in (
-        ("return BaseModelOutput(last_hidden_state=", "return (", "cannot be asked about 16 x 16 px"),
-        ("    patch_size: int = 8\n", "", "says no patch_size; give it as a module: of your own"),
+        ("return BaseModelOutput(last_hidden_state=", "return (", "cannot be run on 16 x 16 px"),
+        ("    patch_size: int = 8\n", "", "has no patch_size in its config; give it as a module: of your own"),
     ):
         other = tmp_path / f"own{len(ours)}"
         shutil.copytree(folder, other)

@@ -1,21 +1,17 @@
-"""Grafts: a teacher's own head, cut off its encoder and run on features, those of the teacher or of a student.
+"""A teacher's own head, separated from its encoder and run on features: the teacher's, or those of a student.
 
-``HEADS`` is the table of where heads begin; an image-text teacher keeps class names instead (`ZeroShot`).
+Where a head begins stands in its family's row of the table (`shoulders.teachers.families`). The head of an image-text
+teacher is a set of class names (`ZeroShot`).
 """
 
-from shoulders.teachers.heads.cuts import HEADS, HeadSpec, Taps
 from shoulders.teachers.heads.head import TeacherHead, taps_of_teacher
 from shoulders.teachers.heads.load import Head, check_head, head_class, load_head, read_processor
-from shoulders.teachers.heads.zero_shot import PADDING, Names, ZeroShot, open_zero_shot
+from shoulders.teachers.heads.zero_shot import ClassNames, ZeroShot, open_zero_shot
 
 __all__ = [
-    "HEADS",
-    "PADDING",
-    "HeadSpec",
-    "TeacherHead",
+    "ClassNames",
     "Head",
-    "Names",
-    "Taps",
+    "TeacherHead",
     "ZeroShot",
     "check_head",
     "head_class",

@@ -1,8 +1,8 @@
-"""A teacher's own head, cut off its encoder and fed with the features that the encoder would give.
+"""A teacher's own head, run on features instead of on its encoder's output.
 
-The head runs inside the teacher's own forward on blank pixels, with the encoder's answer replaced: whatever the
-model does around its head (masks, position embeddings, queries) stays exactly its own, and fed with the teacher's
-own taps a graft gives the teacher's output bit for bit.
+The head runs inside the teacher's own forward, on blank pixels, with the encoder's output replaced: masks, position
+embeddings and queries are computed exactly as in the teacher. On the teacher's own features the output is the teacher's
+output bit for bit.
 """
 
 from __future__ import annotations
@@ -16,53 +16,62 @@ from torch.utils._pytree import tree_map
 
 from shoulders.features import Features, align
 from shoulders.teachers import Tap
-from shoulders.teachers.heads.cuts import HeadSpec, Taps
+from shoulders.teachers.families import HeadSpec, TapFeatures
 
 
 class StubEncoder(nn.Module):
-    """Stands where an encoder was and answers with what it was given."""
+    """Takes the place of a submodule and returns a given output, whatever its input.
 
-    def __init__(self, blank: Any) -> None:
+    Args:
+        output: the submodule's output for one blank image.
+    """
+
+    def __init__(self, output: Any = None) -> None:
         super().__init__()
-        self.blank = self.answer = blank
+        self.blank_output = self.output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer that was laid down, whatever is asked."""
-        return self.answer
+        """The given output."""
+        return self.output
 
-    forward_with_filtered_kwargs = forward
+    forward_with_filtered_kwargs = forward  # how some models of transformers call their backbone
 
-    def blank_of(self, count: int, device: torch.device) -> Any:
-        """The answer to one blank image as that to `count` of them, without a copy."""
+    def expand_blank_output(self, count: int, device: torch.device) -> Any:
+        """The output for `count` blank images: that for one, expanded without a copy."""
 
-        def repeat(value: Any) -> Any:
+        def expand(value: Any) -> Any:
             return value.to(device).expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
 
-        return tree_map(repeat, self.blank)
+        return tree_map(expand, self.blank_output)
 
 
 class TeacherHead(nn.Module):
-    """A head on features: ``graft(taps)`` is the model's own output.
+    """The head of a teacher: features by tap to the model's own output.
 
     Args:
-        model: a transformers model with its head; its encoder is taken out of it.
-        cut: where.
-        taps: {tap: widths and grid} that the head reads.
-        size: (h, w) in px that the head believes the images to have.
-        processor: the model's own image processor, for what comes after the head; None where there is none.
+        model: a transformers model with its head; its encoder is removed.
+        spec: where the head begins.
+        taps: {tap: widths and grid} of the features that the head takes.
+        size: (h, w) in px of the images that the head computes for.
+        processor: the model's own image processor, for post-processing; None where it has none.
     """
 
     def __init__(
-        self, model: Any, cut: HeadSpec, taps: Mapping[str, Tap], size: tuple[int, int], processor: Any = None
+        self, model: Any, spec: HeadSpec, taps: Mapping[str, Tap], size: tuple[int, int], processor: Any = None
     ) -> None:
         super().__init__()
-        self.model, self.cut, self.taps, self.size, self.processor = model, cut, dict(taps), size, processor
-        self.encoder = cut.encoder_of(model)
-        blanks = _answers(model, (self.encoder, *cut.silent), size, cut.call)
-        self.replays = {path: StubEncoder(blank) for path, blank in blanks.items()}
-        for path, replay in self.replays.items():
-            model.set_submodule(path, replay)
+        self.model, self.spec, self.taps, self.size, self.processor = model, spec, dict(taps), size, processor
+        self.encoder_path = spec.encoder_path(model)
+        outputs = _blank_outputs(model, (self.encoder_path, *spec.shape_only), size, spec.forward_options)
+        self.stubs = {path: StubEncoder(output) for path, output in outputs.items()}
+        for path, stub in self.stubs.items():
+            model.set_submodule(path, stub)
         self.requires_grad_(False).eval()
+
+    @property
+    def class_name(self) -> str:
+        """The name of the model's class, such as ``SegformerForSemanticSegmentation``."""
+        return type(self.model).__name__
 
     @property
     def classes(self) -> list[str]:
@@ -70,50 +79,50 @@ class TeacherHead(nn.Module):
         return [self.label(index) for index in range(max(self.model.config.id2label, default=-1) + 1)]
 
     def label(self, index: int) -> str:
-        """The name of a class; as transformers makes it up where the config has none."""
+        """The name of a class; transformers' placeholder where the config has none."""
         return str(self.model.config.id2label.get(index, f"LABEL_{index}"))
 
-    def forward(self, taps: Taps, **prompts: Any) -> Any:
+    def forward(self, taps: TapFeatures, **prompts: Any) -> Any:
         """The output of the head.
 
         Args:
-            taps: at least the taps of this head; spatial features on any grid are resized to the head's own.
-            prompts: what the head takes beside the image, such as points and boxes.
+            taps: features of at least this head's taps; spatial features are resized to the head's own grid.
+            prompts: further inputs of the head, such as points and boxes.
         """
-        read = {tap: align(taps[tap], facts.grid) if facts.spatial else taps[tap] for tap, facts in self.taps.items()}
-        first = next(part for features in read.values() for part in features.parts().values())
-        for replay in self.replays.values():
-            replay.answer = replay.blank_of(len(first), first.device)
-        encoder = self.replays[self.encoder]
-        encoder.answer = self.cut.write(read, encoder.answer)
-        pixels = torch.zeros(1, 1, 1, 1, device=first.device).expand(len(first), 3, *self.size)
+        inputs = {name: align(taps[name], tap.grid) if tap.spatial else taps[name] for name, tap in self.taps.items()}
+        first = next(part for features in inputs.values() for part in features.parts().values())
+        for stub in self.stubs.values():
+            stub.output = stub.expand_blank_output(len(first), first.device)
+        encoder = self.stubs[self.encoder_path]
+        encoder.output = self.spec.inject(inputs, encoder.output)
+        pixels = torch.zeros(1, 1, 1, 1, device=first.device).expand(len(first), 3, *self.size)  # (B, 3, h, w)
         return self.model(pixel_values=pixels, **prompts)
 
 
-def taps_of_teacher(name: str, told: Taps) -> dict[str, Features]:
-    """The features of one teacher under its own names: ``segmenter/stage3`` -> ``stage3``."""
-    return {tap.split("/", 1)[1]: features for tap, features in told.items() if tap.startswith(f"{name}/")}
+def taps_of_teacher(name: str, taps: TapFeatures) -> dict[str, Features]:
+    """The features of one teacher by its own tap names: ``segmenter/stage3`` becomes ``stage3``."""
+    return {tap.split("/", 1)[1]: features for tap, features in taps.items() if tap.startswith(f"{name}/")}
 
 
 @torch.no_grad()
-def _answers(
-    model: nn.Module, paths: tuple[str, ...], size: tuple[int, int], call: Mapping[str, Any]
+def _blank_outputs(
+    model: nn.Module, paths: tuple[str, ...], size: tuple[int, int], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What submodules answer when the model sees one blank image."""
+    """{path: output of the submodule} when the model runs on one blank image."""
     model.eval()
-    told: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
 
-    def keep(path: str) -> Callable[..., None]:
-        # a copy: some models go on to change what their encoder gave them
-        return lambda module, args, answer: told.update({path: tree_map(_copy, answer)})
+    def keep_output(path: str) -> Callable[..., None]:
+        # a copy: some models change the output of their encoder in place
+        return lambda module, args, output: outputs.update({path: tree_map(_copy, output)})
 
-    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    handles = [model.get_submodule(path).register_forward_hook(keep_output(path)) for path in paths]
     try:
-        model(pixel_values=torch.zeros(1, 3, *size), **call)
+        model(pixel_values=torch.zeros(1, 3, *size), **options)
     finally:
         for handle in handles:
             handle.remove()
-    return told
+    return outputs
 
 
 def _copy(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Heads on disk: a folder without an encoder beside the student."""
+"""Heads on disk: a folder with a head and no encoder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from transformers import AutoConfig
 
 from shoulders.errors import DataError
 from shoulders.hub import quiet
-from shoulders.teachers import Tap
-from shoulders.teachers.families import row_of
+from shoulders.teachers import FAMILIES, Tap
+from shoulders.teachers.families import family_name
 from shoulders.teachers.heads import (
-    HEADS,
+    ClassNames,
     Head,
-    Names,
     TeacherHead,
     ZeroShot,
     head_class,
@@ -28,56 +27,65 @@ from shoulders.teachers.heads import (
 )
 
 
-def save_head(graft: Head, folder: Path) -> None:
+def save_head(head: Head, folder: Path) -> None:
     """Write a head without its encoder: config.json, model.safetensors, the image processor, and head.json.
 
-    Of an image-text teacher the class names are kept, as embeddings, and no tower.
+    The head of an image-text teacher is stored as embeddings of its class names, without the towers.
     """
     folder.mkdir(parents=True)
     with quiet():
-        graft.model.config.save_pretrained(folder)
-        if graft.processor is not None:
-            graft.processor.save_pretrained(folder)
-    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _weights(graft).items()}
+        head.model.config.save_pretrained(folder)
+        if head.processor is not None:
+            head.processor.save_pretrained(folder)
+    weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _weights(head).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    taps = {tap: [facts.summary, facts.spatial, list(facts.grid)] for tap, facts in graft.taps.items()}
-    more = {"names": asdict(graft.names)} if isinstance(graft, ZeroShot) else {"size": list(graft.size)}
-    (folder / "head.json").write_text(json.dumps(more | {"taps": taps}) + "\n")
+    taps = {name: [tap.summary, tap.spatial, list(tap.grid)] for name, tap in head.taps.items()}
+    settings = {"names": asdict(head.names)} if isinstance(head, ZeroShot) else {"size": list(head.size)}
+    (folder / "head.json").write_text(json.dumps(settings | {"taps": taps}) + "\n")
 
 
 def open_head(folder: Path) -> Head:
-    """A head as `save_head` left it.
+    """A head as `save_head` wrote it.
 
     Raises:
-        DataError: something is missing or does not fit.
+        DataError: a file is missing or damaged, or the files do not belong together.
     """
     try:
-        told = json.loads((folder / "head.json").read_text())
-        taps = {tap: Tap(summary, spatial, tuple(grid)) for tap, (summary, spatial, grid) in told["taps"].items()}
-        if "names" in told:
-            kept = told["names"]
-            names = Names(tuple(kept["classes"]), tuple(kept["prompts"]), kept["source"], kept["revision"])
-            return open_zero_shot(folder, names, taps)
-        with quiet():
-            config = AutoConfig.from_pretrained(folder)
-            model = head_class(config)(config)
-        h, w = told["size"]
-        graft = TeacherHead(model, HEADS[row_of(config.to_dict())], taps, (h, w), read_processor(str(folder)))
-        missing = graft.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
-        absent = [name for name in missing if name in _weights(graft)]
-        if absent:
-            raise ValueError(f"the weights lack {absent[0]}")
+        settings = json.loads((folder / "head.json").read_text())
+        taps = {name: Tap(summary, spatial, tuple(grid)) for name, (summary, spatial, grid) in settings["taps"].items()}
+        if "names" in settings:
+            return open_zero_shot(folder, _class_names(**settings["names"]), taps)
+        h, w = settings["size"]
+        return _open_teacher_head(folder, taps, (h, w))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{folder}: not a sound head: {' '.join(str(error).split())[:300]}") from error
-    return graft
+        raise DataError(f"{folder}: not a valid head: {' '.join(str(error).split())[:300]}") from error
 
 
-def _weights(graft: Head) -> dict[str, Tensor]:
-    """The weights by name, one of each group that shares its memory."""
-    seen: set[int] = set()
+def _class_names(classes: list[str], prompts: list[str], source: str, revision: str | None) -> ClassNames:
+    return ClassNames(tuple(classes), tuple(prompts), source, revision)
+
+
+def _open_teacher_head(folder: Path, taps: dict[str, Tap], size: tuple[int, int]) -> TeacherHead:
+    with quiet():
+        config = AutoConfig.from_pretrained(folder)
+        model = head_class(config)(config)
+    spec = FAMILIES[family_name(config.to_dict())].head
+    if spec is None:
+        raise ValueError(f"the head of a {config.model_type} cannot be separated from its encoder")
+    head = TeacherHead(model, spec, taps, size, read_processor(str(folder)))
+    missing = head.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
+    absent = [name for name in missing if name in _weights(head)]
+    if absent:
+        raise ValueError(f"the weights lack {absent[0]}")
+    return head
+
+
+def _weights(head: Head) -> dict[str, Tensor]:
+    """The weights by name; of several names for the same memory only the first."""
+    addresses: set[int] = set()
     weights = {}
-    for name, value in graft.state_dict().items():
-        if value.data_ptr() not in seen or value.numel() == 0:
+    for name, value in head.state_dict().items():
+        if value.data_ptr() not in addresses or value.numel() == 0:
             weights[name] = value
-        seen.add(value.data_ptr())
+        addresses.add(value.data_ptr())
     return weights

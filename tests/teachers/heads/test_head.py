@@ -14,7 +14,7 @@ from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
-from shoulders.teachers.heads import HEADS, check_head, load_head
+from shoulders.teachers.heads import check_head, load_head
 from tests.teachers.conftest import FOUR, NECK, RF_DETR, TINY, VIT, far, swin
 
 BLOCKS = VIT | {"num_hidden_layers": 4, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3]}
@@ -43,6 +43,7 @@ HYBRID = BLOCKS | {
         "layer_type": "bottleneck",
     },
 }
+WITH_SPEC = [model_type for model_type, family in FAMILIES.items() if family.head]
 POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
 BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
 
@@ -54,7 +55,7 @@ def grown(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     model.save_pretrained(folder)
-    size = 64 if FAMILIES[model_type.split(",")[0]].size else None
+    size = 64 if FAMILIES[model_type.split(",")[0]].default_size else None
     taps = ["level0", "level1", "level2"] if model_type == "sam2" else None
     return model.eval().requires_grad_(False), TeacherSpec(model=str(folder), size=size, taps=taps)
 
@@ -63,7 +64,7 @@ def tensors(output: Any) -> dict[str, Tensor]:
     return {name: output[name] for name in SAID if name in output}
 
 
-@pytest.mark.parametrize("model_type", [*HEADS, "dpt, classes", "rf_detr, masks", "dpt_backbone, hierarchical"])
+@pytest.mark.parametrize("model_type", [*WITH_SPEC, "dpt, classes", "rf_detr, masks", "dpt_backbone, hierarchical"])
 def test_fed_with_the_teachers_own_taps_a_graft_gives_the_teachers_output(model_type: str, tmp_path: Path) -> None:
     model, spec = grown(model_type, tmp_path)
     teacher = load_teacher("t", spec)
@@ -121,12 +122,12 @@ def test_at_another_size_than_the_configs_too(model_type: str, tmp_path: Path) -
 def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     hf.Dinov2Model(hf.Dinov2Config(**{**VIT, "intermediate_size": None})).save_pretrained(tmp_path / "bare")
     bare = TeacherSpec(model=str(tmp_path / "bare"))
-    with pytest.raises(RecipeError, match=r"teachers\.t\.model: .*no head that can be inherited"):
+    with pytest.raises(RecipeError, match=r"teachers\.t\.model: .*no head that can be kept"):
         check_head("t", bare)
     _, spec = grown("segformer", tmp_path / "whole")
     narrow = TeacherSpec(model=spec.model, size=64, taps=["stage3"])
     with pytest.raises(
-        RecipeError, match=r"teachers\.t\.taps: the head also reads stage0, stage1, stage2; give at least taps: "
+        RecipeError, match=r"teachers\.t\.taps: the head also takes stage0, stage1, stage2; give at least taps: "
     ):
         load_head("t", narrow, load_teacher("t", narrow))
     _, spec = grown("dpt", tmp_path / "dpt")
@@ -136,7 +137,7 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="its head takes images of 64 x 64 px alone; set size: 64"):
         check_head("t", spec.model_copy(update={"size": 96}))
     hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
-    with pytest.raises(RecipeError, match="also reads its convolutional stem"):
+    with pytest.raises(RecipeError, match="also takes maps of its convolutional stem"):
         check_head("t", TeacherSpec(model=str(tmp_path / "hybrid")))
     hf.SegformerForImageClassification(hf.SegformerConfig()).save_pretrained(tmp_path / "mit")
     with pytest.raises(RecipeError, match=r"saved with its head \(ForSemanticSegmentation, not SegformerForImageClass"):

@@ -141,7 +141,7 @@ def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, t
         "keep_heads": ["t"],
         "out": str(tmp_path / "run"),
     }
-    with pytest.raises((DataError, RecipeError), match=r"the weights lack classifier|cannot tell some of the classes"):
+    with pytest.raises((DataError, RecipeError), match=r"the weights lack classifier|gives some of the classes"):
         distill(Recipe.model_validate(tree))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -216,10 +216,10 @@ def test_damaged_heads_are_named(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "student" / "heads" / "segformer", tmp_path / "head")
     weights = tmp_path / "head" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(DataError, match="not a sound head"):
+    with pytest.raises(DataError, match="not a valid head"):
         open_head(tmp_path / "head")
     (tmp_path / "head" / "head.json").unlink()
-    with pytest.raises(DataError, match="not a sound head"):
+    with pytest.raises(DataError, match="not a valid head"):
         open_head(tmp_path / "head")
 
 

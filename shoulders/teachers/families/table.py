@@ -1,0 +1,342 @@
+"""The table of the model families that can be teachers: one row each. To add a family, add a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from shoulders.hub import HALF_STATS, PixelStats
+from shoulders.teachers.families.extract import (
+    Extract,
+    cls_summary,
+    extract_deformable,
+    extract_detr,
+    extract_dinov3_convnext,
+    extract_feature_maps,
+    extract_feature_tokens,
+    extract_final_map,
+    extract_hiera,
+    extract_maps,
+    extract_masked_map,
+    extract_pyramid,
+    extract_radio,
+    extract_remote,
+    extract_sam,
+    extract_sam2,
+    extract_swin,
+    extract_tokens,
+    extract_tokens_with_cls,
+    no_summary,
+    pooled_summary,
+    projected_summary,
+)
+from shoulders.teachers.families.forward import (
+    forward_model,
+    forward_patches,
+    forward_pixels_only,
+    forward_swinv2,
+    forward_until_encoder,
+    forward_with_mask,
+)
+from shoulders.teachers.families.inject import (
+    Inject,
+    inject_feature_maps,
+    inject_feature_tokens,
+    inject_fpn,
+    inject_hidden_maps,
+    inject_hidden_tokens,
+    inject_map,
+    inject_masked_map,
+    inject_patch_tokens,
+    inject_pooled,
+    inject_pyramid,
+    inject_sequence,
+    inject_tokens,
+)
+from shoulders.teachers.families.spec import Family, HeadSpec, Taps, ZeroShotSpec
+from shoulders.teachers.families.tap_names import (
+    ALL_LEVELS,
+    ALL_STAGES,
+    BACKBONE_OUTPUTS,
+    BACKBONE_STAGES,
+    BLOCKS,
+    DPT_BLOCKS,
+    HYBRID_LEVELS,
+    LAST,
+    LEVELS,
+    OUTPUTS,
+    STAGES,
+)
+
+CLIP_STATS: PixelStats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IDENTITY_STATS: PixelStats = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+CLASSES = ("ForImageClassification",)
+ANY_SIZE = {"interpolate_pos_encoding": True}
+
+_interpolate = partial(forward_model, interpolate_pos_encoding=True)
+_with_hidden_states = partial(forward_model, output_hidden_states=True)
+_swin = partial(
+    forward_model,
+    output_hidden_states=True,
+    output_hidden_states_before_downsampling=True,
+    interpolate_pos_encoding=True,
+)
+_cls_tokens = partial(extract_tokens, summary=cls_summary)
+_pooled_tokens = partial(extract_tokens, summary=pooled_summary)
+_projected_tokens = partial(extract_tokens, summary=projected_summary)
+_pooled_maps = partial(extract_maps, summary=pooled_summary)
+_maps = partial(extract_maps, summary=no_summary)
+
+
+def _vit(model_class: str, head: HeadSpec | None, **fields: Any) -> Family:
+    return Family("vit", model_class, BLOCKS, **{"extract": _cls_tokens, "head": head, **fields})
+
+
+def _clip(model_class: str, by_architecture: Mapping[str, str], **fields: Any) -> Family:
+    options = {"model_class_by_architecture": by_architecture, "pixel_stats": CLIP_STATS, **fields}
+    return Family("image-text", model_class, BLOCKS, _projected_tokens, _interpolate, **options)
+
+
+def _siglip(model_class: str, **fields: Any) -> Family:
+    options = {"forward": _interpolate, "pixel_stats": HALF_STATS, **fields}
+    return Family("image-text", model_class, BLOCKS, _pooled_tokens, **options)
+
+
+def _hierarchical(model_class: str, head: HeadSpec | None, **fields: Any) -> Family:
+    options = {"extract": _pooled_maps, "forward": _with_hidden_states, "size_multiple": 1, **fields}
+    return Family("hierarchical", model_class, STAGES, head=head, **options)
+
+
+def _segmenter(model_class: str, taps: Taps, head: HeadSpec, **fields: Any) -> Family:
+    options = {"extract": extract_feature_maps, "size_multiple": 32, "default_size": 512, **fields}
+    return Family("segmenter", model_class, taps, head=head, **options)
+
+
+def _sam2(model_class: str, head: HeadSpec | None) -> Family:
+    options: dict[str, Any] = {"image_config": "vision_config", "encoder": "vision_encoder", "size_multiple": 32}
+    return Family("segmenter", model_class, LEVELS, extract_sam2, head=head, **options)
+
+
+def _detector(model_class: str, taps: Taps, extract: Extract, inject: Inject, **fields: Any) -> Family:
+    head = HeadSpec("model.encoder", inject, shape_only=("model.backbone",), class_endings=("ForObjectDetection",))
+    options = {"head": head, "unused": ("decoder",), **fields}
+    return Family("detector", model_class, taps, extract, forward_until_encoder, **options)
+
+
+def _rt_detr(model_class: str) -> Family:
+    options = {"size_multiple": 32, "default_size": 640, "pixel_stats": IDENTITY_STATS}
+    return _detector(model_class, HYBRID_LEVELS, extract_pyramid, inject_pyramid, **options)
+
+
+def _refuse_sam2(config: Any, size: tuple[int, int]) -> str:
+    side = config.prompt_encoder_config.image_size
+    return "" if size == (side, side) else f"its head takes images of {side} x {side} px alone; set size: {side}"
+
+
+def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
+    if config.is_hybrid:
+        return "the head of a hybrid DPT also takes maps of its convolutional stem, which no tap holds"
+    # without a backbone_config the neck takes the square root of the number of tokens
+    return "" if size[0] == size[1] else f"its head takes square images alone, not {size[0]} x {size[1]} px; set size:"
+
+
+# Model type -> row. YOLOS and EoMT have no row: their queries are tokens of the encoder itself, so that no layer holds
+# the features of the image alone.
+FAMILIES: dict[str, Family] = {
+    # plain ViTs: last = tokens after the final norm, summary = CLS
+    "vit": _vit(
+        "ViTModel",
+        HeadSpec("vit", inject_tokens, forward_options=ANY_SIZE),
+        forward=_interpolate,
+        pixel_stats=HALF_STATS,
+        model_options={"add_pooling_layer": False},
+    ),
+    "deit": _vit(
+        "DeiTModel",
+        HeadSpec("deit", inject_tokens, forward_options=ANY_SIZE),
+        forward=_interpolate,
+        model_options={"add_pooling_layer": False},
+    ),
+    "beit": _vit(
+        "BeitModel",
+        HeadSpec("beit", inject_pooled, class_endings=CLASSES),
+        extract=_pooled_tokens,
+        forward=_interpolate,
+        pixel_stats=HALF_STATS,
+        pooled_architectures=("BeitModel", "BeitForImageClassification"),
+    ),
+    "dinov2": _vit("Dinov2Model", HeadSpec("dinov2", inject_tokens)),
+    "dinov2_with_registers": _vit("Dinov2WithRegistersModel", HeadSpec("dinov2_with_registers", inject_tokens)),
+    "dinov3_vit": _vit("DINOv3ViTModel", None),
+    "radio": _vit("RadioModel", None, extract=extract_radio, pixel_stats=IDENTITY_STATS),
+    # image towers: the summary is the projected vector for CLIP, the attention-pooled one for SigLIP
+    "clip": _clip(
+        "CLIPVisionModelWithProjection",
+        {"CLIPForImageClassification": "CLIPVisionModel"},
+        image_config="vision_config",
+        zero_shot=ZeroShotSpec("CLIPModel", padding=True),
+    ),
+    "clip_vision_model": _clip(
+        "CLIPVisionModel",
+        {"CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection"},
+    ),
+    "siglip": _siglip(
+        "SiglipVisionModel",
+        image_config="vision_config",
+        zero_shot=ZeroShotSpec("SiglipModel", padding="max_length"),
+    ),
+    "siglip_vision_model": _siglip("SiglipVisionModel"),
+    "siglip2": _siglip(
+        "Siglip2VisionModel",
+        image_config="vision_config",
+        forward=forward_patches,
+        default_size=256,
+        zero_shot=ZeroShotSpec("Siglip2Model", padding="max_length"),
+    ),
+    # hierarchical encoders: stages, finest first; a summary on the last stage where the family has one. Heads that pool
+    # start before the pooling: a student predicts the map better than its mean, because every token has a target.
+    "dinov3_convnext": _hierarchical("DINOv3ConvNextModel", None, extract=extract_dinov3_convnext),
+    "convnext": _hierarchical(
+        "ConvNextModel",
+        HeadSpec("convnext.encoder", inject_map, shape_only=("convnext.embeddings",)),
+    ),
+    "convnextv2": _hierarchical(
+        "ConvNextV2Model",
+        HeadSpec("convnextv2.encoder", inject_map, shape_only=("convnextv2.embeddings",)),
+    ),
+    "resnet": _hierarchical(
+        "ResNetModel",
+        HeadSpec("resnet.encoder", inject_map, shape_only=("resnet.embedder",)),
+        default_size=224,
+    ),
+    "regnet": _hierarchical(
+        "RegNetModel",
+        HeadSpec("regnet.encoder", inject_map, shape_only=("regnet.embedder",)),
+        default_size=224,
+    ),
+    "swin": _hierarchical(
+        "SwinModel",
+        HeadSpec("swin.layernorm", inject_patch_tokens, shape_only=("swin.embeddings", "swin.encoder")),
+        extract=extract_swin,
+        forward=_swin,
+        size_multiple=32,
+    ),
+    "swinv2": _hierarchical(
+        "Swinv2Model",
+        HeadSpec("swinv2.layernorm", inject_patch_tokens, shape_only=("swinv2.embeddings", "swinv2.encoder")),
+        extract=extract_swin,
+        forward=forward_swinv2,
+        size_multiple=32,
+    ),
+    "hiera": _hierarchical(
+        "HieraModel",
+        HeadSpec("hiera", inject_pooled),
+        extract=extract_hiera,
+        fixed_size=True,
+        pooled_architectures=("HieraModel", "HieraForImageClassification"),
+    ),
+    "pvt_v2": _hierarchical("PvtV2Model", None, extract=_maps, size_multiple=32),
+    "mobilenet_v2": Family(
+        "hierarchical",
+        "MobileNetV2Model",
+        LAST,
+        extract_final_map,
+        head=HeadSpec("mobilenet_v2", inject_pooled, class_endings=CLASSES),
+        size_multiple=1,
+        pixel_stats=HALF_STATS,
+    ),
+    # segmenters: the maps that the mask head takes
+    "segformer": _segmenter(
+        "SegformerModel",
+        ALL_STAGES,
+        HeadSpec("segformer", inject_hidden_maps, class_endings=("ForSemanticSegmentation",)),
+        extract=_maps,
+        forward=_with_hidden_states,
+    ),
+    "upernet": _segmenter(
+        "UperNetForSemanticSegmentation",
+        BACKBONE_OUTPUTS,
+        HeadSpec("backbone", inject_feature_maps),
+        encoder="backbone",
+    ),
+    "mask2former": _segmenter(
+        "Mask2FormerModel",
+        BACKBONE_OUTPUTS,
+        HeadSpec("model.pixel_level_module.encoder", inject_feature_maps, requires="scipy"),
+        encoder="pixel_level_module.encoder",
+    ),
+    "maskformer": _segmenter(
+        "MaskFormerModel",
+        BACKBONE_STAGES,
+        HeadSpec("model.pixel_level_module.encoder", inject_feature_maps, requires="scipy"),
+        encoder="pixel_level_module.encoder",
+    ),
+    "sam": Family(
+        "segmenter",
+        "SamVisionModel",
+        BLOCKS,
+        extract_sam,
+        head=HeadSpec("vision_encoder", inject_map),
+        image_config="vision_config",
+        fixed_size=True,
+    ),
+    "sam2": _sam2("Sam2Model", HeadSpec("vision_encoder", inject_fpn, refuse=_refuse_sam2)),
+    "sam2_video": _sam2("Sam2VideoModel", None),
+    # detectors: what the decoder takes
+    "detr": _detector("DetrModel", LAST, extract_detr, inject_sequence, size_multiple=1, default_size=800),
+    "conditional_detr": _detector(
+        "ConditionalDetrModel", LAST, extract_detr, inject_sequence, size_multiple=1, default_size=800
+    ),
+    "deformable_detr": _detector(
+        "DeformableDetrModel", ALL_LEVELS, extract_deformable, inject_sequence, size_multiple=1, default_size=800
+    ),
+    "rt_detr": _rt_detr("RTDetrModel"),
+    "rt_detr_v2": _rt_detr("RTDetrV2Model"),
+    "d_fine": _rt_detr("DFineModel"),
+    "rf_detr": Family(
+        "detector",
+        "RfDetrModel",
+        LAST,
+        extract_masked_map,
+        forward_with_mask,
+        HeadSpec(
+            "model.backbone",
+            inject_masked_map,
+            encoder_by_class={"RfDetrForInstanceSegmentation": "model.model.backbone"},
+        ),
+        image_config="backbone_config",
+        encoder="backbone",
+        size_multiple="window",
+    ),
+    # depth: the tokens that the neck takes, with CLS
+    "depth_anything": Family(
+        "depth",
+        "DepthAnythingForDepthEstimation",
+        BACKBONE_OUTPUTS,
+        extract_feature_tokens,
+        head=HeadSpec("backbone", inject_feature_tokens),
+        encoder="backbone",
+    ),
+    "dpt": Family(
+        "depth",
+        "DPTModel",
+        DPT_BLOCKS,
+        extract_tokens_with_cls,
+        head=HeadSpec("dpt", inject_hidden_tokens, refuse=_refuse_dpt),
+        pixel_stats=HALF_STATS,
+        model_options={"add_pooling_layer": False},
+    ),
+    "dpt_backbone": Family(
+        "depth",
+        "DPTForDepthEstimation",
+        OUTPUTS,
+        extract_feature_tokens,
+        head=HeadSpec("backbone", inject_feature_tokens),
+        image_config="backbone_config",
+        encoder="backbone",
+    ),
+}
+
+# A model with code of its own: called with pixels alone; its tokens end with the patch tokens.
+REMOTE = Family("remote code", "AutoModel", LAST, extract_remote, forward_pixels_only)
