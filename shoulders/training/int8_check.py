@@ -1,4 +1,4 @@
-"""How far off teachers in int8 are, said before anything is learned from them."""
+"""Measure how far the features of int8 teachers are from those in float32, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -14,43 +14,48 @@ from shoulders.images import evaluation_batches, open_images
 from shoulders.teachers import Teacher, load_teacher
 from shoulders.transfer.fvu import channel_standardized, unexplained
 
-SEEN = 32  # images
-MOST = 0.02  # fvu of a tap: a tenth and less of what a good student leaves
+MAX_IMAGES = 32
+MAX_FVU = 0.02  # of a tap: at most a tenth of the fvu that a good student reaches
 
 
-def check_int8(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Hold every teacher in int8 against itself in float32, on held-out images.
+def check_int8(recipe: Recipe, log: Callable[[str], None], max_fvu: float = MAX_FVU) -> None:
+    """Compare every int8 teacher with itself in float32, on held-out images.
+
+    Args:
+        recipe: the recipe; a recipe without int8 teachers needs no check.
+        log: receives one line per int8 teacher.
+        max_fvu: the largest fraction of variance of a float32 tap that the int8 tap may leave unexplained.
 
     Raises:
-        RecipeError: a tap in int8 leaves more than ``MOST`` of the variance of the exact one unexplained.
+        RecipeError: a tap exceeds ``max_fvu``.
     """
-    quick = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items() if spec.int8}
-    if not quick:
+    int8_teachers = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items() if spec.int8}
+    if not int8_teachers:
         return
     images = open_images(recipe.images, recipe.train.seed)
-    sizes = list(dict.fromkeys(teacher.size for teacher in quick.values()))
-    batch = next(evaluation_batches(images.collection, sizes, SEEN, images.heldout[:SEEN]))
-    for name, teacher in quick.items():
+    sizes = list(dict.fromkeys(teacher.size for teacher in int8_teachers.values()))
+    batch = next(evaluation_batches(images.collection, sizes, MAX_IMAGES, images.heldout[:MAX_IMAGES]))
+    for name, teacher in int8_teachers.items():
         exact = load_teacher(name, recipe.teachers[name].model_copy(update={"int8": False}))
-        lost, cosine = _compare(teacher, exact, batch.pixels(exact.size))
-        worst = max(lost, key=lambda tap: lost[tap])
-        say(f"{name} in int8: fvu {lost[worst]:.2g} at {worst}, cosine {cosine[worst]:.4f}, on {len(batch)} images")
-        if not lost[worst] <= MOST:
+        fvu, cosine = _compare(teacher, exact, batch.pixels(exact.size))
+        worst = max(fvu, key=lambda tap: fvu[tap])
+        log(f"{name} in int8: fvu {fvu[worst]:.2g} at {worst}, cosine {cosine[worst]:.4f}, on {len(batch)} images")
+        if not fvu[worst] <= max_fvu:
             raise RecipeError(
-                f"teachers.{name}.int8: {worst} loses {lost[worst]:.3f} of its variance, more than {MOST}; "
+                f"teachers.{name}.int8: {worst} loses {fvu[worst]:.3f} of its variance, more than {max_fvu}; "
                 "leave the key out"
             )
 
 
 @torch.no_grad()
-def _compare(quick: Teacher, exact: Teacher, pixels: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """fvu and mean cosine of each ``tap/part``."""
-    said, truth = quick(pixels), exact(pixels)
-    lost, cosine = {}, {}
-    for tap, features in truth.items():
-        for part, y in features.parts().items():
-            x = said[tap].parts()[part]
-            target, guess = channel_standardized(y.flatten(0, -2).double(), x.flatten(0, -2).double())
-            lost[f"{tap}/{part}"] = unexplained(guess, target)
-            cosine[f"{tap}/{part}"] = float(F.cosine_similarity(x, y, dim=-1).mean())
-    return lost, cosine
+def _compare(teacher: Teacher, exact: Teacher, pixels: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """fvu and mean cosine of each ``tap/component`` of a teacher against the exact one."""
+    features, exact_features = teacher(pixels), exact(pixels)
+    fvu, cosine = {}, {}
+    for tap, expected in exact_features.items():
+        for component, y in expected.parts().items():
+            x = features[tap].parts()[component]
+            target, prediction = channel_standardized(y.flatten(0, -2).double(), x.flatten(0, -2).double())
+            fvu[f"{tap}/{component}"] = unexplained(prediction, target)
+            cosine[f"{tap}/{component}"] = float(F.cosine_similarity(x, y, dim=-1).mean())
+    return fvu, cosine
