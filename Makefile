@@ -1,32 +1,35 @@
-# Every target sets up .venv by itself: Python 3.11 or newer and make are all a machine needs.
+# Each target installs into .venv first, if necessary. A machine needs Python 3.11 or newer, and make.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
+# Processes that run the tests; all tests of a file run in the same one, because they share models.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test test-all check
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      the whole idea in five minutes: a student, four tasks, a page"
-	@echo "make test      the tests that a change has to pass"
-	@echo "make test-all  the slow ones too"
-	@echo "make check     lint, format and types"
+	@echo "make demo      run the method in five minutes: four teachers, one student, four tasks, a page"
+	@echo "make test      run the tests that every change must pass (WORKERS=2 processes)"
+	@echo "make test-all  run the slow tests too"
+	@echo "make check     check lint, format and types"
 
 demo: $(READY)
 	$(BIN)/shoulders demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The stamp is written last, so that an interrupted installation is taken up again.
+# The stamp is written last, so that an interrupted installation is repeated.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -1,4 +1,4 @@
-"""What all tests share: no network, few threads, and where real data may lie."""
+"""Settings of all tests: no network, one thread; and the folder of real data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Set before torch and transformers are imported, and inherited by the interpreters that tests start.
+# Set before torch and transformers are imported; processes that tests start inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -19,5 +19,5 @@ def shared_data() -> Path:
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SHOULDERS_DATA", beside))
     if not folder.is_dir():
-        pytest.skip(f"no real data at {folder}: set SHOULDERS_DATA to the folder that holds it")
+        pytest.skip(f"no real data in {folder}: set SHOULDERS_DATA to its folder")
     return folder

@@ -1,4 +1,4 @@
-"""Pages that are written out of the code are those of this code."""
+"""The docs agree with the code: keys of recipes, the tree of the package, and the example of own models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shoulders.config.resume import FREE_ON_RESUME
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+MAX_PURPOSE_WORDS = 9
 
 
 def test_every_key_of_a_recipe_is_explained() -> None:
@@ -24,14 +28,51 @@ def test_every_key_of_a_recipe_is_explained() -> None:
     assert all(f"`{key}`" in page for key in FREE_ON_RESUME)
 
 
-def test_models_and_images_of_your_own_are_as_the_page_says(tmp_path: Path) -> None:
+def readme_tree() -> dict[str, str]:
+    """{entry of the package: its purpose} in the tree of the README."""
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```\nrecipes/.*?\nshoulders/\n(.*?)\nbenchmarks/", readme, re.S)
+    assert tree is not None
+    rows = [re.fullmatch(r"  (\S+)  +(\S.*)", line) for line in tree[1].splitlines()]
+    return {row[1].rstrip("/"): row[2] for row in rows if row is not None}
+
+
+def test_the_tree_of_the_readme_names_every_entry_of_the_package() -> None:
+    tree = readme_tree()
+    entries = {path.name for path in (ROOT / "shoulders").iterdir() if path.name != "__pycache__"}
+    assert set(tree) == entries
+    assert all(len(purpose.split()) <= MAX_PURPOSE_WORDS for purpose in tree.values())
+
+
+def test_every_link_between_pages_leads_to_a_file_and_a_heading() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]:
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", page.read_text()):
+            file = page.parent / target if target else page
+            assert file.exists(), f"{page.name}: {target}"
+            if heading:
+                assert heading in headings(file), f"{page.name}: {target}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """The headings of a page as they are linked."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/recipe.md", "docs/four_tasks.md"])
+def test_code_in_backticks_that_names_a_file_names_one_that_exists(page: str) -> None:
+    names = re.findall(r"`((?:shoulders|tests|benchmarks|recipes|docs)/[\w./-]+)`", (ROOT / page).read_text())
+    assert not [name for name in names if not (ROOT / name).exists()]
+
+
+def test_the_example_of_own_models_and_images_works(tmp_path: Path) -> None:
     (code, text) = (
         re.search(rf"```{kind}\n(.*?)```", (DOCS / "own.md").read_text(), re.S) for kind in ("python", "yaml")
     )
     assert code is not None and text is not None
     (tmp_path / "mine.py").write_text(code[1])
     (tmp_path / "mine.yaml").write_text(text[1])
-    (tmp_path / "shoulders").symlink_to(DOCS.parent / "shoulders")
+    (tmp_path / "shoulders").symlink_to(ROOT / "shoulders")
     done = subprocess.run(
         [sys.executable, "-m", "shoulders", "distill", "mine.yaml"],
         cwd=tmp_path,
