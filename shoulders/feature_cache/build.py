@@ -230,7 +230,7 @@ class Builder:
             return codec.encode(asking(batch))
         except EncodeError as error:
             raise refusal(
-                asking.name, error, repr(self.images.collection.name_of(int(batch.ids[error.row])))
+                asking.name, error, repr(self.images.collection.name_of_id(int(batch.ids[error.row])))
             ) from error
 
     def _planned(self, name: str, asking: TeacherRunner) -> TeacherStore:

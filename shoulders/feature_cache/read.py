@@ -107,7 +107,7 @@ class TeacherStore:
                     f"{self.shards.path(shard)}: record {row} is damaged; remove this file, then: {self.command}"
                 )
         if not absent_too and None in (seen := store.pixels_seen(records.numpy())):
-            name = self.index.images.collection.name_of(keys[seen.index(None)][0])
+            name = self.index.images.collection.name_of_id(keys[seen.index(None)][0])
             raise DataError(
                 f"{name!r} could not be decoded when {self.folder} was made; remove {self.folder.parent}, then: "
                 f"{self.command}"
@@ -219,7 +219,7 @@ class CachedTeachers(nn.Module):
             return
         for identity, checksum, pixels in zip(batch.ids.tolist(), seen, drawn.cpu().numpy(), strict=True):
             if checksum != zlib_ng.crc32(pixels):
-                name = shelf.index.images.collection.name_of(identity)
+                name = shelf.index.images.collection.name_of_id(identity)
                 raise DataError(
                     f"{name!r} does not look as it did when {shelf.folder} was made (a changed file, or another "
                     f"decoder); remove {shelf.folder.parent}, then: {shelf.command}"

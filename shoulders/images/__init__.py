@@ -1,4 +1,4 @@
-"""Where pixels come from: folders, parquet files and tar shards; decoding; views; batches."""
+"""Images: sources (folders, parquet files, tar shards), decoding, views, batches."""
 
 from shoulders.images.decode import Undecodable, decode, decode_with_size
 from shoulders.images.image_set import Collection, ImageSet

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to pixels, or to the reason why not."""
+"""Decoding: the bytes of an image file to pixels, or to the reason why it cannot be used."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from shoulders.errors import DataError
 
-# what Pillow may try; EPS would start Ghostscript, and rare formats are where decoders break
+# the formats that Pillow may try: EPS would start Ghostscript, and decoders of rare formats have more faults
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION_TAG = 0x0112
-# (swap rows and columns first, then reverse these axes of (H, W)) for each EXIF orientation
+# EXIF orientation -> (whether to swap rows and columns first, axes of (H, W) to reverse then)
 _ORIENTATIONS = {
     2: (False, (1,)),
     3: (False, (0, 1)),
@@ -35,26 +35,26 @@ class Undecodable(DataError):
 def decode(data: bytes, max_pixels: int, min_side: int | None = None) -> Tensor:
     """Pixels (3, H, W) uint8 of an encoded image, upright; the first frame where there are several.
 
-    Transparent parts are put on white: that is what cut-out photos are shown on, so teachers have seen it.
-    Colour profiles are ignored, as everywhere in the field.
+    Transparent parts become white: photos of single objects are usually shown on white, also in training data.
+    Colour profiles are ignored, as is common in the field.
 
     Args:
         data: the file.
-        max_pixels: refuse more than this many, from the header, before any pixel is decoded.
-        min_side: decode JPEG at a smaller scale as long as both sides keep this many pixels; None: full size.
+        max_pixels: images of more pixels are refused; read from the header, before any pixel is decoded.
+        min_side: JPEG files are decoded at a reduced scale at which both sides keep this many pixels; None: full size.
 
     Raises:
-        Undecodable: for anything that is not a whole image of a known format.
+        Undecodable: the data is not a complete image of a known format.
     """
     return decode_with_size(data, max_pixels, min_side)[0]
 
 
 def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """Like `decode`, with the (H, W) that the upright image has at full size."""
+    """Like `decode`, and also the size (H, W) of the upright image at full scale."""
     if not data:
         raise Undecodable("empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters is raised
+        warnings.simplefilter("ignore")  # of metadata; faults of the image itself are raised
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
@@ -62,7 +62,7 @@ def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) 
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))
                 image.load()
-                turned, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
+                swapped, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
                 pixels = _to_rgb(image)  # (H, W, 3)
         except Undecodable:
             raise
@@ -70,15 +70,15 @@ def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) 
             raise Undecodable(f"not an image: no {', '.join(FORMATS)} that can be read") from error
         except Image.DecompressionBombError as error:  # Pillow's own limit, 179 million pixels
             raise Undecodable(f"too many pixels: {' '.join(str(error).split())}") from error
-        except Exception as error:  # no list of what decoders raise is ever complete
+        except Exception as error:  # decoders raise errors of many kinds
             message = " ".join(str(error).split())
             raise Undecodable(f"damaged: {type(error).__name__} {message}"[:200]) from error
-    upright = pixels.swapaxes(0, 1) if turned else pixels
+    upright = pixels.swapaxes(0, 1) if swapped else pixels
     upright = np.flip(upright, flips)
     if image.format != "JPEG" and image.format != "MPO":
         height, width = pixels.shape[:2]  # TIFF is already upright after load
     tensor = torch.from_numpy(np.ascontiguousarray(upright)).permute(2, 0, 1)  # (3, H, W)
-    return tensor, (width, height) if turned else (height, width)
+    return tensor, (width, height) if swapped else (height, width)
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -91,12 +91,12 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # broken metadata must not cost a good photo
+    except Exception:  # an image with broken metadata is still used
         return 1
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3) of any mode that Pillow has."""
+    """Pixels (H, W, 3) of an image in any mode of Pillow."""
     if image.mode.startswith("I") or image.mode == "F":
         grey = _to_eight_bits(np.asarray(image))
         return np.repeat(grey[:, :, None], 3, axis=2)
@@ -108,13 +108,14 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _to_eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Deep greys (H, W) to 0..255 by the range they are stored in; Pillow's conversion would clip at 255."""
+    """Scale grey values (H, W) of more than 8 bits to 0..255 by their range; Pillow's conversion would clip at 255."""
     exact = values.astype(np.float64)
     finite = np.isfinite(exact)
     if not finite.any():
         raise Undecodable("damaged: no finite pixel")
     low, high = float(exact[finite].min()), float(exact[finite].max())
-    tops = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
-    bottom, top = next(((0.0, top) for top in tops if low >= 0 and high <= top), (low, high))
+    # the usual ranges start at 0; values outside of all of them are scaled by their own range
+    maxima = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    bottom, top = next(((0.0, top) for top in maxima if low >= 0 and high <= top), (low, high))
     scaled = (np.where(finite, exact, bottom) - bottom) * (255.0 / max(top - bottom, 1e-300))
     return np.rint(scaled).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A folder of image files, of any nesting."""
+"""A folder of image files, with any nesting."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.images.decode import Undecodable
-from shoulders.images.source import MAX_BYTES, Names, label_at
+from shoulders.images.source import MAX_FILE_BYTES, NameList, label_at
 
 
 class Folder:
-    """Image files below ``root``; classes are the sub-folders where every image lies exactly one level down.
+    """The image files below ``root``. If every image is exactly one level down, the sub-folders are the classes.
 
     Args:
         root: the folder.
@@ -23,7 +23,7 @@ class Folder:
 
     def __init__(self, root: Path, names: list[bytes]) -> None:
         self.root = os.fsencode(os.path.abspath(root))
-        self.names = Names(names)
+        self.names = NameList(names)
         self.classes, self.labels = _classes(names)
 
     def __len__(self) -> int:
@@ -34,11 +34,11 @@ class Folder:
         return os.fsdecode(self.names[index])
 
     def read(self, index: int) -> bytes:
-        """The file's bytes."""
+        """The contents of the file."""
         with open(os.path.join(self.root, self.names[index]), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise Undecodable(f"file too large: {size} bytes, at most {MAX_BYTES}")
+            if size > MAX_FILE_BYTES:
+                raise Undecodable(f"file too large: {size} bytes, at most {MAX_FILE_BYTES}")
             return file.read()
 
     def label(self, index: int) -> int | None:
@@ -47,33 +47,33 @@ class Folder:
 
 
 def walk(root: Path) -> Iterator[bytes]:
-    """Relative paths of the files below ``root``, without hidden ones; links are followed, loops are not.
+    """Relative paths of the files below ``root``, without hidden ones.
 
-    A folder that is there and linked to as well is listed where it is.
+    Links to folders are followed, each folder is listed once: at its real path if that is below ``root``.
 
     Raises:
-        OSError: for a sub-folder that cannot be listed, so that none is lost in silence.
+        OSError: a sub-folder cannot be listed; otherwise its images would be missing in silence.
     """
     top = os.fsencode(root)
-    seen: set[tuple[int, int]] = set()
-    todo, links = [b""], list[bytes]()
-    while todo or links:
-        relative = todo.pop() if todo else links.pop()
+    visited: set[tuple[int, int]] = set()
+    folders, links = [b""], list[bytes]()
+    while folders or links:
+        relative = folders.pop() if folders else links.pop()
         folder = os.path.join(top, relative)
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            inside = sorted(entries, key=lambda entry: entry.name)
-        for entry in inside:
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
+        for entry in entries:
             if entry.name.startswith(b"."):
                 continue
             path = relative + b"/" + entry.name if relative else entry.name
             if entry.is_file():
                 yield path
             elif entry.is_dir():
-                (links if entry.is_symlink() else todo).append(path)
+                (links if entry.is_symlink() else folders).append(path)
 
 
 def _classes(names: list[bytes]) -> tuple[list[str] | None, NDArray[np.int64] | None]:

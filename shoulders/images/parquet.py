@@ -16,47 +16,52 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.images.decode import Undecodable
 from shoulders.images.source import label_at
 
-_KEEP_BYTES = 2**28  # 256 MiB of row groups stay in memory in each process
+MAX_CACHE_BYTES = 2**28  # 256 MiB of row groups in memory in each process
 
 
 class Parquet:
-    """Rows of one or more parquet files; the column holds {bytes, path} or plain binary.
+    """The rows of one or more parquet files, whose image column holds structs {bytes, path} or plain binary.
 
-    A row group is read as a whole, and the last ones are kept: files with small row groups (about 100
-    images), or of less than 256 MiB altogether, are read fast in any order; else prefer tar shards.
+    Row groups are read as a whole, and the latest ones stay in memory. Random access is fast with row groups of about
+    100 images, or if all files together have less than ``max_cache_bytes``; otherwise tar shards are faster.
 
     Args:
-        paths: where the files are.
-        names: what each is called in the names of its images.
+        paths: of the files.
+        names: the name of each file in the names of its images.
         column: the image column.
+        max_cache_bytes: of row groups in memory; at least one stays.
 
     Raises:
-        RecipeError: no such column, or pyarrow is not installed.
-        DataError: a damaged file, or a column that holds paths alone.
+        RecipeError: there is no such column, or pyarrow is not installed.
+        DataError: a damaged file, or a column that holds paths without bytes.
     """
 
-    def __init__(self, paths: list[Path], names: list[bytes], column: str) -> None:
+    def __init__(
+        self, paths: list[Path], names: list[bytes], column: str, max_cache_bytes: int = MAX_CACHE_BYTES
+    ) -> None:
         self.paths = [os.path.abspath(path) for path in paths]
         self.files = [os.fsdecode(name) for name in names]
-        self.column = column
+        self.column, self.max_cache_bytes = column, max_cache_bytes
         groups: list[tuple[int, int, int]] = []
         labels: list[NDArray[np.int64] | None] = []
-        named: list[list[str] | None] = []
+        class_names: list[list[str] | None] = []
         for number, path in enumerate(self.paths):
-            rows, label, classes = _inspect(path, column)
-            groups += [(number, group, count) for group, count in enumerate(rows)]
+            group_sizes, label, classes = _inspect(path, column)
+            groups += [(number, group, count) for group, count in enumerate(group_sizes)]
             labels.append(label)
-            named.append(classes)
-        self.groups = np.array(groups, dtype=np.int64).reshape(-1, 3)  # (groups, 3): file, group in it, rows
+            class_names.append(classes)
+        self.groups = np.array(groups, dtype=np.int64).reshape(
+            -1, 3
+        )  # (groups, 3): file, group in it, rows
         self.ends = np.cumsum(self.groups[:, 2])
-        self.classes, labels = _one_numbering(named, labels)
+        self.classes, labels = _merge_classes(class_names, labels)
         known = [label for label in labels if label is not None]
         self.labels = np.concatenate(known) if known and len(known) == len(labels) else None
-        self.kept: OrderedDict[int, Any] = OrderedDict()
-        self.lock = Lock()  # several threads may read
+        self.cache: OrderedDict[int, Any] = OrderedDict()  # columns by row group, the latest last
+        self.lock = Lock()  # for several threads that read
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": OrderedDict(), "lock": None}
+        return {**self.__dict__, "cache": OrderedDict(), "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, lock=Lock())
@@ -72,11 +77,11 @@ class Parquet:
         return f"{self.files[file]}#{index - first}"
 
     def read(self, index: int) -> bytes:
-        """The image in one row."""
+        """The encoded image."""
         group = int(np.searchsorted(self.ends, index, side="right"))
         with self.lock:
-            rows = self._rows(group)
-        cell = rows[index - int(self.ends[group] - self.groups[group, 2])].as_py()
+            column = self._column(group)
+        cell = column[index - int(self.ends[group] - self.groups[group, 2])].as_py()
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
             raise Undecodable("no bytes in this row")
@@ -86,20 +91,20 @@ class Parquet:
         """Class index of an image, or None."""
         return label_at(self.labels, index)
 
-    def _rows(self, group: int) -> Any:
+    def _column(self, group: int) -> Any:
         """The image column of one row group."""
-        if group in self.kept:
-            self.kept.move_to_end(group)
-            return self.kept[group]
+        if group in self.cache:
+            self.cache.move_to_end(group)
+            return self.cache[group]
         file, inside, _ = self.groups[group].tolist()
-        # no threads: this runs in forked workers, and they are the parallelism
+        # without threads: forked workers read in parallel already
         with _pyarrow().ParquetFile(self.paths[file]) as opened:
             leaf = _leaf(opened.schema_arrow, self.column)
-            rows = opened.read_row_group(inside, columns=[leaf], use_threads=False).column(0)
-        self.kept[group] = rows
-        while len(self.kept) > 1 and sum(kept.nbytes for kept in self.kept.values()) > _KEEP_BYTES:
-            self.kept.popitem(last=False)
-        return rows
+            column = opened.read_row_group(inside, columns=[leaf], use_threads=False).column(0)
+        self.cache[group] = column
+        while len(self.cache) > 1 and sum(one.nbytes for one in self.cache.values()) > self.max_cache_bytes:
+            self.cache.popitem(last=False)
+        return column
 
 
 def _pyarrow() -> Any:
@@ -111,7 +116,7 @@ def _pyarrow() -> Any:
 
 
 def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | None, list[str] | None]:
-    """Rows of each row group, labels and class names of one file."""
+    """Number of rows of each row group, labels, and class names of one file."""
     parquet = _pyarrow()
     try:
         with parquet.ParquetFile(path) as opened:
@@ -119,16 +124,16 @@ def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | Non
             if column not in schema.names:
                 raise RecipeError(f"{path}: no column {column!r}; set column to one of {schema.names}")
             leaf = _leaf(schema, column)
-            rows = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-            _refuse_paths_alone(path, opened.metadata, leaf)
-            return rows, _labels(opened), _class_names(schema.metadata)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
+            group_sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+            _check_embedded(path, opened.metadata, leaf)
+            return group_sizes, _labels(opened), _class_names(schema.metadata)
+    except (OSError, ValueError) as error:  # the errors of pyarrow are subclasses of these
         fault = " ".join(str(error).split())
-        raise DataError(f"{path}: not a whole parquet file ({fault}); fetch or write it again") from error
+        raise DataError(f"{path}: not a complete parquet file ({fault}); fetch or write it again") from error
 
 
 def _leaf(schema: Any, column: str) -> str:
-    """The part of the column that holds the encoded images."""
+    """Path of the encoded images in the schema: the column or a field of its structs."""
     kind = schema.field(column).type
     if str(kind) in ("binary", "large_binary", "binary_view"):
         return column
@@ -137,14 +142,14 @@ def _leaf(schema: Any, column: str) -> str:
     raise RecipeError(f"column {column!r} holds {kind}, an image column binary or a struct with bytes; set column")
 
 
-def _refuse_paths_alone(path: str, metadata: Any, leaf: str) -> None:
-    """``Dataset.to_parquet`` on a folder of images writes their paths and leaves the bytes empty."""
+def _check_embedded(path: str, metadata: Any, leaf: str) -> None:
+    """Refuse a file without images: ``Dataset.to_parquet`` of an image folder writes paths without bytes."""
     for group in range(metadata.num_row_groups):
-        parts = metadata.row_group(group)
-        for part in (parts.column(number) for number in range(parts.num_columns)):
-            if part.path_in_schema != leaf or part.statistics is None or not part.statistics.has_null_count:
+        row_group = metadata.row_group(group)
+        for column in (row_group.column(number) for number in range(row_group.num_columns)):
+            if column.path_in_schema != leaf or column.statistics is None or not column.statistics.has_null_count:
                 continue
-            if part.statistics.null_count == parts.num_rows > 0:
+            if column.statistics.null_count == row_group.num_rows > 0:
                 raise DataError(
                     f"{path}: {leaf} is empty, the images were not embedded; write the file again after "
                     'ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
@@ -159,22 +164,22 @@ def _labels(opened: Any) -> NDArray[np.int64] | None:
     return column.cast("int64").fill_null(-1).to_numpy()
 
 
-def _one_numbering(
-    named: list[list[str] | None], labels: list[NDArray[np.int64] | None]
+def _merge_classes(
+    class_names: list[list[str] | None], labels: list[NDArray[np.int64] | None]
 ) -> tuple[list[str] | None, list[NDArray[np.int64] | None]]:
-    """The names of the classes of all files, and labels by them; files may number the same names differently."""
-    lists = [names for names in named if names]
+    """Class names of all files, and the labels of each file as indices into them; files may number them differently."""
+    lists = [names for names in class_names if names]
     if all(names == lists[0] for names in lists):
         return lists[0] if lists else None, labels
     classes = list(dict.fromkeys(name for names in lists for name in names))
-    number = {name: at for at, name in enumerate(classes)}
+    number = {name: index for index, name in enumerate(classes)}
 
-    def renumbered(label: NDArray[np.int64] | None, names: list[str] | None) -> NDArray[np.int64] | None:
+    def renumber(label: NDArray[np.int64] | None, names: list[str] | None) -> NDArray[np.int64] | None:
         if label is None or not names or label.max(initial=-1) >= len(names):
-            return None  # what its numbers mean is not known
-        return np.array([*(number[name] for name in names), -1])[label]  # -1: none, the last
+            return None  # these numbers have no known meaning
+        return np.array([*(number[name] for name in names), -1])[label]  # label -1, none, is the last entry
 
-    return classes, [renumbered(*pair) for pair in zip(labels, named, strict=True)]
+    return classes, [renumber(*pair) for pair in zip(labels, class_names, strict=True)]
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:

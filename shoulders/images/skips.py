@@ -1,4 +1,4 @@
-"""The list of images that could not be used, and when there are too many of them."""
+"""The list of unreadable images of a run, and the limit that stops it."""
 
 from __future__ import annotations
 
@@ -11,31 +11,36 @@ from pathlib import Path
 from shoulders.errors import DataError
 from shoulders.features import Skipped
 
+MAX_REASONS = 10  # in the error message
+
 
 class SkipReport:
-    """A JSON-lines file with one line per unusable image, counted once however often it comes up.
+    """A JSON-lines file with one line per unreadable image; an image is counted once, however often it is skipped.
 
     Args:
-        path: of the list; one that exists is continued, so that a resumed run does not count twice.
-        total: images that training draws from.
-        max_unreadable: fraction of them that is put up with.
-        write: whether this process is the one of several that writes the list; all of them count.
+        path: of the list. An existing list is continued, so that a resumed run does not count an image twice.
+        total: number of images in the run.
+        max_unreadable: maximum fraction of unreadable images.
+        write: whether this process writes the list; of several ranks one writes and all count.
+
+    Raises:
+        DataError: the existing file is not such a list.
     """
 
     def __init__(self, path: Path, total: int, max_unreadable: float, write: bool = True) -> None:
         self.path, self.total, self.max_unreadable, self.write = path, total, max_unreadable, write
-        self.reasons: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}  # by name of the image
         if path.exists():
-            self._continue()
+            self._read_existing()
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def add(self, skipped: Iterable[Skipped]) -> None:
-        """Append what is new to the list.
+        """Append the images that are not in the list yet.
 
         Raises:
-            DataError: more than ``max_unreadable * total`` images are bad.
+            DataError: more than ``max_unreadable * total`` images are unreadable.
         """
         new = {image.name: image.reason for image in skipped if image.name not in self.reasons}
         if not new:
@@ -46,30 +51,30 @@ class SkipReport:
             with self.path.open("a", encoding="ascii") as file:
                 file.writelines(lines)
         if len(self.reasons) > self.max_unreadable * self.total:
-            raise DataError(self._explain())
+            raise DataError(self._error_message())
 
     def counts(self) -> list[tuple[str, int]]:
-        """How many images there are of each kind of reason, the most frequent first."""
+        """Number of images per kind of reason, the most frequent kind first."""
         kinds = Counter(reason.partition(":")[0] for reason in self.reasons.values())
         return sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
 
-    def _continue(self) -> None:
+    def _read_existing(self) -> None:
         content = self.path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content) and self.write:  # the run was killed while writing the last line
-            os.truncate(self.path, len(whole))
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content) and self.write:  # the run was killed while it wrote the last line
+            os.truncate(self.path, len(complete))
         try:
-            for line in whole.splitlines():
+            for line in complete.splitlines():
                 image = json.loads(line)
                 self.reasons[image["name"]] = image["reason"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: not a list of skipped images; move it out of the way") from error
 
-    def _explain(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts()[:10])
+    def _error_message(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts()[:MAX_REASONS])
         needed = min(1.0, len(self.reasons) / max(self.total, 1) * 2)
         return (
             f"{len(self.reasons)} of {self.total} images cannot be used ({kinds}), more than "
             f"images.max_unreadable={self.max_unreadable:g} allows; they are listed in {self.path}: repair them, "
-            f"or go on with images.max_unreadable={needed:.2g}"
+            f"or continue with images.max_unreadable={needed:.2g}"
         )

@@ -1,4 +1,4 @@
-"""What every source of images offers, and the small things that all kinds share."""
+"""The interface of an image source, and functions that all kinds of sources use."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ EXTENSIONS = (
     ".pgm",
     ".pbm",
 )
-_ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
-MAX_BYTES = 2**29  # 512 MiB: no image within reach of max_pixels is larger, so what is larger is not read
+_EXTENSION_BYTES = tuple(extension.encode() for extension in EXTENSIONS)
+MAX_FILE_BYTES = 2**29  # 512 MiB: a larger file has more pixels than any useful max_pixels, so it is not read
 
 
 class ImageSource(Protocol):
-    """Encoded images by number, with a stable name and possibly a class each.
+    """Encoded images by index, each with a stable name and possibly a class.
 
     Attributes:
-        classes: the name of each class, or None where the source has no names.
-        labels: (count,) int64, -1 where an image has none; None where the source has no labels.
+        classes: the names of the classes; None if the source has no names.
+        labels: (count,) int64, -1 for an image without one; None if the source has no labels.
     """
 
     classes: list[str] | None
@@ -42,11 +42,11 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Name of an image, relative to the source, so that moving the source changes nothing."""
+        """Name of an image, relative to the source, so that it stays the same when the source is moved."""
         ...
 
     def read(self, index: int) -> bytes:
-        """The encoded image. Raises OSError or Undecodable where it cannot be had."""
+        """The encoded image. Raises OSError or Undecodable if it cannot be read."""
         ...
 
     def label(self, index: int) -> int | None:
@@ -54,8 +54,8 @@ class ImageSource(Protocol):
         ...
 
 
-class Names:
-    """Byte strings in two flat buffers: a million paths stay cheap to keep, to share and to pickle."""
+class NameList:
+    """Byte strings in two flat buffers, which need little memory and are fast to pickle, even for a million paths."""
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self.text = b"".join(names)
@@ -71,17 +71,17 @@ class Names:
 
 
 def is_image_name(name: bytes) -> bool:
-    """Whether a relative path is named like an image; hidden files (``._photo.jpg``) are not."""
+    """Whether a relative path has the extension of an image; hidden files (``._photo.jpg``) do not count."""
     last = name.rpartition(b"/")[2]
-    return not last.startswith(b".") and last.lower().endswith(_ENDINGS)
+    return not last.startswith(b".") and last.lower().endswith(_EXTENSION_BYTES)
 
 
 def image_id(source_name: str, name: str) -> int:
-    """Stable id of an image in [0, 2**63): it depends on the two names alone, not on place or order."""
+    """Stable id of an image in [0, 2**63), which depends on the names of the source and of the image alone."""
     key = f"{source_name}\0{name}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
 def label_at(labels: NDArray[np.int64] | None, index: int) -> int | None:
-    """``labels[index]``, or None where there is none."""
+    """``labels[index]``, or None if there are no labels or the image has none (-1)."""
     return None if labels is None or labels[index] < 0 else int(labels[index])

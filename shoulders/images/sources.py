@@ -1,4 +1,4 @@
-"""Open whatever holds the images."""
+"""Opening image sources: by path, or by a function of the user."""
 
 from __future__ import annotations
 
@@ -15,57 +15,63 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk
 from shoulders.images.image_set import ImageSet
 from shoulders.images.parquet import Parquet
-from shoulders.images.shards import Shards
 from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
+from shoulders.images.tar import TarShards
+
+SOURCE_MEMBERS = ("classes", "labels", "__len__", "name", "read", "label")  # of `ImageSource`
 
 
 def open_source(path: Path | str, column: str = "image") -> ImageSource:
-    """Open a folder of images, a parquet file, a tar file, or a folder of either, by what is there.
+    """Open a folder of images, a parquet file, a tar file, or a folder of parquet or tar files.
 
     Args:
         path: the folder or file.
         column: the image column of parquet files.
 
     Raises:
-        RecipeError: nothing at ``path``, nothing that could hold images, or two kinds side by side.
-        DataError: no image in it, or files that are damaged.
+        RecipeError: ``path`` does not exist, cannot hold images, or holds two kinds of files.
+        DataError: no image, or a damaged file.
     """
     path = Path(path)
     if not path.exists():
-        raise RecipeError(f"{path}: nothing is here; give a folder of images, a .parquet or a .tar file")
+        raise RecipeError(f"{path}: does not exist; give a folder of images, a .parquet or a .tar file")
     if path.is_dir():
         source = _open_folder(path, column)
     elif path.suffix.lower() == ".parquet":
         source = Parquet([path], [os.fsencode(path.name)], column)
     elif path.suffix.lower() == ".tar":
-        source = Shards([path], [os.fsencode(path.name)])
+        source = TarShards([path], [os.fsencode(path.name)])
     else:
-        raise RecipeError(f"{path}: no source of images; give a folder, a .parquet or an uncompressed .tar file")
+        raise RecipeError(f"{path}: not a source of images; give a folder, a .parquet or an uncompressed .tar file")
     if len(source) == 0:
-        raise DataError(f"{path}: no images in it; looked for {' '.join(EXTENSIONS)}, .parquet and .tar")
+        raise DataError(f"{path}: contains no images; looked for {' '.join(EXTENSIONS)}, .parquet and .tar")
     return source
 
 
 def call_source(function: str, **settings: Any) -> ImageSource:
-    """The source that ``package.module:function`` returns.
+    """The source that a function of the user returns.
+
+    Args:
+        function: ``package.module:function``.
+        **settings: its arguments.
 
     Raises:
-        RecipeError: it cannot be called, or what it returns is not an `ImageSource` with images in it.
+        RecipeError: the function cannot be called, or it does not return an `ImageSource` with images in it.
     """
     try:
         source = call_function(function, **settings)
     except ValueError as error:
         raise RecipeError(f"images.sources: {error}") from error
-    missing = [part for part in ("classes", "labels", "__len__", "name", "read", "label") if not hasattr(source, part)]
+    missing = [member for member in SOURCE_MEMBERS if not hasattr(source, member)]
     if missing:
         raise RecipeError(
             f"images.sources: {function} must return a shoulders.images.ImageSource; "
             f"this {type(source).__name__} has no {', '.join(missing)}"
         )
     if len(source) == 0:
-        raise RecipeError(f"images.sources: {function} returned a source of no images; give it some")
+        raise RecipeError(f"images.sources: {function} returned a source without images; add some")
     first = b""
-    with suppress(Exception):  # an image that cannot be read is skipped when its turn comes
+    with suppress(Exception):  # an image that cannot be read is skipped later, like any other
         first = source.read(0)
     if not isinstance(first, bytes | bytearray | memoryview):
         raise RecipeError(
@@ -74,8 +80,8 @@ def call_source(function: str, **settings: Any) -> ImageSource:
     labels = source.labels
     if labels is not None and (not isinstance(labels, np.ndarray) or labels.shape != (len(source),)):
         raise RecipeError(
-            f"images.sources: {function}: labels is a {type(labels).__name__} of shape {np.shape(labels)}; give None, or "
-            f"a numpy array of a number for each of the {len(source)} images, -1 where one has none"
+            f"images.sources: {function}: labels is a {type(labels).__name__} of shape {np.shape(labels)}; give None, "
+            f"or a numpy array with a number for each of the {len(source)} images, -1 for an image without a label"
         )
     return source
 
@@ -109,11 +115,11 @@ def _open_folder(path: Path, column: str) -> ImageSource:
     shards = [name for name in files if name.lower().endswith(b".tar")]
     if (len(images) > 0) + (len(tables) > 0) + (len(shards) > 0) > 1:
         raise RecipeError(
-            f"{path}: holds {len(images)} image, {len(tables)} .parquet and {len(shards)} .tar files; "
-            "keep one kind here, or name each as its own source in images.sources"
+            f"{path}: contains {len(images)} image, {len(tables)} .parquet and {len(shards)} .tar files; "
+            "keep one kind in a folder, or list each kind as its own source in images.sources"
         )
     if tables:
         return Parquet([path / os.fsdecode(name) for name in tables], tables, column)
     if shards:
-        return Shards([path / os.fsdecode(name) for name in shards], shards)
+        return TarShards([path / os.fsdecode(name) for name in shards], shards)
     return Folder(path, images)

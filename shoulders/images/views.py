@@ -1,4 +1,4 @@
-"""Which part of an image is looked at, and at what size it is drawn."""
+"""Views: crops of an image, possibly mirrored, and their rendering at a size."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-_RATIO = (3 / 4, 4 / 3)  # width over height in pixels of the original, as in all of the field's recipes
+_RATIO = (3 / 4, 4 / 3)  # width / height in pixels of the original, the usual range of random resized crops
 _ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class View:
-    """A box on the original, in fractions of its height and width, and whether it is mirrored."""
+    """A box in the original image, in fractions of its height and width, and whether it is mirrored."""
 
     top: float
     left: float
@@ -28,12 +28,12 @@ class View:
 def random_view(
     seed: int, image_id: int, visit: int, scale: tuple[float, float], flip: bool, original: tuple[int, int]
 ) -> View:
-    """The random resized crop of one visit to one image: a pure function of its arguments.
+    """A random resized crop: a pure function of its arguments.
 
     Args:
         seed: of the run.
         image_id: stable id of the image.
-        visit: how many times the image was seen before.
+        visit: number of earlier visits to the image, or number of the view.
         scale: smallest and largest area, as fractions of the image.
         flip: mirror half of the views.
         original: (H, W) of the whole upright image in pixels; only its aspect matters.
@@ -47,7 +47,7 @@ def random_view(
         if height <= 1 and width <= 1:
             break
     else:
-        # no such box fits into this shape: the largest box of the nearest ratio, anywhere along the long side
+        # no such box fits into the image: take the largest box of the nearest ratio, anywhere along the long side
         ratio = min(max(aspect, _RATIO[0]), _RATIO[1])
         height, width = min(1.0, aspect / ratio), min(1.0, ratio / aspect)
     return View(top * (1 - height), left * (1 - width), height, width, flip and mirror < 0.5)
@@ -55,27 +55,27 @@ def random_view(
 
 def central_view(original: tuple[int, int], size: tuple[int, int]) -> View:
     """The largest central box with the aspect of ``size``, not mirrored; both are (H, W) in pixels."""
-    aspect, wanted = original[1] / original[0], size[1] / size[0]
-    height, width = min(1.0, aspect / wanted), min(1.0, wanted / aspect)
+    aspect, target = original[1] / original[0], size[1] / size[0]
+    height, width = min(1.0, aspect / target), min(1.0, target / aspect)
     return View((1 - height) / 2, (1 - width) / 2, height, width)
 
 
 def render(original: Tensor, view: View, size: tuple[int, int]) -> Tensor:
-    """Draw a view of an image (3, H, W) uint8 at ``size`` = (h, w) in pixels, bicubic: (3, h, w) uint8."""
+    """Render a view of an image (3, H, W) uint8 at ``size`` = (h, w) in pixels, bicubic: (3, h, w) uint8."""
     top, bottom = _whole_pixels(view.top, view.height, original.shape[1])
     left, right = _whole_pixels(view.left, view.width, original.shape[2])
     box = original[None, :, top:bottom, left:right]
-    drawn = F.interpolate(box, size, mode="bicubic", antialias=True)[0]  # (3, h, w)
-    return (drawn.flip(2) if view.flip else drawn).contiguous()
+    rendered = F.interpolate(box, size, mode="bicubic", antialias=True)[0]  # (3, h, w)
+    return (rendered.flip(2) if view.flip else rendered).contiguous()
 
 
 def longest_side(sizes: list[tuple[int, int]]) -> int:
-    """The longest side in pixels of all sizes: what central views are decoded for."""
+    """The longest side of all sizes in pixels; images are decoded for it when only central views are needed."""
     return max(max(size) for size in sizes)
 
 
 def min_decode_side(sizes: list[tuple[int, int]], scale: tuple[float, float]) -> int:
-    """Shortest side in pixels at which no view of at least ``scale[0]`` of the area has to be enlarged."""
+    """Shortest side in pixels of a decoded image from which no view of ``scale[0]`` of its area has to be enlarged."""
     return math.ceil(longest_side(sizes) / math.sqrt(scale[0] * _RATIO[0]))
 
 

@@ -1,4 +1,4 @@
-"""Small images and the same images as folder, parquet and tar."""
+"""Small images in a folder or a tar file."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tar() -> Callable[[Path, dict[str, bytes]], None]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """40 images in one folder, two of them not images in truth: 07.jpg and 21.jpg."""
+    """A folder of 40 files, of which 07.jpg and 21.jpg cannot be decoded."""
     root = tmp_path / "photos"
     root.mkdir()
     for number in range(40):

@@ -1,4 +1,4 @@
-"""Every odd file comes out as the pixels it should have, or as a reason."""
+"""Unusual image files are decoded to the right pixels, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from shoulders.images.decode import Undecodable, decode, decode_with_size
 
 PHOTOS = Path(os.environ.get("SHOULDERS_DATA", Path(__file__).parents[2] / "../shared/data")) / "photos"
-CAP = 1_000_000
+MAX_PIXELS = 1_000_000
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -30,7 +30,7 @@ def encode(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def quadrants(width: int = 40, height: int = 24) -> Image.Image:
-    """Red, green / blue, white: tells every orientation from every other."""
+    """Red, green / blue, white: every orientation looks different."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[: height // 2, : width // 2] = 255, 0, 0
     pixels[: height // 2, width // 2 :] = 0, 255, 0
@@ -54,28 +54,28 @@ def check(pixels: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize(
-    ("orientation", "seen"),
+    ("orientation", "expected"),
     [(1, "RGBW"), (2, "GRWB"), (3, "WBGR"), (4, "BWRG"), (5, "RBGW"), (6, "BRWG"), (7, "WGBR"), (8, "GWRB")],
 )
-def test_exif_orientation(kind: str, orientation: int, seen: str) -> None:
+def test_exif_orientation(kind: str, orientation: int, expected: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels, size = decode_with_size(encode(quadrants(), kind, exif=exif), CAP)
-    assert corners(pixels) == seen
+    pixels, size = decode_with_size(encode(quadrants(), kind, exif=exif), MAX_PIXELS)
+    assert corners(pixels) == expected
     assert tuple(pixels.shape[1:]) == size == ((40, 24) if orientation >= 5 else (24, 40))
 
 
-def test_orientation_and_draft_agree_on_the_full_size() -> None:
+def test_the_full_size_is_right_with_an_orientation_and_a_reduced_scale() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    pixels, size = decode_with_size(encode(quadrants(800, 600), "JPEG", exif=exif), CAP, min_side=100)
+    pixels, size = decode_with_size(encode(quadrants(800, 600), "JPEG", exif=exif), MAX_PIXELS, min_side=100)
     assert (corners(pixels), size, tuple(pixels.shape)) == ("BRWG", (800, 600), (3, 200, 150))
 
 
 @pytest.mark.parametrize(("min_side", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)])
-def test_draft_never_goes_below(min_side: int | None, height: int) -> None:
-    assert decode(encode(quadrants(800, 600), "JPEG"), CAP, min_side).shape[1] == height
-    assert decode(encode(quadrants(800, 600), "PNG"), CAP, min_side).shape[1] == 600
+def test_a_reduced_scale_keeps_the_smallest_side(min_side: int | None, height: int) -> None:
+    assert decode(encode(quadrants(800, 600), "JPEG"), MAX_PIXELS, min_side).shape[1] == height
+    assert decode(encode(quadrants(800, 600), "PNG"), MAX_PIXELS, min_side).shape[1] == 600
 
 
 def half_transparent() -> Image.Image:
@@ -103,7 +103,7 @@ def several_frames(kind: str) -> bytes:
     return encode(quadrants(), kind, save_all=True, append_images=later)
 
 
-MEANT: dict[str, tuple[Callable[[], bytes], str]] = {
+EXPECTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "jpeg": (lambda: encode(quadrants(), "JPEG"), "RGBW"),
     "progressive jpeg": (lambda: encode(quadrants(), "JPEG", progressive=True), "RGBW"),
     "cmyk jpeg, inverted as Adobe does": (lambda: encode(quadrants().convert("CMYK"), "JPEG"), "RGBW"),
@@ -135,13 +135,13 @@ MEANT: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", MEANT)
-def test_odd_images_mean_what_they_show(case: str) -> None:
-    make, seen = MEANT[case]
-    pixels = decode(make(), CAP)
+@pytest.mark.parametrize("case", EXPECTED)
+def test_unusual_images_are_decoded_correctly(case: str) -> None:
+    make, expected = EXPECTED[case]
+    pixels = decode(make(), MAX_PIXELS)
     check(pixels)
     assert tuple(pixels.shape) == (3, 24, 40)
-    assert corners(pixels) == seen
+    assert corners(pixels) == expected
 
 
 def ramp(kind: str) -> bytes:
@@ -161,8 +161,8 @@ def ramp(kind: str) -> bytes:
     "kind",
     ["PNG", "TIFF", "PPM", "32-bit tiff", "big-endian tiff", "float png-like tiff", "float tiff in counts"],
 )
-def test_deep_greys_keep_their_levels(kind: str) -> None:
-    pixels = decode(ramp(kind), CAP)
+def test_grey_images_of_more_than_8_bits_keep_their_levels(kind: str) -> None:
+    pixels = decode(ramp(kind), MAX_PIXELS)
     check(pixels)
     assert len(pixels.unique()) >= 250
     assert pixels[0, 0, 0] == 0
@@ -170,16 +170,16 @@ def test_deep_greys_keep_their_levels(kind: str) -> None:
     assert (pixels[0, 0].int().diff() >= 0).all()
 
 
-def test_a_dark_deep_grey_stays_dark() -> None:
+def test_a_dark_16_bit_grey_image_stays_dark() -> None:
     image = Image.fromarray(np.full((4, 4), 1000, np.uint16))
-    assert decode(encode(image, "PNG"), CAP).unique().tolist() == [4]
+    assert decode(encode(image, "PNG"), MAX_PIXELS).unique().tolist() == [4]
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def bomb(width: int, height: int) -> bytes:
+def huge_png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(b"\0" * 100))
 
@@ -192,12 +192,12 @@ def deep_rgb_png() -> bytes:
 
 
 def test_sixteen_bit_rgb_png() -> None:
-    assert decode(deep_rgb_png(), CAP)[:, 0, 0].tolist() == [255, 0, 128]
+    assert decode(deep_rgb_png(), MAX_PIXELS)[:, 0, 0].tolist() == [255, 0, 128]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 2)])
 def test_thin_and_tiny_images(size: tuple[int, int]) -> None:
-    assert tuple(decode(encode(Image.new("RGB", size), "PNG"), CAP, min_side=224).shape) == (
+    assert tuple(decode(encode(Image.new("RGB", size), "PNG"), MAX_PIXELS, min_side=224).shape) == (
         3,
         size[1],
         size[0],
@@ -217,9 +217,9 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "truncated webp": (lambda: encode(quadrants(400, 300), "WEBP")[:200], ""),
     "truncated gif": (lambda: encode(quadrants(400, 300), "GIF")[:900], "damaged"),
     "truncated tiff": (lambda: encode(quadrants(400, 300), "TIFF")[:3000], ""),
-    "bomb within Pillow's limit": (lambda: bomb(9000, 9000), "too many pixels"),
-    "bomb beyond Pillow's limit": (lambda: bomb(60000, 60000), "too many pixels"),
-    "float tiff of nothing but nan": (
+    "huge png within Pillow's limit": (lambda: huge_png(9000, 9000), "too many pixels"),
+    "huge png beyond Pillow's limit": (lambda: huge_png(60000, 60000), "too many pixels"),
+    "float tiff of nan": (
         lambda: encode(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"),
         "damaged: no finite",
     ),
@@ -227,18 +227,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_whole_image_is_refused_with_the_reason(case: str) -> None:
+def test_files_that_are_not_complete_images_are_refused_with_the_reason(case: str) -> None:
     make, reason = REFUSED[case]
     data = make()
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with pytest.raises(Undecodable) as refusal:
-        decode(data, CAP)
+        decode(data, MAX_PIXELS)
     assert str(refusal.value).startswith(reason)
     assert "\n" not in str(refusal.value) and "0x" not in str(refusal.value)
-    assert time.perf_counter() - begun < 1
+    assert time.perf_counter() - started < 1
 
 
-def test_the_cap_is_inclusive() -> None:
+def test_max_pixels_is_inclusive() -> None:
     data = encode(quadrants(100, 100), "PNG")
     decode(data, 10_000)
     with pytest.raises(Undecodable, match="100 x 100, at most 9999"):
@@ -247,24 +247,24 @@ def test_the_cap_is_inclusive() -> None:
 
 def test_mutated_files_are_decoded_or_refused() -> None:
     generator = random.Random(0)  # noqa: S311
-    whole = [make() for make, _ in MEANT.values()] + [ramp("PNG"), ramp("32-bit tiff")]
+    originals = [make() for make, _ in EXPECTED.values()] + [ramp("PNG"), ramp("32-bit tiff")]
     outcomes = {"decoded": 0, "refused": 0}
     for number in range(1500):
-        data = bytearray(whole[number % len(whole)])
+        data = bytearray(originals[number % len(originals)])
         for _ in range(generator.randint(1, 12)):
             data[generator.randrange(len(data))] = generator.randrange(256)
         if number % 3 == 0:
             del data[generator.randrange(len(data)) :]
         try:
-            check(decode(bytes(data), CAP, min_side=16))
+            check(decode(bytes(data), MAX_PIXELS, min_side=16))
             outcomes["decoded"] += 1
         except Undecodable:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 100
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="real photos are not here (set SHOULDERS_DATA)")
-def test_real_photos_are_the_same_as_pillow_has_them() -> None:
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs real photos (set SHOULDERS_DATA)")
+def test_real_photos_are_decoded_as_by_pillow() -> None:
     for path in sorted(PHOTOS.glob("*.jpg"))[::20]:
         expected = np.asarray(Image.open(path).convert("RGB"))
         assert np.array_equal(decode(path.read_bytes(), 10_000_000).permute(1, 2, 0).numpy(), expected)

@@ -1,4 +1,4 @@
-"""Batches are pure functions of the recipe and the step; bad images cost themselves alone."""
+"""Batches are pure functions of the recipe and the step, and a bad image affects no other one."""
 
 from __future__ import annotations
 
@@ -59,32 +59,32 @@ def test_workers_do_not_change_the_batches(folder: Path, workers: int) -> None:
     assert_equal(run(images), run(images, workers=workers))
 
 
-def test_resuming_takes_the_step_alone(folder: Path) -> None:
-    whole = run(open_set(folder))
+def test_a_resumed_run_needs_only_the_step(folder: Path) -> None:
+    expected = run(open_set(folder))
     for step in (1, 3, 5):  # 32 images train: step 4 begins the second epoch
-        assert_equal(whole[step:], run(open_set(folder), first_step=step, steps=8 - step))
-    assert_equal(whole[5:], run(open_set(folder), first_step=5, steps=3, workers=2))
+        assert_equal(expected[step:], run(open_set(folder), first_step=step, steps=8 - step))
+    assert_equal(expected[5:], run(open_set(folder), first_step=5, steps=3, workers=2))
     assert run(open_set(folder), first_step=8, steps=0) == []
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch(folder: Path, world_size: int) -> None:
+def test_ranks_divide_the_batch(folder: Path, world_size: int) -> None:
     images = open_set(folder)
     ranks = [run(images, rank=rank, world_size=world_size) for rank in range(world_size)]
-    for step, whole in enumerate(run(images)):
+    for step, expected in enumerate(run(images)):
         parts = [rank[step] for rank in ranks]
-        assert torch.equal(whole.ids, torch.cat([part.ids for part in parts]))
-        assert whole.skipped == tuple(skip for part in parts for skip in part.skipped)
+        assert torch.equal(expected.ids, torch.cat([part.ids for part in parts]))
+        assert expected.skipped == tuple(skip for part in parts for skip in part.skipped)
         for size in SIZES:
-            assert torch.equal(whole.rendered[size], torch.cat([part.rendered[size] for part in parts]))
+            assert torch.equal(expected.rendered[size], torch.cat([part.rendered[size] for part in parts]))
 
 
-def test_a_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train\.batch=8 cannot be shared by 3 ranks; make it a multiple of 3"):
+def test_a_batch_that_cannot_be_divided_among_ranks_is_refused(folder: Path) -> None:
+    with pytest.raises(RecipeError, match=r"train\.batch=8 cannot be divided among 3 ranks; make it a multiple of 3"):
         run(open_set(folder), world_size=3)
 
 
-def test_what_a_batch_holds(folder: Path) -> None:
+def test_the_contents_of_a_batch(folder: Path) -> None:
     images = open_set(folder)
     batch = run(images, steps=1)[0]
     for row, (index, visit) in enumerate(images.positions(0, 8).tolist()):
@@ -103,34 +103,34 @@ def test_bad_images_are_replaced_and_reported(folder: Path) -> None:
     images = open_set(folder)
     training = {images.collection.name(index): int(images.collection.ids[index]) for index in images.training["images"]}
     bad = {"07.jpg", "21.jpg"} & set(training)
-    assert bad, "the names in the fixture have to be such that a bad one trains"
+    assert bad, "a bad image of the fixture has to be a training image"
     epochs = run(images, steps=8)
-    seen = {int(identity) for batch in epochs for identity in batch.ids}
-    assert seen <= {training[name] for name in set(training) - bad}
+    ids = {int(identity) for batch in epochs for identity in batch.ids}
+    assert ids <= {training[name] for name in set(training) - bad}
     reported = [skip for batch in epochs for skip in batch.skipped]
     assert {skip.name for skip in reported} == bad
     assert all(skip.reason.startswith(("not an image", "damaged")) for skip in reported)
     assert len(reported) >= 2 * len(bad)  # once in each epoch
 
 
-def test_held_out_images_never_train(folder: Path) -> None:
+def test_held_out_images_are_never_in_training_batches(folder: Path) -> None:
     images = open_set(folder)
     heldout = set(images.collection.ids[images.heldout].tolist())
     assert not heldout & {int(identity) for batch in run(images, steps=12) for identity in batch.ids}
 
 
-def by_id(found: list[Batch]) -> dict[int, list[bytes]]:
-    seen: dict[int, list[bytes]] = {}
-    for batch in found:
+def by_id(run_batches: list[Batch]) -> dict[int, list[bytes]]:
+    pixels_of: dict[int, list[bytes]] = {}
+    for batch in run_batches:
         for identity, pixels in zip(batch.ids.tolist(), batch.rendered[SIZES[0]], strict=True):
-            seen.setdefault(identity, []).append(pixels.numpy().tobytes())
-    return seen
+            pixels_of.setdefault(identity, []).append(pixels.numpy().tobytes())
+    return pixels_of
 
 
-def test_views_are_fresh_or_come_back(folder: Path) -> None:
+def test_views_are_fresh_or_repeated(folder: Path) -> None:
     for name in ("07.jpg", "21.jpg"):
         (folder / name).unlink()
-    images = open_set(folder)  # 38 images, 30 train
+    images = open_set(folder)  # 38 images, 30 of them for training
     recipe = {"steps": 15}  # 120 positions: 4 epochs
     for pixels in by_id(run(images, **recipe)).values():
         assert len(pixels) == len(set(pixels)) == 4
@@ -138,7 +138,7 @@ def test_views_are_fresh_or_come_back(folder: Path) -> None:
         assert pixels[0] == pixels[2] != pixels[1] == pixels[3]
 
 
-def test_a_folder_of_nothing_but_bad_images_is_given_up(tmp_path: Path) -> None:
+def test_a_folder_of_bad_images_is_refused(tmp_path: Path) -> None:
     for number in range(20):
         (tmp_path / f"{number}.jpg").write_bytes(b"not found")
     for workers in (0, 1):
@@ -147,25 +147,25 @@ def test_a_folder_of_nothing_but_bad_images_is_given_up(tmp_path: Path) -> None:
         assert "\n" not in str(refusal.value)
 
 
-def test_a_file_that_goes_away_is_skipped(folder: Path) -> None:
+def test_a_deleted_file_is_skipped(folder: Path) -> None:
     images = open_set(folder)
-    gone = images.collection.name(int(images.positions(0, 1)[0, 0]))
-    (folder / gone).unlink()
+    deleted = images.collection.name(int(images.positions(0, 1)[0, 0]))
+    (folder / deleted).unlink()
     batch = run(images, steps=1)[0]
-    assert gone in {skip.name for skip in batch.skipped} and len(batch) == 8
+    assert deleted in {skip.name for skip in batch.skipped} and len(batch) == 8
 
 
 def test_evaluation_keeps_order_and_leaves_bad_images_out(folder: Path) -> None:
     images = Collection({"images": open_source(folder)})
     for workers in (0, 2):
-        found = list(evaluation_batches(images, SIZES, 8, workers=workers))
-        ids = [identity for batch in found for identity in batch.ids.tolist()]
+        result = list(evaluation_batches(images, SIZES, 8, workers=workers))
+        ids = [identity for batch in result for identity in batch.ids.tolist()]
         assert ids == [int(identity) for index, identity in enumerate(images.ids) if index not in (7, 21)]
-        assert [skip.name for batch in found for skip in batch.skipped] == ["07.jpg", "21.jpg"]
-        assert all(batch.labels is None for batch in found)
+        assert [skip.name for batch in result for skip in batch.skipped] == ["07.jpg", "21.jpg"]
+        assert all(batch.labels is None for batch in result)
 
 
-def test_evaluation_of_chosen_images_with_labels(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+def test_evaluation_of_selected_images_with_labels(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     for number in range(6):
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
         (tmp_path / "ab"[number % 2] / f"{number}.jpg").write_bytes(jpeg(number))
@@ -175,11 +175,11 @@ def test_evaluation_of_chosen_images_with_labels(tmp_path: Path, jpeg: Callable[
     assert batch.ids.tolist() == images.ids[[5, 0, 3]].tolist()
 
 
-def test_batches_without_one_good_image(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_batches_without_a_good_image(folder: Path, tmp_path: Path) -> None:
     images = Collection({"images": open_source(folder)})
-    found = list(evaluation_batches(images, SIZES, 1, indices=np.array([7, 0, 1, 21])))
-    assert [len(batch) for batch in found] == [1, 1]
-    assert [[skip.name for skip in batch.skipped] for batch in found] == [["07.jpg"], ["21.jpg"]]
+    result = list(evaluation_batches(images, SIZES, 1, indices=np.array([7, 0, 1, 21])))
+    assert [len(batch) for batch in result] == [1, 1]
+    assert [[skip.name for skip in batch.skipped] for batch in result] == [["07.jpg"], ["21.jpg"]]
     with pytest.raises(DataError, match="none of 2 images could be decoded"):
         list(evaluation_batches(images, SIZES, 1, indices=np.array([7, 21])))
 
@@ -192,7 +192,7 @@ def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_end_when_nobody_listens(folder: Path) -> None:
+def test_workers_end_with_the_generator(folder: Path) -> None:
     recipe = Images.model_validate({"workers": 2})
     stream: Iterator[Batch] = batches(open_set(folder), SIZES, recipe, batch=8, seed=0, steps=1000)
     next(stream)
@@ -201,24 +201,24 @@ def test_workers_end_when_nobody_listens(folder: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason="real photos are not here (set SHOULDERS_DATA)")
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs real photos (set SHOULDERS_DATA)")
 def test_real_photos() -> None:
     images = Collection({"images": open_source(PHOTOS)})
-    chosen = np.arange(0, len(images), 20)
-    found = list(evaluation_batches(images, [(64, 64)], 25, indices=chosen, workers=1))
-    assert [len(batch) for batch in found] == [25, 25]
-    assert not any(batch.skipped for batch in found)
-    means = torch.cat([batch.pixels((64, 64)) for batch in found]).mean(dim=(0, 2, 3))
+    indices = np.arange(0, len(images), 20)
+    result = list(evaluation_batches(images, [(64, 64)], 25, indices=indices, workers=1))
+    assert [len(batch) for batch in result] == [25, 25]
+    assert not any(batch.skipped for batch in result)
+    means = torch.cat([batch.pixels((64, 64)) for batch in result]).mean(dim=(0, 2, 3))
     assert ((means > 0.3) & (means < 0.6)).all()  # photos are mid-grey on average
 
 
-def test_central_views_of_one_shape_show_every_size_the_same_part(folder: Path) -> None:
+def test_central_views_of_one_shape_show_the_same_part_at_every_size(folder: Path) -> None:
     images = Collection({"images": open_source(folder)})
-    (own,) = evaluation_batches(images, [(32, 48)], 4, indices=np.arange(4))
+    (single,) = evaluation_batches(images, [(32, 48)], 4, indices=np.arange(4))
     (shared,) = evaluation_batches(images, [(32, 48), (64, 64)], 4, indices=np.arange(4), shape=(32, 48))
-    assert torch.equal(shared.rendered[32, 48], own.rendered[32, 48])
+    assert torch.equal(shared.rendered[32, 48], single.rendered[32, 48])
     wide = F.interpolate(shared.rendered[64, 64].float(), (32, 48), mode="bilinear", antialias=True)
-    (apart,) = evaluation_batches(images, [(64, 64)], 4, indices=np.arange(4))
-    cropped = F.interpolate(apart.rendered[64, 64].float(), (32, 48), mode="bilinear", antialias=True)
-    near, far = ((pixels - own.rendered[32, 48]).abs().mean() for pixels in (wide, cropped))
+    (square,) = evaluation_batches(images, [(64, 64)], 4, indices=np.arange(4))
+    cropped = F.interpolate(square.rendered[64, 64].float(), (32, 48), mode="bilinear", antialias=True)
+    near, far = ((pixels - single.rendered[32, 48]).abs().mean() for pixels in (wide, cropped))
     assert near < 0.5 * far

@@ -1,4 +1,4 @@
-"""Each bad image is listed once, over any number of resumptions, and too many of them stop the run."""
+"""Each unreadable image is listed once, also in a resumed run, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_each_image_is_listed_once(tmp_path: Path) -> None:
     assert listed(path) == ["1.jpg", "2.jpg", "3.jpg"] and len(report) == 3
 
 
-def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_count(tmp_path: Path) -> None:
     path = tmp_path / "skipped.jsonl"
     SkipReport(path, 1000, 0.01).add(bad(*range(9)))
     with path.open("a") as file:
@@ -43,7 +43,7 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
         report.add(bad(10))
 
 
-def test_too_many_bad_images_stop_the_run_and_say_why(tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_run_with_the_reasons(tmp_path: Path) -> None:
     report = SkipReport(tmp_path / "skipped.jsonl", 200, 0.01)
     report.add(bad(1, 2))
     with pytest.raises(DataError) as stop:
@@ -53,10 +53,10 @@ def test_too_many_bad_images_stop_the_run_and_say_why(tmp_path: Path) -> None:
     assert (
         str(tmp_path / "skipped.jsonl") in message and "images.max_unreadable=0.03" in message and "\n" not in message
     )
-    assert len(listed(tmp_path / "skipped.jsonl")) == 3  # the list is whole when it is needed
+    assert len(listed(tmp_path / "skipped.jsonl")) == 3  # the list is complete when the run stops
 
 
-def test_names_cannot_break_the_list(tmp_path: Path) -> None:
+def test_names_with_control_characters_are_escaped(tmp_path: Path) -> None:
     path = tmp_path / "skipped.jsonl"
     names = ["a\nb.jpg", "\x1b[31mred.jpg", "\udcff.jpg", '"quoted".jpg', "ä.jpg"]
     SkipReport(path, 1000, 1.0).add([Skipped(name, "empty file") for name in names])
@@ -65,7 +65,7 @@ def test_names_cannot_break_the_list(tmp_path: Path) -> None:
     assert len(SkipReport(path, 1000, 1.0)) == 5
 
 
-def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
+def test_another_file_in_place_of_the_list_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "skipped.jsonl"
     path.write_text("hello\n")
     with pytest.raises(DataError, match="move it out of the way"):

@@ -1,4 +1,4 @@
-"""A folder, a parquet file and tar shards of the same files are the same images."""
+"""A folder, a parquet file and tar shards of the same files give the same images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import pytest
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import call_source, open_source
 from shoulders.images.decode import Undecodable
-from shoulders.images.source import ImageSource, Names, image_id
+from shoulders.images.parquet import Parquet
+from shoulders.images.source import ImageSource, NameList, image_id
 
 WriteTar = Callable[[Path, dict[str, bytes]], None]
 
@@ -75,9 +76,9 @@ def test_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
 
 
 def test_names_and_order_do_not_depend_on_where_the_folder_lies(tmp_path: Path, files: dict[str, bytes]) -> None:
-    here = open_source(write_folder(tmp_path / "a", files))
-    there = open_source(write_folder(tmp_path / "b" / "c", dict(reversed(files.items()))))
-    assert names(here) == names(there) and contents(here) == contents(there)
+    one = open_source(write_folder(tmp_path / "a", files))
+    other = open_source(write_folder(tmp_path / "b" / "c", dict(reversed(files.items()))))
+    assert names(one) == names(other) and contents(one) == contents(other)
 
 
 @pytest.mark.parametrize("extra", ["top.jpg", "cat/deep/5.jpg"])
@@ -134,15 +135,15 @@ def test_folder_of_parquet_files(tmp_path: Path, files: dict[str, bytes]) -> Non
     assert [source.read(index) for index in order] == [list(files.values())[index % 5] for index in order]
 
 
-def test_threads_may_read_one_parquet_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_can_read_one_parquet_file(tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cells = [b"%03d" % number * 50 for number in range(120)]
     parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "x.parquet", row_group_size=3)
-    monkeypatch.setattr("shoulders.images.parquet._KEEP_BYTES", 1000)  # a few groups: others have to go
-    source = pickle.loads(pickle.dumps(open_source(tmp_path / "x.parquet")))  # noqa: S301  (as workers get it)
-    wanted = np.random.default_rng(0).integers(0, len(cells), 3000).tolist()
+    opened = Parquet([tmp_path / "x.parquet"], [b"x.parquet"], "image", max_cache_bytes=1000)  # a few row groups
+    source = pickle.loads(pickle.dumps(opened))  # noqa: S301  (as for workers)
+    indices = np.random.default_rng(0).integers(0, len(cells), 3000).tolist()
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(source.read, wanted)) == [cells[number] for number in wanted]
+        assert list(pool.map(source.read, indices)) == [cells[number] for number in indices]
 
 
 def test_tar_shards(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
@@ -197,11 +198,11 @@ def test_damaged_tar_files_are_refused(tmp_path: Path, files: dict[str, bytes], 
     if fault == "two":
         data = data * 2
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"a\.tar: not a whole, uncompressed tar"):
+    with pytest.raises(DataError, match=r"a\.tar: not a complete, uncompressed tar"):
         open_source(path)
 
 
-def test_the_three_kinds_give_the_same_images(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
+def test_folder_parquet_and_tar_give_the_same_images(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
     ordered = dict(sorted(files.items()))
     tar(tmp_path / "x.tar", {name.replace("/", "_"): data for name, data in ordered.items()})
     paths = [
@@ -214,14 +215,14 @@ def test_the_three_kinds_give_the_same_images(tmp_path: Path, files: dict[str, b
         assert contents(pickle.loads(pickle.dumps(source))) == contents(source) == list(ordered.values())  # noqa: S301
 
 
-def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
+def test_errors_of_open_source_name_the_fix(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "photo.jpg").write_bytes(b"x")
     mixed = write_folder(tmp_path / "mixed", files)
     tar(mixed / "a.tar", {"a.jpg": b""})
     for path, error, message in [
-        (tmp_path / "nowhere", RecipeError, "nowhere: nothing is here; give a folder"),
-        (tmp_path / "empty", DataError, "no images in it; looked for .jpg"),
+        (tmp_path / "nowhere", RecipeError, "nowhere: does not exist; give a folder"),
+        (tmp_path / "empty", DataError, "contains no images; looked for .jpg"),
         (tmp_path / "photo.jpg", RecipeError, "give a folder"),
         (mixed, RecipeError, "5 image, 0 .parquet and 1 .tar files; keep one kind"),
     ]:
@@ -230,15 +231,15 @@ def test_what_cannot_be_opened_says_what_to_do(tmp_path: Path, files: dict[str, 
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint64", "list"])
-def test_labels_of_any_type_are_read_or_left_alone(kind: str, tmp_path: Path) -> None:
+def test_labels_are_read_if_they_are_integers(kind: str, tmp_path: Path) -> None:
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     labels = pyarrow.array([[1], [2]]) if kind == "list" else pyarrow.array([1, None], kind)
     parquet.write_table(pyarrow.table({"image": [b"x", b"y"], "label": labels}), tmp_path / "x.parquet")
-    found = open_source(tmp_path / "x.parquet").labels
-    assert found is None if kind == "list" else found is not None and found.tolist() == [1, -1]
+    read = open_source(tmp_path / "x.parquet").labels
+    assert read is None if kind == "list" else read is not None and read.tolist() == [1, -1]
 
 
-def test_parquet_faults_say_what_to_do(tmp_path: Path, files: dict[str, bytes]) -> None:
+def test_errors_of_parquet_files_name_the_fix(tmp_path: Path, files: dict[str, bytes]) -> None:
     path = write_parquet(tmp_path / "a.parquet", files)
     with pytest.raises(RecipeError, match=r"no column 'photo'; set column to one of \['image'\]"):
         open_source(path, "photo")
@@ -246,7 +247,7 @@ def test_parquet_faults_say_what_to_do(tmp_path: Path, files: dict[str, bytes]) 
     with pytest.raises(RecipeError, match="holds int64"):
         open_source(labelled, "label")
     (tmp_path / "cut.parquet").write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DataError, match="not a whole parquet file"):
+    with pytest.raises(DataError, match="not a complete parquet file"):
         open_source(tmp_path / "cut.parquet")
     write_parquet(tmp_path / "paths.parquet", dict.fromkeys(files))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="images were not embedded"):
@@ -268,20 +269,20 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path) -> None:
     assert 'pip install "shoulders[data]"' in result.stderr
 
 
-def test_an_id_is_for_ever() -> None:
+def test_image_ids_are_pinned() -> None:
     assert image_id("images", "cat/0.jpg") == 484744756830294009
     assert 0 <= image_id("a", "b") < 2**63
     assert image_id("a", "b") != image_id("ab", "") != image_id("", "ab")
 
 
-def test_a_million_names_are_small() -> None:
-    many = Names([b"folder/%07d.jpg" % number for number in range(1_000_000)])
+def test_a_million_names_need_little_memory() -> None:
+    many = NameList([b"folder/%07d.jpg" % number for number in range(1_000_000)])
     assert many[0] == b"folder/0000000.jpg" and many[999_999] == b"folder/0999999.jpg"
     assert len(pickle.dumps(many)) < 28e6
 
 
-class Own:
-    """A source of one's own that is wrong in one thing."""
+class UserSource:
+    """A source of the user with one fault."""
 
     classes = None
 
@@ -306,18 +307,18 @@ class Own:
     [
         (
             {"read": np.zeros((4, 4, 3))},
-            r"test_sources:Own: read\(0\) returned ndarray; return the bytes of an image file",
+            r"test_sources:UserSource: read\(0\) returned ndarray; return the bytes of an image file",
         ),
         ({"read": "1.jpg"}, r"read\(0\) returned str"),
         (
             {"labels": [0, 1, 2]},
-            r"labels is a list of shape \(3,\); give None, or a numpy array of a number for each of the 3",
+            r"labels is a list of shape \(3,\); give None, or a numpy array with a number for each of the 3",
         ),
         ({"labels": 7}, r"labels is a int of shape \(\)"),
         ({"labels": np.zeros(2)}, r"labels is a ndarray of shape \(2,\)"),
     ],
 )
-def test_sources_of_ones_own_are_tried(wrong: dict[str, Any], message: str) -> None:
+def test_sources_of_the_user_are_checked(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        call_source("tests.images.test_sources:Own", **wrong)
-    assert len(call_source("tests.images.test_sources:Own", labels=np.arange(3))) == 3
+        call_source("tests.images.test_sources:UserSource", **wrong)
+    assert len(call_source("tests.images.test_sources:UserSource", labels=np.arange(3))) == 3

@@ -178,7 +178,7 @@ def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teacher_is_asked_about_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, HERE)
     (batch,) = run._batches(0, 1, 0, 1)
-    names = [run.images.collection.name_of(int(identity)) for identity in batch.ids]
+    names = [run.images.collection.name_of_id(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
     assert 0 < len(streets) < len(batch)
     assert run.asked(batch)["segmenter"].tolist() == streets
