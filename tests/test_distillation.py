@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 import shoulders
 from shoulders.config.recipe import Train, check_recipe
 from shoulders.distillation import distill
-from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features
 from shoulders.images import ImageSet, open_source
@@ -558,15 +557,3 @@ def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path)
         run(world, tmp_path / "run", images__path=str(few), images__holdout=8)
     with pytest.raises(DataError, match=r"classifier is asked about 3 of 3 held-out images"):
         plan(check_recipe(tree(world, tmp_path / "run", images__path=str(few), images__holdout=8)))
-
-
-def test_a_term_is_averaged_over_the_ranks_that_have_it() -> None:
-    class Two(DistContext):
-        def mean(self, value: torch.Tensor) -> torch.Tensor:
-            other = torch.tensor([[4.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # the other rank has the first alone
-            return (value + other) / 2
-
-    told = Two(0, 2, torch.device("cpu")).means(
-        {"both": torch.tensor(2.0), "mine": torch.tensor(5.0), "nobody": torch.tensor(torch.nan)}
-    )
-    assert told["both"] == 3.0 and told["mine"] == 5.0 and told["nobody"] != told["nobody"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from shoulders.feature_cache.ask import TeacherRunner
 from shoulders.feature_cache.build import Builder
 from shoulders.feature_cache.codec import Codec
 from shoulders.features import Batch
-from shoulders.storage.atomic import size_text
+from shoulders.storage.atomic import free_bytes, size_text
 from shoulders.teachers import Teacher
 from shoulders.training.preflight import check_writable
 
@@ -87,12 +86,6 @@ def check_room(path: Path, needed: int) -> None:
             f"{path}: {size_text(needed)} needed, {size_text(free)} free; make room, give another cache.path, or take "
             "cache.dtype=int8, cache.pool=2 or fewer images.views"
         )
-
-
-def free_bytes(path: Path) -> int:
-    """Free bytes where ``path`` is or will be."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
 
 
 def _record_bytes(asking: TeacherRunner, recipe: Recipe) -> int:

@@ -50,9 +50,7 @@ class Parquet:
             groups += [(number, group, count) for group, count in enumerate(group_sizes)]
             labels.append(label)
             class_names.append(classes)
-        self.groups = np.array(groups, dtype=np.int64).reshape(
-            -1, 3
-        )  # (groups, 3): file, group in it, rows
+        self.groups = np.array(groups, dtype=np.int64).reshape(-1, 3)  # (groups, 3): file, group in it, rows
         self.ends = np.cumsum(self.groups[:, 2])
         self.classes, labels = _merge_classes(class_names, labels)
         known = [label for label in labels if label is not None]

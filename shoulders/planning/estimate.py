@@ -21,7 +21,6 @@ from shoulders.distributed.context import init_distributed
 from shoulders.distributed.device import environment, peak_memory_gib, use_bf16
 from shoulders.errors import DataError, RecipeError, SpaceError
 from shoulders.feature_cache import CachedTeachers, estimate_cache
-from shoulders.feature_cache.estimate import free_bytes
 from shoulders.features import Batch
 from shoulders.hub.fast import int8_available
 from shoulders.planning import size
@@ -43,6 +42,7 @@ from shoulders.planning.watch import (
     watched,
     whole,
 )
+from shoulders.storage.atomic import free_bytes
 from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.training.heldout import PLACES
 from shoulders.training.int8_check import check_int8

@@ -86,9 +86,13 @@ def space_error(error: Exception, path: Path, fix: str = "make room and start ag
     is_full = is_full or any(words in str(error) for words in ("No space left", "quota exceeded"))  # of safetensors
     if not is_full:
         return error
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free // 2**20
-    return SpaceError(f"{path}: no space left on the disk ({free} MiB free); {fix}")
+    return SpaceError(f"{path}: no space left on the disk ({free_bytes(path) // 2**20} MiB free); {fix}")
+
+
+def free_bytes(path: Path) -> int:
+    """Free space of the disk on which ``path`` is or will be."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def sync(path: Path) -> None:

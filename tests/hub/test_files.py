@@ -49,9 +49,7 @@ def test_a_file_that_nobody_knows_of_is_not_one_that_is_not_there(hub_cache: Pat
     """What was fetched without its preprocessing would be shown wrong pixels."""
     pretrained = open_pretrained("student.base", "someone/something", None)
     default = Preprocessing((224, 224), *IMAGENET_STATS)
-    with pytest.raises(
-        RecipeError, match=r"without its preprocessor_config\.json, and the hub cannot be reached"
-    ):
+    with pytest.raises(RecipeError, match=r"without its preprocessor_config\.json, and the hub cannot be reached"):
         read_preprocessing(pretrained, default)
     absent = hub_cache / ".no_exist" / OLD / "preprocessor_config.json"  # where the hub said that there is none
     absent.parent.mkdir(parents=True)

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from shoulders.errors import DataError, SpaceError
-from shoulders.storage import atomic
-from shoulders.storage.atomic import space_error, write_text
 from shoulders.training import checkpoint
 from shoulders.training.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
 
@@ -81,8 +79,8 @@ def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
         events.append(f"rename {to.name}")
         return rename(self, to)
 
-    monkeypatch.setattr(atomic.os, "open", opening)
-    monkeypatch.setattr(atomic.os, "fsync", syncing)
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(Path, "rename", renaming)
     save_checkpoint(tmp_path / "c", 1, TENSORS, {}, keep=1)
     renamed = events.index("rename step-00000001")
@@ -107,22 +105,3 @@ def test_a_full_disk_is_named_and_harms_nothing(where: str, tmp_path: Path, monk
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     load_checkpoint(tmp_path / "step-00000001")
-
-
-def test_a_full_disk_is_named_before_there_is_a_folder(tmp_path: Path) -> None:
-    error = space_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "a" / "b" / "step-1")
-    assert isinstance(error, SpaceError)
-
-
-def test_a_text_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "x.json"
-    write_text(path, "one")
-
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(atomic, "sync", full)
-    with pytest.raises(SpaceError):
-        write_text(path, "two")
-    assert path.read_text() == "one"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
