@@ -22,7 +22,7 @@ from shoulders.distributed.context import DistContext
 from shoulders.errors import Interrupted, RecipeError
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.preflight import check
-from tests.tiny import ADAPTERS, save_base, save_convnext, save_images, save_segformer
+from tests.tiny import ADAPTERS, metric_rows, save_base, save_convnext, save_images, save_segformer, tiny_tree
 
 pytestmark = pytest.mark.timeout(600)  # one fixture does nearly all, and cores may be busy
 
@@ -116,31 +116,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(world: Path, out: str, **train: Any) -> dict[str, Any]:
-    return {
-        "student": {"base": str(world / "dinov2"), "adapter": {"kind": "bottleneck", "width": 8}},
-        "teachers": {
-            "classifier": {"model": str(world / "classifier")},
-            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"]},
-        },
-        "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
-        "transfer": {"calibration_images": 16, "balance": "dropping"},
-        "train": {
-            "steps": STEPS,
-            "batch": 8,
-            "lr": 5e-3,
-            "precision": "fp32",
-            "log_every": 1,
-            "save_every": STOP,
-            "evaluate_every": 12,
-            "ema": 0.9,
-            "accumulate": 2,
-            "optimizer": "adamw",
-            "clip": 0.2,
-        }
-        | train,
-        "keep_heads": ["classifier"],
-        "out": str(world / out),
+    settings = {
+        "steps": STEPS,
+        "save_every": STOP,
+        "evaluate_every": 12,
+        "ema": 0.9,
+        "accumulate": 2,
+        "optimizer": "adamw",
+        "clip": 0.2,
     }
+    changes = {f"train__{key}": value for key, value in (settings | train).items()}
+    base = str(world / "dinov2")
+    return tiny_tree(world, out, student__base=base, transfer__balance="dropping", keep_heads=["classifier"], **changes)
 
 
 def of_base(world: Path, kind: str, out: str, **train: Any) -> dict[str, Any]:
@@ -167,16 +154,11 @@ def run(recipe: dict[str, Any], resume: bool = False) -> Path:
     return Path(recipe["out"])
 
 
-def metrics(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
-
-
 def same_run(one: Path, other: Path, off: float) -> None:
     """Losses, gradient norms, held-out measures and the student agree."""
     for kind, names in (("train", ("step", "loss", "gradient_norm")), ("evaluation", ("step", "fvu_spread"))):
         for name in names:
-            ours, theirs = ([row[name] for row in metrics(out, kind)] for out in (one, other))
+            ours, theirs = ([row[name] for row in metric_rows(out, kind)] for out in (one, other))
             assert ours == pytest.approx(theirs, rel=off), name
     ours_, theirs_ = (load_file(out / "student" / "model.safetensors") for out in (one, other))
     assert ours_.keys() == theirs_.keys()
@@ -226,7 +208,7 @@ def alone(world: Path) -> Path:
 
 def test_two_ranks_learn_in_parts_what_one_learns(world: Path, alone: Path, held: dict[str, Any]) -> None:
     same_run(world / "two", alone, 1e-5)
-    norms = [row["gradient_norm"] for row in metrics(alone)]
+    norms = [row["gradient_norm"] for row in metric_rows(alone)]
     assert max(norms) > 0.2  # clipped, some of them
 
 

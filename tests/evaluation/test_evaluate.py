@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from shoulders.config.recipe import check_recipe
 from shoulders.distillation import distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.evaluation import finetune_models as trainees
@@ -28,7 +26,7 @@ from shoulders.tasks.heads import transformers as transformer_heads
 from shoulders.teachers import Teacher
 from shoulders.training.checkpoint import fingerprint
 from tests.tasks.scenes import save_masks, save_objects
-from tests.tiny import save_base, save_convnext, save_images, save_segformer
+from tests.tiny import save_base, save_convnext, save_images, save_segformer, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"train": 6, "val": 3, "test": 4}
@@ -63,15 +61,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_images(root / "labelled", 24, classes=2)
     save_masks(root / "masks", COUNTS)
     save_objects(root / "objects", COUNTS)
-    recipe: dict[str, Any] = {
-        "student": {"base": str(root / "base"), "adapter": {"kind": "lora", "rank": 2}},
-        "teachers": {name: {"model": str(root / name)} for name in ("classifier", "segmenter")},
-        "images": {"path": str(root / "photos"), "size": 32, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 2, "batch": 4},
-        "out": str(root / "run"),
-    }
-    distill(check_recipe(recipe))
+    recipe = tiny_recipe(
+        root,
+        student__adapter={"kind": "lora", "rank": 2},
+        teachers={name: {"model": str(root / name)} for name in ("classifier", "segmenter")},
+        images__path=str(root / "photos"),
+        images__holdout=None,
+        train={"steps": 2, "batch": 4},
+    )
+    distill(recipe)
     return root
 
 
@@ -206,7 +204,7 @@ def test_the_table_leaves_out_single_classes(world: Path, tmp_path: Path) -> Non
         "evaluate", world / "run/student", "--task", "semantic", "--data", tmp_path, "--models", "student,base"
     )
     lines = done.stdout.splitlines()
-    assert lines[0] == "semantic, % of 2 images", done.stderr
+    assert lines[0] == "semantic: scores in %, 2 images", done.stderr
     assert lines[1].split() == ["model", "mIoU", "pixel_accuracy"]
     assert [line.split()[0] for line in lines[3:]] == ["student", "base"]
 

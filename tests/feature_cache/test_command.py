@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from shoulders.cli import main
-from tests.tiny import save_base, save_convnext, save_images
+from tests.tiny import save_base, save_convnext, save_images, tiny_tree
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +19,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(root / "base")
     save_convnext(root / "classifier")
     save_images(root / "images", 30)
-    tree = {
-        "student": {"base": str(root / "base")},
-        "teachers": {"classifier": {"model": str(root / "classifier")}},
-        "images": {"path": str(root / "images"), "size": 32, "views": 1, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 2, "batch": 8},
-        "cache": {"path": str(root / "cache"), "dtype": "int8"},
-        "out": str(root / "run"),
-    }
+    tree = tiny_tree(
+        root,
+        teachers={"classifier": {"model": str(root / "classifier")}},
+        images__views=1,
+        images__holdout=None,
+        train__steps=2,
+        cache={"path": str(root / "cache"), "dtype": "int8"},
+    )
     (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return root / "recipe.yaml"
 

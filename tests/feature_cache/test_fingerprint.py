@@ -14,12 +14,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError
 from shoulders.feature_cache import build_cache, fingerprint, open_cache, verify_cache
 from shoulders.images import open_images
 from tests.feature_cache.toy import HERE, contents
-from tests.tiny import save_base, save_convnext, save_images, save_segformer
+from tests.tiny import save_base, save_convnext, save_images, save_segformer, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -35,25 +35,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(root: Path, **changes: Any) -> Recipe:
-    tree: dict[str, Any] = {
-        "student": {"base": str(root / "base")},
-        "teachers": {
-            "classifier": {"model": str(root / "classifier")},
-            "segmenter": {"model": str(root / "segmenter"), "taps": ["stage0", "stage1"]},
-        },
-        "images": {"path": str(root / "images"), "size": 32, "views": 2, "holdout": 512, "workers": 0},
+    settings: dict[str, Any] = {
+        "student__adapter": None,
+        "images__views": 2,
+        "images__holdout": 512,
+        "transfer": {},
         "train": {"precision": "fp32"},
         "cache": {"path": str(root / "cache"), "mode": "require"},
-        "out": str(root / "out"),
     }
-    for key, value in changes.items():
-        *sections, name = key.split("__")
-        here = tree
-        for section in sections:
-            here[section] = dict(here.get(section, {}))
-            here = here[section]
-        here[name] = value
-    return check_recipe(tree)
+    return tiny_recipe(root, "out", **settings | changes)
 
 
 def open_again(changed: Recipe) -> Any:

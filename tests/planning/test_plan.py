@@ -38,7 +38,7 @@ from shoulders.planning.watch import (
 )
 from shoulders.training.checkpoint import checkpoints
 from tests.teachers.heads.test_saved import save_teacher
-from tests.tiny import save_base, save_convnext, save_images
+from tests.tiny import save_base, save_convnext, save_images, tiny_recipe
 
 HERE = DistContext(0, 1, torch.device("cpu"))
 
@@ -56,22 +56,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(root: Path, **changes: Any) -> Recipe:
-    tree: dict[str, Any] = {
-        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
-        "teachers": {
-            "classifier": {"model": str(root / "classifier")},
-            "segmenter": {"model": str(root / "segmenter")},
-        },
-        "images": {"path": str(root / "images"), "size": 32, "holdout": 12, "workers": 1},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 6, "batch": 8, "precision": "fp32", "save_every": 2, "evaluate_every": 3, "ema": 0.9},
+    settings: dict[str, Any] = {
+        "teachers__segmenter": {"model": str(root / "segmenter")},
+        "images__workers": 1,
+        "train__steps": 6,
+        "train__save_every": 2,
+        "train__evaluate_every": 3,
+        "train__ema": 0.9,
         "keep_heads": ["segmenter"],
-        "out": str(root / "run"),
     }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        tree[section] = tree[section] | {name: value} if name else value
-    return check_recipe(tree)
+    return tiny_recipe(root, **settings | changes)
 
 
 def contents(folder: Path) -> dict[str, int]:

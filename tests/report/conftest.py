@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from shoulders.config.recipe import Recipe
 from shoulders.distillation import distill
 from tests.teachers.heads.test_saved import save_teacher
-from tests.tiny import save_base, save_images
+from tests.tiny import save_base, save_images, tiny_recipe
 
 HEADS = {"segformer": "semantic", "rt_detr_v2": "detection", "resnet": "classification"}
 
@@ -29,20 +28,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(root / "base")
     save_images(root / "images", 40)
     save_images(root / "cells" / "classification" / "test", 12, classes=3)
-    specs = {kind: save_teacher(kind, root / kind).model_dump() for kind in HEADS}
-    distill(
-        Recipe.model_validate(
-            {
-                "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
-                "teachers": specs,
-                "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
-                "transfer": {"calibration_images": 16},
-                "train": {"steps": 4, "batch": 4, "precision": "fp32", "log_every": 1, "evaluate_every": 2},
-                "keep_heads": list(HEADS),
-                "out": str(root / "run"),
-            }
-        )
+    recipe = tiny_recipe(
+        root,
+        student__adapter__width=4,
+        teachers={kind: save_teacher(kind, root / kind).model_dump() for kind in HEADS},
+        images__holdout=8,
+        train__batch=4,
+        train__evaluate_every=2,
+        keep_heads=list(HEADS),
     )
+    distill(recipe)
     labels, masks = root / "cells" / "classification", root / "gone" / "semantic"
     rows = [
         *rows_of("resnet", "classification", labels, "resnet", top1=0.8),

@@ -22,7 +22,7 @@ from shoulders.teachers.heads import load_head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from tests.teachers.conftest import RF_DETR, TINY, VIT
-from tests.tiny import save_base, save_images
+from tests.tiny import save_base, save_images, tiny_recipe
 from tests.towers import save_dual
 
 KINDS = ("resnet", "rt_detr_v2", "rf_detr", "segformer", "maskformer", "depth_anything", "dpt", "sam")
@@ -55,19 +55,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("heads")
     save_base(root / "base")
     save_images(root / "images", 24)
-    tree = {
-        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
-        "teachers": {
-            kind: save_teacher(kind, root / kind).model_dump() for kind in ("segformer", "rt_detr_v2", "resnet")
-        },
-        "images": {"path": str(root / "images"), "size": 32, "holdout": 8, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
-        "keep_heads": ["segformer", "rt_detr_v2"],
-        "out": str(root / "run"),
-    }
-    distill(Recipe.model_validate(tree))
-    for kind in ("segformer", "rt_detr_v2", "resnet"):
+    kinds = ("segformer", "rt_detr_v2", "resnet")
+    recipe = tiny_recipe(
+        root,
+        student__adapter__width=4,
+        teachers={kind: save_teacher(kind, root / kind).model_dump() for kind in kinds},
+        images__holdout=8,
+        train__steps=2,
+        train__batch=4,
+        keep_heads=["segformer", "rt_detr_v2"],
+    )
+    distill(recipe)
+    for kind in kinds:
         shutil.rmtree(root / kind)  # the teachers go; the heads stay
     return root / "run"
 
@@ -132,17 +131,16 @@ def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, t
     else:
         save_dual("clip", tmp_path / "teacher")
         teacher["classes"] = ["zzzz", "qqqq"]
-    tree = {
-        "student": {"base": str(tmp_path / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
-        "teachers": {"t": teacher},
-        "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
-        "keep_heads": ["t"],
-        "out": str(tmp_path / "run"),
-    }
+    recipe = tiny_recipe(
+        tmp_path,
+        teachers={"t": teacher},
+        images__holdout=8,
+        train__steps=2,
+        train__batch=4,
+        keep_heads=["t"],
+    )
     with pytest.raises((DataError, RecipeError), match=r"the weights lack classifier|gives some of the classes"):
-        distill(Recipe.model_validate(tree))
+        distill(recipe)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor
 
 import shoulders
-from shoulders.config.recipe import Recipe, TeacherSpec, check_recipe
+from shoulders.config.recipe import TeacherSpec, check_recipe
 from shoulders.distillation import distill
 from shoulders.errors import RecipeError
 from shoulders.evaluation.evaluate import evaluate, evaluate_heads
@@ -20,7 +20,7 @@ from shoulders.teachers import FAMILIES, Teacher, load_teacher
 from shoulders.teachers.heads import ZeroShot, check_head, load_head
 from shoulders.teachers.heads.post_process import post_process, task_of
 from shoulders.teachers.heads.saved import open_head, save_head
-from tests.tiny import save_base, save_images
+from tests.tiny import save_base, save_images, tiny_recipe
 from tests.towers import LONGEST, NAMES, save_dual, save_tokenizer
 
 IMAGE_TEXT = [model_type for model_type, family in FAMILIES.items() if family.zero_shot]
@@ -192,19 +192,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         for index, name in enumerate(("red", "green")):
             (root / "labelled" / split / f"class{index}").rename(root / "labelled" / split / name)
-    tree = {
-        "student": {"base": str(root / "base"), "adapter": {"kind": "bottleneck", "width": 4}},
-        "teachers": {
+    recipe = tiny_recipe(
+        root,
+        student__adapter__width=4,
+        teachers={
             "clip": {"model": str(root / "clip"), "classes": ["green", "red"]},
             "siglip": {"model": str(root / "siglip"), "classes": list(NAMES), "prompts": SEVERAL},
         },
-        "images": {"path": str(root / "labelled"), "size": 32, "holdout": 8, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {"steps": 2, "batch": 4, "precision": "fp32"},
-        "keep_heads": ["clip", "siglip"],
-        "out": str(root / "run"),
-    }
-    distill(Recipe.model_validate(tree))
+        images__path=str(root / "labelled"),
+        images__holdout=8,
+        train__steps=2,
+        train__batch=4,
+        keep_heads=["clip", "siglip"],
+    )
+    distill(recipe)
     return root
 
 
