@@ -1,4 +1,4 @@
-"""All files of a hub model come from one commit, and its card says under which license."""
+"""All files of a hub model come from one commit, and the license comes from its card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OLD, NEW = "0123456789" * 4, "abcdef0123" * 4
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cached repository someone/something at two commits; its branch main stands at the old one."""
+    """The cached repository someone/something at two commits; its branch main is at the old one."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--someone--something"
     for commit in (OLD, NEW):
@@ -39,19 +39,19 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("revision", [None, "main", OLD])
 def test_all_files_come_from_the_commit_of_the_first(hub_cache: Path, revision: str | None) -> None:
     pretrained = open_pretrained("student.base", "someone/something", revision)
-    (hub_cache / "refs" / "main").write_text(NEW)  # somebody pushes
+    (hub_cache / "refs" / "main").write_text(NEW)  # a new commit is pushed
     assert pretrained == Pretrained("student.base", "someone/something", OLD, {"commit": OLD})
     assert read_json(pretrained, "other.json") == {"commit": OLD}
     assert find_file(pretrained, "nothing.json") is None and read_json(pretrained, "nothing.json") is None
 
 
-def test_a_file_that_nobody_knows_of_is_not_one_that_is_not_there(hub_cache: Path) -> None:
-    """What was fetched without its preprocessing would be shown wrong pixels."""
+def test_a_missing_file_is_accepted_only_if_the_hub_has_none(hub_cache: Path) -> None:
+    """A model whose preprocessing was not downloaded would get wrong pixels."""
     pretrained = open_pretrained("student.base", "someone/something", None)
     default = Preprocessing((224, 224), *IMAGENET_STATS)
     with pytest.raises(RecipeError, match=r"without its preprocessor_config\.json, and the hub cannot be reached"):
         read_preprocessing(pretrained, default)
-    absent = hub_cache / ".no_exist" / OLD / "preprocessor_config.json"  # where the hub said that there is none
+    absent = hub_cache / ".no_exist" / OLD / "preprocessor_config.json"  # the mark of a file that the hub has not
     absent.parent.mkdir(parents=True)
     absent.touch()
     assert read_preprocessing(pretrained, default) == default
@@ -60,7 +60,7 @@ def test_a_file_that_nobody_knows_of_is_not_one_that_is_not_there(hub_cache: Pat
     assert read_preprocessing(pretrained, default).size == (64, 64)
 
 
-def test_a_revision_that_is_not_there_is_named(hub_cache: Path) -> None:
+def test_a_missing_revision_is_refused(hub_cache: Path) -> None:
     with pytest.raises(RecipeError, match="^student.base: 'someone/something' is no local .* at revision 'v2'; check"):
         open_pretrained("student.base", "someone/something", "v2")
 
@@ -89,7 +89,7 @@ def test_a_folder_has_no_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("---\nlicense: [\n---\n", "unknown"),
     ],
 )
-def test_licence(tmp_path: Path, card: str | None, license: str) -> None:
+def test_license(tmp_path: Path, card: str | None, license: str) -> None:
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert read_license(Pretrained("student.base", str(tmp_path), None)) == license

@@ -1,4 +1,4 @@
-"""Size and normalisation as the JSON of checkpoints in the wild spells them."""
+"""Size and normalization in the forms in which checkpoints on the hub write them."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
         {"do_rescale": False, "do_normalize": False},
     ],
 )
-def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]) -> None:
+def test_normalized_pixels_are_those_of_the_image_processor(tree: dict[str, Any]) -> None:
     bytes_ = torch.randint(0, 256, (3, 4, 4)).float()
-    told = parse_preprocessing(tree, DEFAULT)
+    parsed = parse_preprocessing(tree, DEFAULT)
 
     # the steps of an image processor, one by one
     expected = bytes_
@@ -66,7 +66,7 @@ def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
         std = torch.as_tensor(tree.get("image_std", DEFAULT.std)).expand(3)
         expected = (expected - mean[:, None, None]) / std[:, None, None]
 
-    mean, std = torch.tensor(told.mean), torch.tensor(told.std)
+    mean, std = torch.tensor(parsed.mean), torch.tensor(parsed.std)
     ours = (bytes_ / 255 - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
 
@@ -83,6 +83,6 @@ def test_normalised_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
         ({"image_processor": 3}, "must be a mapping"),
     ],
 )
-def test_what_cannot_be_read_is_refused(tree: dict[str, Any], message: str) -> None:
+def test_malformed_settings_are_refused(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_preprocessing(tree, DEFAULT)

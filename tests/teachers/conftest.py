@@ -37,7 +37,7 @@ TEXT = {
 }
 STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 2, 1]}
 NARROW = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 2, 1, 1]}
-FOUR = ["stage1", "stage2", "stage3", "stage4"]
+STAGE_NAMES = ["stage1", "stage2", "stage3", "stage4"]
 DETR = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -126,7 +126,7 @@ def resnet(*outputs: str) -> Any:
 
 
 def rt_resnet() -> Any:
-    return hf.RTDetrResNetConfig(embedding_size=8, layer_type="basic", out_features=FOUR[1:], **STAGES)
+    return hf.RTDetrResNetConfig(embedding_size=8, layer_type="basic", out_features=STAGE_NAMES[1:], **STAGES)
 
 
 def depth_backbone() -> Any:
@@ -141,8 +141,8 @@ def depth_backbone() -> Any:
     )
 
 
-def far(config: Any) -> Any:
-    """A DPT that sees depth: its last layer is a ReLU, which a random head may well leave at 0."""
+def dpt_with_depth(config: Any) -> Any:
+    """A DPT whose depth is not 0 everywhere, as that of a random head may be: its last layer is a ReLU."""
     model = hf.DPTForDepthEstimation(config)
     model.head.head[-2].bias.data.fill_(1)
     return model
@@ -194,7 +194,7 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "upernet": lambda: hf.UperNetForSemanticSegmentation(
         hf.UperNetConfig(
-            backbone_config=swin(out_features=FOUR),
+            backbone_config=swin(out_features=STAGE_NAMES),
             hidden_size=8,
             auxiliary_channels=8,
             auxiliary_in_channels=32,
@@ -202,7 +202,7 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "mask2former": lambda: hf.Mask2FormerForUniversalSegmentation(
         hf.Mask2FormerConfig(
-            backbone_config=swin(out_features=FOUR),
+            backbone_config=swin(out_features=STAGE_NAMES),
             hidden_dim=32,
             feature_size=32,
             encoder_layers=1,
@@ -258,7 +258,7 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "deformable_detr": lambda: hf.DeformableDetrForObjectDetection(
         hf.DeformableDetrConfig(
-            backbone_config=resnet(*FOUR[1:]),
+            backbone_config=resnet(*STAGE_NAMES[1:]),
             two_stage=True,
             with_box_refine=True,
             two_stage_num_proposals=5,
@@ -272,10 +272,10 @@ TINY: dict[str, Callable[[], Any]] = {
     "depth_anything": lambda: hf.DepthAnythingForDepthEstimation(
         hf.DepthAnythingConfig(backbone_config=depth_backbone(), reassemble_hidden_size=16, head_hidden_size=4, **NECK)
     ),
-    "dpt": lambda: far(
+    "dpt": lambda: dpt_with_depth(
         hf.DPTConfig(**{**VIT, "num_hidden_layers": 5, "patch_size": 16}, backbone_out_indices=[0, 1, 3, 4], **NECK)
     ),
-    "dpt_backbone": lambda: far(hf.DPTConfig(backbone_config=depth_backbone(), **NECK)),
+    "dpt_backbone": lambda: dpt_with_depth(hf.DPTConfig(backbone_config=depth_backbone(), **NECK)),
 }
 
 
@@ -286,7 +286,7 @@ def _no_progress_bars() -> None:
 
 @pytest.fixture
 def write_tiny(tmp_path: Path) -> Callable[..., Path]:
-    """Write a tiny random model of a type, every weight moved off its initial value, and give its folder."""
+    """A function: model type -> the folder of a tiny random model, with no weight at its initial value."""
 
     def write(model_type: str, dtype: torch.dtype = torch.float32) -> Path:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Every row of the table, against the original model run directly."""
+"""Every row of the table of families, against the original model run directly."""
 
 from __future__ import annotations
 
@@ -18,108 +18,108 @@ from shoulders.teachers import FAMILIES, Teacher, list_families, load_teacher
 from shoulders.teachers.describe import count_flop
 
 WriteTiny = Callable[..., Path]
-Parts = tuple[Tensor | None, Tensor]
-Original = Callable[[Any, Tensor], dict[str, Parts]]
+Components = tuple[Tensor | None, Tensor]
+Original = Callable[[Any, Tensor], dict[str, Components]]
 HALF_PRECISION = {"vit", "clip", "resnet", "segformer", "d_fine", "sam"}
 
 
-def tokens(maps: Tensor) -> Tensor:
+def to_tokens(maps: Tensor) -> Tensor:
     return maps.flatten(2).mT
 
 
-def vit(base: str, prefix: int) -> Original:
-    def run(model: Any, x: Tensor) -> dict[str, Parts]:
-        said = (getattr(model, base) if base else model)(x).last_hidden_state
-        return {"last": (said[:, 0], said[:, prefix:])}
+def vit(encoder: str, prefix: int) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        output = (getattr(model, encoder) if encoder else model)(x).last_hidden_state
+        return {"last": (output[:, 0], output[:, prefix:])}
 
     return run
 
 
-def beit(model: Any, x: Tensor) -> dict[str, Parts]:
-    said = model.beit(x)
-    return {"last": (said.pooler_output, said.last_hidden_state[:, 1:])}
+def beit(model: Any, x: Tensor) -> dict[str, Components]:
+    output = model.beit(x)
+    return {"last": (output.pooler_output, output.last_hidden_state[:, 1:])}
 
 
-def radio(model: Any, x: Tensor) -> dict[str, Parts]:
-    said = model(x)
-    return {"last": (said.summary, said.features)}
+def radio(model: Any, x: Tensor) -> dict[str, Components]:
+    output = model(x)
+    return {"last": (output.summary, output.features)}
 
 
-def clip(model: Any, x: Tensor) -> dict[str, Parts]:
+def clip(model: Any, x: Tensor) -> dict[str, Components]:
     embeds = model.visual_projection(model.vision_model(x).pooler_output)
     return {"last": (embeds, model.vision_model(x).last_hidden_state[:, 1:])}
 
 
-def siglip(model: Any, x: Tensor) -> dict[str, Parts]:
-    said = getattr(model, "vision_model", model)(x)
-    return {"last": (said.pooler_output, said.last_hidden_state)}
+def siglip(model: Any, x: Tensor) -> dict[str, Components]:
+    output = getattr(model, "vision_model", model)(x)
+    return {"last": (output.pooler_output, output.last_hidden_state)}
 
 
-def siglip2(model: Any, x: Tensor) -> dict[str, Parts]:
+def siglip2(model: Any, x: Tensor) -> dict[str, Components]:
     corners = [(top, left) for top in range(0, 32, 8) for left in range(0, 32, 8)]
     squares = [x[:, :, top : top + 8, left : left + 8] for top, left in corners]
     patches = torch.stack([square.movedim(1, 3).flatten(1) for square in squares], 1)  # (B, N, 8 * 8 * 3)
     shapes = torch.tensor([[4, 4]] * len(x))
-    said = model.vision_model(patches, torch.ones(len(x), 16, dtype=torch.long), shapes)
-    return {"last": (said.pooler_output, said.last_hidden_state)}
+    output = model.vision_model(patches, torch.ones(len(x), 16, dtype=torch.long), shapes)
+    return {"last": (output.pooler_output, output.last_hidden_state)}
 
 
-def pooled_stage(base: str) -> Original:
-    def run(model: Any, x: Tensor) -> dict[str, Parts]:
-        said = getattr(model, base)(x)
-        return {"stage3": (said.pooler_output.flatten(1), tokens(said.last_hidden_state))}
-
-    return run
-
-
-def pooled_tokens(base: str) -> Original:
-    def run(model: Any, x: Tensor) -> dict[str, Parts]:
-        said = getattr(model, base)(x)
-        return {"stage3": (said.pooler_output, said.last_hidden_state)}
+def pooled_stage(encoder: str) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        output = getattr(model, encoder)(x)
+        return {"stage3": (output.pooler_output.flatten(1), to_tokens(output.last_hidden_state))}
 
     return run
 
 
-def dinov3_convnext(model: Any, x: Tensor) -> dict[str, Parts]:
-    said = model(x)
-    return {"stage3": (said.pooler_output, said.last_hidden_state[:, 1:])}
-
-
-def mobilenet(model: Any, x: Tensor) -> dict[str, Parts]:
-    said = model.mobilenet_v2(x)
-    return {"last": (said.pooler_output, tokens(said.last_hidden_state))}
-
-
-def pvt(model: Any, x: Tensor) -> dict[str, Parts]:
-    return {"stage3": (None, tokens(model(x, output_hidden_states=True).hidden_states[-1]))}
-
-
-def maps_of(find: Callable[[Any, Tensor], Any], name: str = "stage") -> Original:
-    def run(model: Any, x: Tensor) -> dict[str, Parts]:
-        return {f"{name}{i}": (None, tokens(maps)) for i, maps in enumerate(find(model, x))}
+def pooled_tokens(encoder: str) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        output = getattr(model, encoder)(x)
+        return {"stage3": (output.pooler_output, output.last_hidden_state)}
 
     return run
 
 
-def depth(model: Any, x: Tensor) -> dict[str, Parts]:
+def dinov3_convnext(model: Any, x: Tensor) -> dict[str, Components]:
+    output = model(x)
+    return {"stage3": (output.pooler_output, output.last_hidden_state[:, 1:])}
+
+
+def mobilenet(model: Any, x: Tensor) -> dict[str, Components]:
+    output = model.mobilenet_v2(x)
+    return {"last": (output.pooler_output, to_tokens(output.last_hidden_state))}
+
+
+def pvt(model: Any, x: Tensor) -> dict[str, Components]:
+    return {"stage3": (None, to_tokens(model(x, output_hidden_states=True).hidden_states[-1]))}
+
+
+def maps_of(get_maps: Callable[[Any, Tensor], Any], name: str = "stage") -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        return {f"{name}{i}": (None, to_tokens(maps)) for i, maps in enumerate(get_maps(model, x))}
+
+    return run
+
+
+def depth(model: Any, x: Tensor) -> dict[str, Components]:
     maps = model.backbone(x).feature_maps
-    return {f"stage{i}": (said[:, 0], said[:, 1:]) for i, said in enumerate(maps)}
+    return {f"stage{i}": (tokens[:, 0], tokens[:, 1:]) for i, tokens in enumerate(maps)}
 
 
-def dpt(model: Any, x: Tensor) -> dict[str, Parts]:
+def dpt(model: Any, x: Tensor) -> dict[str, Components]:
     hidden = model(x, output_hidden_states=True).hidden_states  # the first is before all blocks
     return {f"block{i}": (hidden[1 + i][:, 0], hidden[1 + i][:, 1:]) for i in (0, 1, 3, 4)}
 
 
-def sam2(model: Any, x: Tensor) -> dict[str, Parts]:
-    return {"level2": (None, tokens(model.vision_encoder(x).fpn_hidden_states[2]))}
+def sam2(model: Any, x: Tensor) -> dict[str, Components]:
+    return {"level2": (None, to_tokens(model.vision_encoder(x).fpn_hidden_states[2]))}
 
 
-def detr(model: Any, x: Tensor) -> dict[str, Parts]:
+def detr(model: Any, x: Tensor) -> dict[str, Components]:
     return {"last": (None, model(x).encoder_last_hidden_state)}
 
 
-def deformable(model: Any, x: Tensor) -> dict[str, Parts]:
+def deformable(model: Any, x: Tensor) -> dict[str, Components]:
     levels = model(x).encoder_last_hidden_state.split([64, 16, 4, 1], 1)
     return {f"level{i}": (None, level) for i, level in enumerate(levels)}
 
@@ -128,7 +128,7 @@ def encoder_maps(model: Any, x: Tensor) -> Any:
     return model(x).encoder_last_hidden_state
 
 
-# What the original says through its own output attributes: {tap: (summary, spatial)}.
+# The outputs of the original model: {tap: (summary, spatial)}.
 ORIGINALS: dict[str, Original] = {
     "vit": vit("vit", 1),
     "deit": vit("deit", 2),
@@ -156,7 +156,7 @@ ORIGINALS: dict[str, Original] = {
     "upernet": maps_of(lambda model, x: model.backbone(x).feature_maps),
     "mask2former": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),
     "maskformer": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),
-    "sam": lambda model, x: {"last": (None, tokens(model.vision_encoder(x).last_hidden_state))},
+    "sam": lambda model, x: {"last": (None, to_tokens(model.vision_encoder(x).last_hidden_state))},
     "sam2": sam2,
     "sam2_video": sam2,
     "detr": detr,
@@ -165,7 +165,7 @@ ORIGINALS: dict[str, Original] = {
     "rt_detr": maps_of(encoder_maps, "level"),
     "rt_detr_v2": maps_of(encoder_maps, "level"),
     "d_fine": maps_of(encoder_maps, "level"),
-    "rf_detr": lambda model, x: {"last": (None, tokens(model(x).backbone_features))},
+    "rf_detr": lambda model, x: {"last": (None, to_tokens(model(x).backbone_features))},
     "depth_anything": depth,
     "dpt": dpt,
     "dpt_backbone": depth,
@@ -180,14 +180,14 @@ def assert_close(features: Features, summary: Tensor | None, spatial: Tensor) ->
         torch.testing.assert_close(features.summary, summary, atol=1e-5, rtol=1e-4)
 
 
-def assert_as_declared(teacher: Teacher, said: dict[str, Features], images: int) -> None:
-    assert list(said) == list(teacher.taps)
-    for tap, features in said.items():
+def assert_as_declared(teacher: Teacher, features: dict[str, Features], images: int) -> None:
+    assert list(features) == list(teacher.taps)
+    for tap, one in features.items():
         declared = teacher.taps[tap]
-        assert features.grid == declared.grid
-        assert (None if features.summary is None else features.summary.shape[1]) == declared.summary
-        assert (None if features.spatial is None else features.spatial.shape[2]) == declared.spatial
-        for part in features.parts().values():
+        assert one.grid == declared.grid
+        assert (None if one.summary is None else one.summary.shape[1]) == declared.summary
+        assert (None if one.spatial is None else one.spatial.shape[2]) == declared.spatial
+        for part in one.parts().values():
             assert part.shape[0] == images and part.dtype == torch.float32
             assert part.isfinite().all() and not part.requires_grad
             assert part.std() > 0
@@ -200,34 +200,34 @@ def test_every_family_has_a_test() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_a_family_reads_what_the_original_says(model_type: str, write_tiny: WriteTiny) -> None:
+def test_a_teacher_computes_the_outputs_of_the_original_model(model_type: str, write_tiny: WriteTiny) -> None:
     folder = write_tiny(model_type, torch.float16 if model_type in HALF_PRECISION else torch.float32)
     size = {"siglip2": 32}.get(model_type, 64 if FAMILIES[model_type].default_size else None)
     teacher = load_teacher("t", TeacherSpec(model=str(folder), size=size))
     pixels = torch.rand(2, 3, *teacher.size)
-    said = teacher(pixels)
-    assert_as_declared(teacher, said, images=2)
+    features = teacher(pixels)
+    assert_as_declared(teacher, features, images=2)
 
-    # frozen for good, and the same answer twice
+    # it stays frozen and in eval mode, and computes the same twice
     teacher.train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     again = teacher(pixels)
-    for tap, features in said.items():
-        for name, part in features.parts().items():
+    for tap, one in features.items():
+        for name, part in one.parts().items():
             assert torch.equal(part, again[tap].parts()[name])
 
     architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
     original = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = ORIGINALS[model_type](original, (pixels - teacher.mean) / teacher.std)
-    assert set(said) == set(expected)
+    assert set(features) == set(expected)
     for tap, (summary, spatial) in expected.items():
-        assert_close(said[tap], summary, spatial)
+        assert_close(features[tap], summary, spatial)
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_a_family_gives_all_its_taps_at_another_size(model_type: str, write_tiny: WriteTiny) -> None:
+def test_all_taps_at_another_size(model_type: str, write_tiny: WriteTiny) -> None:
     folder = write_tiny(model_type)
     family = FAMILIES[model_type]
     config = transformers.AutoConfig.from_pretrained(folder)

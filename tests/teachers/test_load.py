@@ -1,4 +1,4 @@
-"""What is refused, in which words, and what is loaded from odd but honest folders."""
+"""Loading teachers: what is refused and with which message, and unusual folders that can be loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WriteTiny = Callable[..., Path]
 
 
 def refusal(spec: TeacherSpec) -> str:
-    """The one line that both the check and the loading refuse with."""
+    """The one-line message with which both the check and the loading refuse a teacher."""
     with pytest.raises(RecipeError) as checked:
         check_teacher("t", spec)
     with pytest.raises(RecipeError) as loaded:
@@ -39,21 +39,21 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    for given, message in {
-        "./nowhere": "teachers.t.model: no folder './nowhere'",
-        "/no/where": "teachers.t.model: no folder '/no/where'",
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    for model, message in {
+        "./missing": "teachers.t.model: no folder './missing'",
+        "/missing/folder": "teachers.t.model: no folder '/missing/folder'",
         "a/b/c": "teachers.t.model: no folder 'a/b/c'",
         "someone/something": "teachers.t.model: 'someone/something' is no local folder, and no such hub",
         "not a name!": "teachers.t.model: 'not a name!' is no local folder",
     }.items():
-        assert refusal(TeacherSpec(model=given)).startswith(message)
+        assert refusal(TeacherSpec(model=model)).startswith(message)
     assert "has no config.json" in refusal(TeacherSpec(model=str(tmp_path)))
     (tmp_path / "file").touch()
     assert "is not a folder" in refusal(TeacherSpec(model=str(tmp_path / "file")))
 
 
-def test_a_config_that_cannot_be_read(tmp_path: Path) -> None:
+def test_a_damaged_config_is_refused(tmp_path: Path) -> None:
     for text, message in {"{": "is not JSON", "[]": "must hold a JSON object"}.items():
         (tmp_path / "config.json").write_text(text)
         assert message in refusal(TeacherSpec(model=str(tmp_path)))
@@ -66,12 +66,12 @@ def test_an_unknown_model_type_lists_the_known_ones(tmp_path: Path) -> None:
     assert "dinov2, " in line and "module: package.module:function" in line
 
 
-def test_a_timm_backbone_asks_for_timm(tmp_path: Path) -> None:
+def test_a_timm_backbone_needs_timm(tmp_path: Path) -> None:
     edit(tmp_path / "config.json", model_type="detr", use_timm_backbone=True, backbone="resnet50")
     assert "install timm" in refusal(TeacherSpec(model=str(tmp_path)))
 
 
-def test_taps_and_sizes(write_tiny: WriteTiny) -> None:
+def test_unknown_taps_and_sizes_are_refused(write_tiny: WriteTiny) -> None:
     folder = str(write_tiny("dinov2"))
     line = refusal(TeacherSpec(model=folder, taps=["last", "stage1"]))
     assert line.startswith("teachers.t.taps: no tap stage1; ") and "block0, block1, block2, last" in line
@@ -92,7 +92,7 @@ def test_pickled_weights_are_never_read(write_tiny: WriteTiny) -> None:
     assert "never read" in line and "Dinov2ForImageClassification.from_pretrained" in line
 
 
-def test_weights_that_lack_a_part_of_the_encoder(write_tiny: WriteTiny) -> None:
+def test_missing_weights_of_the_encoder_are_refused(write_tiny: WriteTiny) -> None:
     folder = write_tiny("dinov2")
     weights = load_file(folder / "model.safetensors")
     lacking = {key: weight for key, weight in weights.items() if "layernorm" not in key}
@@ -102,7 +102,7 @@ def test_weights_that_lack_a_part_of_the_encoder(write_tiny: WriteTiny) -> None:
         load_teacher("t", TeacherSpec(model=str(folder)))
 
 
-def test_weights_that_are_broken(write_tiny: WriteTiny) -> None:
+def test_damaged_weights_are_refused(write_tiny: WriteTiny) -> None:
     folder = write_tiny("dinov2")
     file = folder / "model.safetensors"
     weights = load_file(file)
@@ -120,15 +120,15 @@ def test_weights_that_are_broken(write_tiny: WriteTiny) -> None:
         load_teacher("t", TeacherSpec(model=str(folder)))
 
 
-def test_the_folder_decides_size_normalisation_and_licence(write_tiny: WriteTiny) -> None:
+def test_size_normalization_and_license_come_from_the_folder(write_tiny: WriteTiny) -> None:
     folder = write_tiny("dinov2")
     teacher = load_teacher("t", TeacherSpec(model=str(folder)))
     assert teacher.size == (28, 28) and teacher.license == "unknown"
     torch.testing.assert_close(teacher.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     edit(folder / "preprocessor_config.json", size=40, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-licence\n---\n")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: my-license\n---\n")
     teacher = load_teacher("t", TeacherSpec(model=str(folder)))
-    assert teacher.size == (42, 42) and teacher.license == "my-licence"  # the nearest multiple of 7
+    assert teacher.size == (42, 42) and teacher.license == "my-license"  # the nearest multiple of 7
     assert teacher.std.flatten().tolist() == [0.25] * 3
     assert load_teacher("t", TeacherSpec(model=str(folder), size=35)).size == (35, 35)
     edit(folder / "preprocessor_config.json", image_std=[0, 1, 1])
@@ -166,7 +166,7 @@ def test_the_commit_of_a_hub_model_is_recorded(write_tiny: WriteTiny, tmp_path: 
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     folder.rename(repository / "snapshots" / commit)
     (repository / ".no_exist" / commit).mkdir(parents=True)
-    (repository / ".no_exist" / commit / "preprocessor_config.json").touch()  # as the hub said when it was fetched
+    (repository / ".no_exist" / commit / "preprocessor_config.json").touch()  # the hub has no such file
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", HUB.format(commit=commit)],
         env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
@@ -201,7 +201,7 @@ class OwnModel(PreTrainedModel):
 """
 
 
-def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_runs_only_when_the_recipe_trusts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = tmp_path / "own"
@@ -214,13 +214,13 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     assert "not supported" in refusal(TeacherSpec(model=str(folder)))
     teacher = load_teacher("t", TeacherSpec(model=str(folder), trust_remote_code=True))
     assert teacher.taps["last"].grid == (2, 2) and teacher.taps["last"].spatial == 4
-    for ours, theirs, message in (
+    for old, new, message in (
         ("return BaseModelOutput(last_hidden_state=", "return (", "cannot be run on 16 x 16 px"),
         ("    patch_size: int = 8\n", "", "has no patch_size in its config; give it as a module: of your own"),
     ):
-        other = tmp_path / f"own{len(ours)}"
+        other = tmp_path / f"own{len(old)}"
         shutil.copytree(folder, other)
-        (other / "modeling_own.py").write_text(REMOTE.replace(ours, theirs))
+        (other / "modeling_own.py").write_text(REMOTE.replace(old, new))
         with pytest.raises((DataError, RecipeError), match=message):
             load_teacher("t", TeacherSpec(model=str(other), trust_remote_code=True))
     edit(folder / "config.json", auto_map={"AutoModel": "else/where--modeling.Net"})
@@ -246,19 +246,19 @@ def test_remote_code_runs_only_when_asked(tmp_path: Path, monkeypatch: pytest.Mo
     ],
     ids=lambda model: type(model).__name__,
 )
-def test_what_was_saved_without_its_pooling_layer_has_places_alone(model: Any, tmp_path: Path) -> None:
+def test_checkpoints_without_a_pooling_layer_have_no_summary(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     taps = load_teacher("t", TeacherSpec(model=str(tmp_path))).taps
-    assert [facts.summary for facts in taps.values()] == [None] and all(facts.spatial for facts in taps.values())
+    assert [tap.summary for tap in taps.values()] == [None] and all(tap.spatial for tap in taps.values())
 
 
-def test_images_of_one_channel_are_refused(tmp_path: Path) -> None:
+def test_models_of_one_channel_are_refused(tmp_path: Path) -> None:
     transformers.ViTModel(transformers.ViTConfig(**VIT, num_channels=1)).save_pretrained(tmp_path)
     assert "takes 1 channels" in refusal(TeacherSpec(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize("revision", [None, "main", "abc123"])
-def test_remote_code_of_the_hub_needs_a_commit(revision: str | None) -> None:
+def test_remote_code_from_the_hub_needs_a_commit(revision: str | None) -> None:
     spec = TeacherSpec(model="someone/something", trust_remote_code=True, revision=revision)
     assert refusal(spec).startswith("teachers.t.revision: remote code runs only at a fixed commit; give 40 hex")
 
@@ -285,10 +285,10 @@ value = 3
 """
 
 
-def test_a_module_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_built_by_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_teachers.py").write_text(OWN)
-    (tmp_path / "own_broken.py").write_text("import nowhere_at_all")
+    (tmp_path / "own_broken.py").write_text("import missing_module")
     before = list(sys.path)
     teacher = load_teacher("t", TeacherSpec(module="own_teachers:teacher"))
     assert sys.path == before
@@ -296,24 +296,24 @@ def test_a_module_of_your_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     chosen = load_teacher("t", TeacherSpec(module="own_teachers:teacher", taps=["map"]))
     assert list(chosen.taps) == list(chosen(torch.rand(2, 3, 4, 4))) == ["map"]
 
-    def loading(path: str, **more: Any) -> str:
+    def loading_error(path: str, **more: Any) -> str:
         check_teacher("t", TeacherSpec(module=path, **more))
         with pytest.raises(RecipeError) as refused:
             load_teacher("t", TeacherSpec(module=path, **more))
         return str(refused.value)
 
-    assert loading("own_teachers:x") == "teachers.t.module: own_teachers has no function 'x'"
-    assert "has no function 'value'" in loading("own_teachers:value")
-    assert "must return a shoulders Teacher, got Net" in loading("own_teachers:net")
-    assert "spatial has 1 rows for 2 images" in loading("own_teachers:first")
-    assert "own_teachers:broken fails: ArithmeticError: no weights" in loading("own_teachers:broken")
-    assert "importing own_broken fails: ModuleNotFoundError" in loading("own_broken:teacher")
-    assert loading("own_teachers:teacher", taps=["x"]) == (
+    assert loading_error("own_teachers:x") == "teachers.t.module: own_teachers has no function 'x'"
+    assert "has no function 'value'" in loading_error("own_teachers:value")
+    assert "must return a shoulders Teacher, got Net" in loading_error("own_teachers:net")
+    assert "spatial has 1 rows for 2 images" in loading_error("own_teachers:first")
+    assert "own_teachers:broken fails: ArithmeticError: no weights" in loading_error("own_teachers:broken")
+    assert "importing own_broken fails: ModuleNotFoundError" in loading_error("own_broken:teacher")
+    assert loading_error("own_teachers:teacher", taps=["x"]) == (
         "teachers.t.taps: no tap x; own_teachers:teacher has colour, map"
     )
     assert "must be written package.module:function" in refusal(TeacherSpec(module="own_teachers"))
     assert "must be written package.module:function" in refusal(TeacherSpec(module="own-teachers:f"))
-    assert "no Python module 'nowhere_at_all'" in refusal(TeacherSpec(module="nowhere_at_all:f"))
+    assert "no Python module 'missing_module'" in refusal(TeacherSpec(module="missing_module:f"))
     assert "no Python module 'own_teachers.sub'" in refusal(TeacherSpec(module="own_teachers.sub:f"))
     line = refusal(TeacherSpec(module="own_teachers:teacher", size=8))
     assert line.startswith("teachers.t.size: ")

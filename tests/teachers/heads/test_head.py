@@ -1,4 +1,4 @@
-"""Every head that can be cut off, against the whole model that it was cut from."""
+"""Every head of the table of families, against the whole model that it is a part of."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from shoulders.errors import RecipeError
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
 from shoulders.teachers.heads import check_head, load_head
-from tests.teachers.conftest import FOUR, NECK, RF_DETR, TINY, VIT, far, swin
+from tests.teachers.conftest import NECK, RF_DETR, STAGE_NAMES, TINY, VIT, dpt_with_depth, swin
 
 BLOCKS = VIT | {"num_hidden_layers": 4, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3]}
-WIDTHS = [8, 16, 32, 64]
 WITH_HEAD = TINY | {
     "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT)),
-    # other heads and encoders of families that the table has already
+    # other heads and encoders of families in the table
     "dpt, classes": lambda: hf.DPTForSemanticSegmentation(hf.DPTConfig(**BLOCKS, **NECK)),
     "rf_detr, masks": lambda: hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)),
-    "dpt_backbone, hierarchical": lambda: far(
-        hf.DPTConfig(backbone_config=swin(hf.Swinv2Config, out_features=FOUR), **NECK | {"neck_hidden_sizes": WIDTHS})
+    "dpt_backbone, hierarchical": lambda: dpt_with_depth(
+        hf.DPTConfig(
+            backbone_config=swin(hf.Swinv2Config, out_features=STAGE_NAMES),
+            **NECK | {"neck_hidden_sizes": [8, 16, 32, 64]},
+        )
     ),
 }
-SAID = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", "predicted_depth", "pred_masks")
-# one rounding apart: what these heads read lies in memory in another order than their encoder leaves it
-ROUNDED = {"regnet": 1e-7, "upernet": 1e-7}
+OUTPUTS = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", "predicted_depth", "pred_masks")
+# one rounding apart: the input of these heads has another memory layout than the output of their encoder
+TOLERANCE = {"regnet": 1e-7, "upernet": 1e-7}
 HYBRID = BLOCKS | {
     "is_hybrid": True,
     "backbone_featmap_shape": [1, 16, 2, 2],
@@ -48,8 +50,8 @@ POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
 BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
 
 
-def grown(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
-    """A tiny model with its head, frozen, and the teacher that it is on disk."""
+def save_model(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
+    """A tiny frozen model with its head, and the entry of a recipe for its folder."""
     torch.manual_seed(0)
     model = WITH_HEAD[model_type]()
     for parameter in model.parameters():
@@ -61,79 +63,79 @@ def grown(model_type: str, folder: Path) -> tuple[Any, TeacherSpec]:
 
 
 def tensors(output: Any) -> dict[str, Tensor]:
-    return {name: output[name] for name in SAID if name in output}
+    return {name: output[name] for name in OUTPUTS if name in output}
 
 
 @pytest.mark.parametrize("model_type", [*WITH_SPEC, "dpt, classes", "rf_detr, masks", "dpt_backbone, hierarchical"])
-def test_fed_with_the_teachers_own_taps_a_graft_gives_the_teachers_output(model_type: str, tmp_path: Path) -> None:
-    model, spec = grown(model_type, tmp_path)
+def test_on_the_teachers_features_a_head_gives_the_teachers_output(model_type: str, tmp_path: Path) -> None:
+    model, spec = save_model(model_type, tmp_path)
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
+    head = load_head("t", spec, teacher)
     pixels = torch.rand(2, 3, *teacher.size)
-    taught = teacher(pixels)
+    features = teacher(pixels)
     for prompts in (POINTS, BOXES) if model_type.startswith("sam") else ({},):
         with torch.no_grad():
             whole = tensors(model(pixel_values=(pixels - teacher.mean) / teacher.std, **prompts))
-        told = tensors(graft(taught, **prompts))
+        outputs = tensors(head(features, **prompts))
         assert whole
-        for name, truth in whole.items():
-            assert truth.std() > 0
-            assert (told[name] - truth).abs().max() <= ROUNDED.get(model_type, 0.0), name
-    assert sum(p.numel() for p in graft.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+        for name, expected in whole.items():
+            assert expected.std() > 0
+            assert (outputs[name] - expected).abs().max() <= TOLERANCE.get(model_type, 0.0), name
+    assert sum(p.numel() for p in head.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("model_type", ["segformer", "d_fine", "maskformer", "resnet"])
-def test_a_head_depends_on_every_tap_that_it_reads_and_on_no_pixel(model_type: str, tmp_path: Path) -> None:
-    _, spec = grown(model_type, tmp_path)
+def test_a_head_depends_on_each_of_its_taps_and_on_nothing_else(model_type: str, tmp_path: Path) -> None:
+    _, spec = save_model(model_type, tmp_path)
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
-    taught = teacher(torch.rand(2, 3, *teacher.size))
-    before = tensors(graft(taught))
-    for tap in graft.taps:
-        other = taught | {tap: taught[tap].map(lambda x: x + torch.randn_like(x))}
-        after = tensors(graft(other))
+    head = load_head("t", spec, teacher)
+    features = teacher(torch.rand(2, 3, *teacher.size))
+    before = tensors(head(features))
+    for tap in head.taps:
+        changed = features | {tap: features[tap].map(lambda x: x + torch.randn_like(x))}
+        after = tensors(head(changed))
         assert any((after[name] - before[name]).abs().max() > 0 for name in before), tap
-    again = tensors(graft(taught))
+    again = tensors(head(features))
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_features_on_another_grid_are_brought_to_the_heads_own(tmp_path: Path) -> None:
-    _, spec = grown("segformer", tmp_path)
+def test_features_on_another_grid_are_resized_to_that_of_the_head(tmp_path: Path) -> None:
+    _, spec = save_model("segformer", tmp_path)
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
+    head = load_head("t", spec, teacher)
     flat = {
-        tap: Features(None, torch.randn(2, 1, facts.spatial).expand(2, 9, -1), (3, 3))  # type: ignore[arg-type]
-        for tap, facts in teacher.taps.items()
+        name: Features(None, torch.randn(2, 1, tap.spatial).expand(2, 9, -1), (3, 3))  # type: ignore[arg-type]
+        for name, tap in teacher.taps.items()
     }
-    assert graft(flat).logits.shape == (2, 2, 16, 16)
+    assert head(flat).logits.shape == (2, 2, 16, 16)
 
 
 @pytest.mark.parametrize("model_type", ["vit", "deit", "beit", "convnext", "swin"])
-def test_at_another_size_than_the_configs_too(model_type: str, tmp_path: Path) -> None:
-    model, spec = grown(model_type, tmp_path)
+def test_heads_at_another_size_than_the_configs(model_type: str, tmp_path: Path) -> None:
+    model, spec = save_model(model_type, tmp_path)
     teacher = load_teacher("t", spec.model_copy(update={"size": (96, 64)}))
-    graft = load_head("t", spec.model_copy(update={"size": (96, 64)}), teacher)
+    head = load_head("t", spec.model_copy(update={"size": (96, 64)}), teacher)
     pixels = torch.rand(2, 3, 96, 64)
     with torch.no_grad():
         whole = model(pixel_values=(pixels - teacher.mean) / teacher.std, interpolate_pos_encoding=True).logits
-    assert torch.equal(graft(teacher(pixels)).logits, whole)
+    assert torch.equal(head(teacher(pixels)).logits, whole)
 
 
-def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
+def test_checkpoints_without_a_usable_head_are_refused(tmp_path: Path) -> None:
     hf.Dinov2Model(hf.Dinov2Config(**{**VIT, "intermediate_size": None})).save_pretrained(tmp_path / "bare")
     bare = TeacherSpec(model=str(tmp_path / "bare"))
     with pytest.raises(RecipeError, match=r"teachers\.t\.model: .*no head that can be kept"):
         check_head("t", bare)
-    _, spec = grown("segformer", tmp_path / "whole")
+    _, spec = save_model("segformer", tmp_path / "whole")
     narrow = TeacherSpec(model=spec.model, size=64, taps=["stage3"])
     with pytest.raises(
         RecipeError, match=r"teachers\.t\.taps: the head also takes stage0, stage1, stage2; give at least taps: "
     ):
         load_head("t", narrow, load_teacher("t", narrow))
-    _, spec = grown("dpt", tmp_path / "dpt")
+    _, spec = save_model("dpt", tmp_path / "dpt")
     with pytest.raises(RecipeError, match="its head takes square images alone, not 32 x 48 px; set size:"):
         check_head("t", TeacherSpec(model=spec.model, size=(32, 48)))
-    _, spec = grown("sam2", tmp_path / "sam2")
+    _, spec = save_model("sam2", tmp_path / "sam2")
     with pytest.raises(RecipeError, match="its head takes images of 64 x 64 px alone; set size: 64"):
         check_head("t", spec.model_copy(update={"size": 96}))
     hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
@@ -142,15 +144,15 @@ def test_what_has_no_head_is_refused(tmp_path: Path) -> None:
     hf.SegformerForImageClassification(hf.SegformerConfig()).save_pretrained(tmp_path / "mit")
     with pytest.raises(RecipeError, match=r"saved with its head \(ForSemanticSegmentation, not SegformerForImageClass"):
         check_head("t", TeacherSpec(model=str(tmp_path / "mit")))
-    own = TeacherSpec(module="package.module:function")
+    module = TeacherSpec(module="package.module:function")
     with pytest.raises(RecipeError, match="module of your own"):
-        load_head("t", own, teacher=None)  # type: ignore[arg-type]
+        load_head("t", module, teacher=None)  # type: ignore[arg-type]
 
 
-def test_heads_hold_no_weight_of_the_encoder(tmp_path: Path) -> None:
-    _, spec = grown("rt_detr", tmp_path)
+def test_heads_have_no_weight_of_the_encoder(tmp_path: Path) -> None:
+    _, spec = save_model("rt_detr", tmp_path)
     teacher: Teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
-    names = [name for name, _ in graft.named_parameters()]
+    head = load_head("t", spec, teacher)
+    names = [name for name, _ in head.named_parameters()]
     assert not any("backbone" in name or ".model.encoder." in name for name in names)
     assert any("decoder" in name for name in names)

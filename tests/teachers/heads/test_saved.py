@@ -1,4 +1,4 @@
-"""Heads that a student keeps: inherited on their own grids, stored beside it, and run without any teacher."""
+"""Heads that a student keeps: trained for on their own grids, stored with it, and run without the teacher."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shoulders.teachers.heads import load_head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from tests.teachers.conftest import RF_DETR, TINY, VIT
+from tests.teachers.image_text import save_image_text
 from tests.tiny import save_base, save_images, tiny_recipe
-from tests.towers import save_dual
 
 KINDS = ("resnet", "rt_detr_v2", "rf_detr", "segformer", "maskformer", "depth_anything", "dpt", "sam")
 PROCESSORS = {
@@ -31,7 +31,7 @@ PROCESSORS = {
     "rt_detr_v2": "RTDetrImageProcessor",
     "segformer": "SegformerImageProcessor",
     "maskformer": "MaskFormerImageProcessor",
-    "rf_detr": "RfDetrImageProcessor",  # needs torchvision, which need not be here
+    "rf_detr": "RfDetrImageProcessor",  # needs torchvision, which may be missing
     "depth_anything": "DPTImageProcessor",
     "dpt": "DPTImageProcessor",
     "sam": "SamImageProcessor",
@@ -67,59 +67,59 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     distill(recipe)
     for kind in kinds:
-        shutil.rmtree(root / kind)  # the teachers go; the heads stay
+        shutil.rmtree(root / kind)  # the heads must work without the teachers
     return root / "run"
 
 
-def test_kept_heads_run_where_the_teachers_are_absent(run: Path) -> None:
+def test_kept_heads_run_without_the_teachers(run: Path) -> None:
     student = shoulders.load(run)
     assert list(student.heads) == ["rt_detr_v2", "segformer"]
     pixels = torch.rand(2, 3, 32, 32)
     maps = student.predict("segformer", pixels, sizes=[(50, 40), (20, 30)])
     assert [{tuple(one["mask"].shape) for one in image} for image in maps] == [{(50, 40)}, {(20, 30)}]
     assert all(torch.stack([one["mask"] for one in image]).sum(0).eq(1).all() for image in maps)
-    found = student.predict("rt_detr_v2", pixels, threshold=0.0)
-    assert all(set(one) == {"label", "score", "box"} for image in found for one in image)
-    assert found != student.predict("rt_detr_v2", 1 - pixels, threshold=0.0)
+    boxes = student.predict("rt_detr_v2", pixels, threshold=0.0)
+    assert all(set(one) == {"label", "score", "box"} for image in boxes for one in image)
+    assert boxes != student.predict("rt_detr_v2", 1 - pixels, threshold=0.0)
     again = shoulders.load(run).predict("rt_detr_v2", pixels, threshold=0.0)
-    assert again == found
+    assert again == boxes
 
 
-def test_heads_are_copied_with_the_student_and_known_to_auto_model(run: Path, tmp_path: Path) -> None:
+def test_auto_model_loads_a_student_with_heads_and_save_pretrained_copies_them(run: Path, tmp_path: Path) -> None:
     pixels = torch.rand(1, 3, 32, 32)
     student = hf.AutoModel.from_pretrained(run / "student").eval()
-    said = student.predict("rt_detr_v2", pixels, threshold=0.0)
+    boxes = student.predict("rt_detr_v2", pixels, threshold=0.0)
     student.save_pretrained(tmp_path / "copy")
     student.save_pretrained(tmp_path / "copy")  # over itself
-    assert shoulders.load(tmp_path / "copy").predict("rt_detr_v2", pixels, threshold=0.0) == said
+    assert shoulders.load(tmp_path / "copy").predict("rt_detr_v2", pixels, threshold=0.0) == boxes
 
 
 @pytest.mark.parametrize(
     "settings", [{"num_labels": 3, "problem_type": "multi_label_classification"}, {"num_labels": 1}, {"num_labels": 3}]
 )
-def test_classes_are_scored_as_by_the_transformers_pipeline(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_scores_of_classes_are_those_of_the_transformers_pipeline(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     hf.ViTForImageClassification(hf.ViTConfig(**VIT, **settings)).save_pretrained(tmp_path)
     hf.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     spec = TeacherSpec(model=str(tmp_path))
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
+    head = load_head("t", spec, teacher)
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
-    (ours,) = post_process(graft, graft(teacher(pixels)), [(32, 32)])
+    (ours,) = post_process(head, head(teacher(pixels)), [(32, 32)])
     theirs = hf.pipeline("image-classification", model=str(tmp_path))(Image.fromarray(image))
     assert [one["label"] for one in ours] == [one["label"] for one in theirs]
     assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
 
 
-def test_a_class_without_a_name_shifts_no_other(tmp_path: Path) -> None:
+def test_a_class_without_a_name_keeps_its_index(tmp_path: Path) -> None:
     hf.ViTForImageClassification(hf.ViTConfig(**VIT, id2label={1: "cat", 2: "dog"})).save_pretrained(tmp_path)
     spec = TeacherSpec(model=str(tmp_path))
     assert load_head("t", spec, load_teacher("t", spec)).classes == ["LABEL_0", "cat", "dog"]
 
 
-@pytest.mark.parametrize("fault", ["no weights", "no name told from another"])
-def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["no weights", "same embeddings"])
+def test_a_head_that_cannot_be_kept_is_refused_before_the_first_step(fault: str, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     save_images(tmp_path / "images", 24)
     teacher: dict[str, Any] = {"model": str(tmp_path / "teacher")}
@@ -129,7 +129,7 @@ def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, t
         config["architectures"] = ["ViTForImageClassification"]
         (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
     else:
-        save_dual("clip", tmp_path / "teacher")
+        save_image_text("clip", tmp_path / "teacher")
         teacher["classes"] = ["zzzz", "qqqq"]
     recipe = tiny_recipe(
         tmp_path,
@@ -144,73 +144,73 @@ def test_a_head_that_cannot_be_kept_is_found_before_the_first_step(fault: str, t
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_head_that_was_not_kept_is_refused(run: Path) -> None:
+def test_predicting_with_a_head_that_was_not_kept_is_refused(run: Path) -> None:
     with pytest.raises(RecipeError, match="not kept by this student; it has rt_detr_v2, segformer"):
         shoulders.load(run).predict("resnet", torch.rand(1, 3, 32, 32))
 
 
-def test_heads_go_where_the_student_goes(run: Path) -> None:
+def test_heads_move_to_the_device_of_the_student(run: Path) -> None:
     student = shoulders.load(run)
     student.head("segformer")
     student.to("meta")
     assert {p.device.type for p in student.head("segformer").parameters()} == {"meta"}
 
 
-def test_taps_that_a_kept_head_reads_are_inherited_on_their_match_teacher_grid(run: Path) -> None:
+def test_taps_of_a_kept_head_are_predicted_on_the_teachers_grid(run: Path) -> None:
     student = shoulders.load(run)
-    told = student.predict_teacher_features(torch.rand(2, 3, 32, 32))
-    own = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
+    features = student.predict_teacher_features(torch.rand(2, 3, 32, 32))
+    student_grid = student.encoder(torch.rand(2, 3, 32, 32))["latent"].grid
     head = student.head("segformer")
-    for tap, features in taps_of_teacher("segformer", told).items():
-        wanted = head.taps[tap].grid
-        assert all(have >= want for have, want in zip(features.grid, wanted, strict=True))
-    assert taps_of_teacher("resnet", told)["stage3"].grid <= own  # this one was not kept
+    for tap, predicted in taps_of_teacher("segformer", features).items():
+        needed = head.taps[tap].grid
+        assert all(side >= least for side, least in zip(predicted.grid, needed, strict=True))
+    assert taps_of_teacher("resnet", features)["stage3"].grid <= student_grid  # this head was not kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_on_disk_says_what_it_said(kind: str, tmp_path: Path) -> None:
+def test_a_saved_head_gives_the_same_predictions(kind: str, tmp_path: Path) -> None:
     spec = save_teacher(kind, tmp_path / kind)
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
-    save_head(graft, tmp_path / "head")
+    head = load_head("t", spec, teacher)
+    save_head(head, tmp_path / "head")
     whole, kept = (sum(f.stat().st_size for f in (tmp_path / name).glob("*.safetensors")) for name in (kind, "head"))
     assert kept < whole
-    taught = teacher(torch.rand(2, 3, *teacher.size))
+    features = teacher(torch.rand(2, 3, *teacher.size))
     prompts = {"input_points": torch.full((2, 1, 1, 2), 20.0)} if kind == "sam" else {}
-    before = post_process(graft, graft(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    before = post_process(head, head(features, **prompts), [(40, 30), (64, 64)], threshold=0.0)
     opened = open_head(tmp_path / "head")
-    after = post_process(opened, opened(taught, **prompts), [(40, 30), (64, 64)], threshold=0.0)
+    after = post_process(opened, opened(features, **prompts), [(40, 30), (64, 64)], threshold=0.0)
     assert len(before) == 2
-    assert plain(before) == plain(after)
+    assert to_lists(before) == to_lists(after)
 
 
-def plain(value: Any) -> Any:
-    """Tensors as lists, so that answers can be compared."""
+def to_lists(value: Any) -> Any:
+    """Tensors as lists, so that predictions can be compared."""
     if isinstance(value, torch.Tensor):
         return value.tolist()
     if isinstance(value, dict):
-        return {name: plain(part) for name, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, list) else value
+        return {name: to_lists(part) for name, part in value.items()}
+    return [to_lists(part) for part in value] if isinstance(value, list) else value
 
 
-def test_answers_are_those_of_the_transformers_pipelines(tmp_path: Path) -> None:
+def test_boxes_are_those_of_the_image_processor(tmp_path: Path) -> None:
     spec = save_teacher("rt_detr_v2", tmp_path / "rt_detr_v2")
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
+    head = load_head("t", spec, teacher)
     model = hf.AutoModelForObjectDetection.from_pretrained(str(spec.model)).eval()
     pixels = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         output = model(pixel_values=(pixels - teacher.mean) / teacher.std)
-    truth = hf.AutoImageProcessor.from_pretrained(str(spec.model)).post_process_object_detection(
+    expected = hf.AutoImageProcessor.from_pretrained(str(spec.model)).post_process_object_detection(
         output, threshold=0.3, target_sizes=[(100, 200)]
     )[0]
-    told = post_process(graft, graft(teacher(pixels)), [(100, 200)], threshold=0.3)[0]
-    assert [one["score"] for one in told] == pytest.approx(truth["scores"].tolist())
-    assert torch.tensor([list(one["box"].values()) for one in told]).allclose(truth["boxes"])
-    assert list(told[0]["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+    predictions = post_process(head, head(teacher(pixels)), [(100, 200)], threshold=0.3)[0]
+    assert [one["score"] for one in predictions] == pytest.approx(expected["scores"].tolist())
+    assert torch.tensor([list(one["box"].values()) for one in predictions]).allclose(expected["boxes"])
+    assert list(predictions[0]["box"]) == ["xmin", "ymin", "xmax", "ymax"]
 
 
-def test_damaged_heads_are_named(run: Path, tmp_path: Path) -> None:
+def test_damaged_heads_are_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "student" / "heads" / "segformer", tmp_path / "head")
     weights = tmp_path / "head" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -221,28 +221,28 @@ def test_damaged_heads_are_named(run: Path, tmp_path: Path) -> None:
         open_head(tmp_path / "head")
 
 
-def test_heads_without_their_processor_say_so(tmp_path: Path) -> None:
+def test_post_processing_without_an_image_processor_is_refused(tmp_path: Path) -> None:
     spec = save_teacher("segformer", tmp_path / "s")
     (tmp_path / "s" / "preprocessor_config.json").unlink()
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
-    if graft.processor is None:
+    head = load_head("t", spec, teacher)
+    if head.processor is None:
         with pytest.raises(RecipeError, match="preprocessor_config"):
-            post_process(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+            post_process(head, head(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 
-def test_masks_of_a_detector_with_another_processor_are_refused(tmp_path: Path) -> None:
+def test_masks_without_the_detectors_own_image_processor_are_refused(tmp_path: Path) -> None:
     spec = save_teacher("rf_detr", tmp_path / "r")
     torch.manual_seed(0)
     hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)).save_pretrained(tmp_path / "r")
     teacher = load_teacher("t", spec)
-    graft = load_head("t", spec, teacher)
-    if not hasattr(graft.processor, "post_process_instance_segmentation"):  # it needs torchvision
+    head = load_head("t", spec, teacher)
+    if not hasattr(head.processor, "post_process_instance_segmentation"):  # without torchvision
         with pytest.raises(RecipeError, match="install torchvision"):
-            post_process(graft, graft(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
+            post_process(head, head(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 
-def test_keep_heads_names_teachers() -> None:
+def test_unknown_names_in_keep_heads_are_refused() -> None:
     tree = {"student": {"base": "b"}, "images": {"path": "p"}, "out": "o", "keep_heads": ["nobody"]}
     with pytest.raises(ValueError, match="keep_heads: nobody not among teachers"):
         Recipe.model_validate(tree)

@@ -20,8 +20,8 @@ from shoulders.teachers import FAMILIES, Teacher, load_teacher
 from shoulders.teachers.heads import ZeroShot, check_head, load_head
 from shoulders.teachers.heads.post_process import post_process, task_of
 from shoulders.teachers.heads.saved import open_head, save_head
+from tests.teachers.image_text import MAX_TEXT_TOKENS, NAMES, save_image_text, save_tokenizer
 from tests.tiny import save_base, save_images, tiny_recipe
-from tests.towers import LONGEST, NAMES, save_dual, save_tokenizer
 
 IMAGE_TEXT = [model_type for model_type, family in FAMILIES.items() if family.zero_shot]
 SEVERAL = ["a photo of a {}.", "the {}", "{} drawing"]
@@ -33,8 +33,8 @@ def padding_of(kind: str) -> bool | str:
     return spec.padding
 
 
-def open_both(kind: str, folder: Path, prompts: list[str] | None = None) -> tuple[Any, Teacher, ZeroShot]:
-    model = save_dual(kind, folder)
+def load_both(kind: str, folder: Path, prompts: list[str] | None = None) -> tuple[Any, Teacher, ZeroShot]:
+    model = save_image_text(kind, folder)
     spec = TeacherSpec(model=str(folder), classes=list(NAMES), prompts=prompts, size=32 if kind == "siglip2" else None)
     teacher = load_teacher("t", spec)
     head = load_head("t", spec, teacher)
@@ -44,7 +44,7 @@ def open_both(kind: str, folder: Path, prompts: list[str] | None = None) -> tupl
 
 def text_vectors(kind: str, folder: Path, model: Any, texts: list[str]) -> Tensor:
     tokens = hf.AutoTokenizer.from_pretrained(folder)(
-        texts, padding=padding_of(kind), max_length=LONGEST, truncation=True, return_tensors="pt"
+        texts, padding=padding_of(kind), max_length=MAX_TEXT_TOKENS, truncation=True, return_tensors="pt"
     )
     return model.get_text_features(**tokens).pooler_output
 
@@ -56,13 +56,13 @@ def image_vectors(teacher: Teacher, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", IMAGE_TEXT)
-def test_the_head_says_what_the_whole_model_says(kind: str, tmp_path: Path) -> None:
-    model, teacher, head = open_both(kind, tmp_path)
+def test_the_head_gives_the_logits_of_the_whole_model(kind: str, tmp_path: Path) -> None:
+    model, teacher, head = load_both(kind, tmp_path)
     pixels = torch.rand(3, 3, 32, 32)
     tokens = hf.AutoTokenizer.from_pretrained(tmp_path)(
         [f"a photo of a {name}." for name in NAMES],
         padding=padding_of(kind),
-        max_length=LONGEST,
+        max_length=MAX_TEXT_TOKENS,
         truncation=True,
         return_tensors="pt",
     )
@@ -75,59 +75,60 @@ def test_the_head_says_what_the_whole_model_says(kind: str, tmp_path: Path) -> N
             "pixel_attention_mask": torch.ones(3, 16, dtype=torch.long),
         }
     with torch.no_grad():
-        truth = model(**tokens, **images).logits_per_image
-    said = head(teacher(pixels))
-    assert truth.std() > 0
-    assert torch.equal(said.logits, truth)
-    wanted = truth.softmax(1) if kind == "clip" else truth.sigmoid()
-    assert torch.equal(said.scores, wanted)
+        expected = model(**tokens, **images).logits_per_image
+    output = head(teacher(pixels))
+    assert expected.std() > 0
+    assert torch.equal(output.logits, expected)
+    wanted = expected.softmax(1) if kind == "clip" else expected.sigmoid()
+    assert torch.equal(output.scores, wanted)
     assert sum(p.numel() for p in head.parameters()) == (1 if kind == "clip" else 2)  # no tower is left
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_several_prompts_are_averaged_as_unit_vectors(kind: str, tmp_path: Path) -> None:
-    model, teacher, head = open_both(kind, tmp_path, SEVERAL)
+    model, teacher, head = load_both(kind, tmp_path, SEVERAL)
     pixels = torch.rand(2, 3, 32, 32)
     rows = []
     for name in NAMES:
-        told = text_vectors(kind, tmp_path, model, [prompt.format(name) for prompt in SEVERAL])
-        mean = (told / told.norm(dim=1, keepdim=True)).mean(0)
+        vectors = text_vectors(kind, tmp_path, model, [prompt.format(name) for prompt in SEVERAL])
+        mean = (vectors / vectors.norm(dim=1, keepdim=True)).mean(0)
         rows.append(mean / mean.norm())
     images = image_vectors(teacher, pixels)
     cosines = (images / images.norm(dim=1, keepdim=True)) @ torch.stack(rows).T
-    truth = cosines * model.logit_scale.exp() + (0 if kind == "clip" else model.logit_bias)
-    torch.testing.assert_close(head(teacher(pixels)).logits, truth, atol=1e-5, rtol=1e-5)
+    expected = cosines * model.logit_scale.exp() + (0 if kind == "clip" else model.logit_bias)
+    torch.testing.assert_close(head(teacher(pixels)).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", IMAGE_TEXT)
-def test_on_disk_it_stays_the_same_and_leaves_both_towers_behind(kind: str, tmp_path: Path) -> None:
-    _, teacher, head = open_both(kind, tmp_path / "teacher")
-    taught = teacher(torch.rand(2, 3, 32, 32))
+def test_a_saved_head_is_the_same_and_has_no_tower(kind: str, tmp_path: Path) -> None:
+    _, teacher, head = load_both(kind, tmp_path / "teacher")
+    features = teacher(torch.rand(2, 3, 32, 32))
     save_head(head, tmp_path / "head")
     assert (tmp_path / "head" / "model.safetensors").stat().st_size < 1500
     opened = open_head(tmp_path / "head")
-    assert torch.equal(opened(taught).logits, head(taught).logits)
+    assert torch.equal(opened(features).logits, head(features).logits)
     assert opened.classes == list(NAMES) and task_of(opened) == "classification"
-    told = post_process(opened, opened(taught), [(32, 32)] * 2)
-    assert [len(one) for one in told] == [5, 5]
-    assert all(set(answer) == {"label", "score"} for answer in told[0])
-    assert [answer["score"] for answer in told[0]] == sorted((a["score"] for a in told[0]), reverse=True)
+    predictions = post_process(opened, opened(features), [(32, 32)] * 2)
+    assert [len(one) for one in predictions] == [5, 5]
+    assert all(set(one) == {"label", "score"} for one in predictions[0])
+    scores = [one["score"] for one in predictions[0]]
+    assert scores == sorted(scores, reverse=True)
 
 
-def test_other_names_need_the_text_tower(tmp_path: Path) -> None:
-    model, teacher, head = open_both("clip", tmp_path / "teacher")
+def test_new_class_names_need_the_text_tower(tmp_path: Path) -> None:
+    model, teacher, head = load_both("clip", tmp_path / "teacher")
     save_head(head, tmp_path / "head")
     opened = open_head(tmp_path / "head")
-    taught = teacher(torch.rand(2, 3, 32, 32))
-    some = opened(taught, classes=["house", "cat"])
-    assert torch.equal(some.logits, head(taught).logits[:, [4, 0]])
-    new = opened(taught, classes=["cat", "drawing"])
+    features = teacher(torch.rand(2, 3, 32, 32))
+    some = opened(features, classes=["house", "cat"])
+    assert torch.equal(some.logits, head(features).logits[:, [4, 0]])
+    new = opened(features, classes=["cat", "drawing"])
     assert new.classes == ("cat", "drawing") and torch.allclose(new.logits[:, 0], some.logits[:, 1])
     assert post_process(opened, new, [(32, 32)] * 2)[0][0]["label"] in ("cat", "drawing")
     shutil.rmtree(tmp_path / "teacher")
-    assert torch.equal(opened(taught, classes=["house", "cat"]).logits, some.logits)
+    assert torch.equal(opened(features, classes=["house", "cat"]).logits, some.logits)
     with pytest.raises(RecipeError, match=r"classes: drawing: not kept; this head keeps cat, dog, .*text tower"):
-        opened(taught, classes=["cat", "drawing"])
+        opened(features, classes=["cat", "drawing"])
 
 
 def refusal(spec: TeacherSpec) -> str:
@@ -137,8 +138,8 @@ def refusal(spec: TeacherSpec) -> str:
     return str(refused.value)
 
 
-def test_what_cannot_be_kept_is_refused_before_any_weights_are_read(tmp_path: Path) -> None:
-    save_dual("clip", tmp_path / "clip")
+def test_unusable_checkpoints_are_refused_before_any_weights_are_read(tmp_path: Path) -> None:
+    save_image_text("clip", tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"")
     folder = str(tmp_path / "clip")
     check_head("t", TeacherSpec(model=folder, classes=["cat", "dog"]))
@@ -154,12 +155,12 @@ def test_what_cannot_be_kept_is_refused_before_any_weights_are_read(tmp_path: Pa
     assert "has no text tower" in refusal(spec)
     save_tokenizer(tmp_path / "clip")
     hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    spec = TeacherSpec(model=folder, classes=["unheard", "of"], size=32)
+    spec = TeacherSpec(model=folder, classes=["unknown", "names"], size=32)
     check_head("t", spec.model_copy(update={"classes": ["cow", "mouse"]}))
     with pytest.raises(RecipeError, match="gives some of the classes cow, mouse the same embedding"):
         load_head("t", spec.model_copy(update={"classes": ["cow", "mouse"]}), load_teacher("t", spec))
-    own = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
-    own.save_pretrained(tmp_path / "resnet")
+    resnet = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    resnet.save_pretrained(tmp_path / "resnet")
     spec = TeacherSpec(model=str(tmp_path / "resnet"), classes=["cat", "dog"])
     assert "has classes of its own" in refusal(spec)
 
@@ -186,7 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("zero_shot")
     save_base(root / "base")
     for kind in ("clip", "siglip"):
-        save_dual(kind, root / kind)
+        save_image_text(kind, root / kind)
     save_images(root / "labelled" / "train", 16, classes=2)
     save_images(root / "labelled" / "test", 8, classes=2)
     for split in ("train", "test"):
@@ -209,20 +210,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_student_classifies_by_the_names_that_it_kept(run: Path) -> None:
+def test_a_student_classifies_with_its_kept_class_names(run: Path) -> None:
     student = shoulders.load(run / "run")
-    told = student.predict("siglip", torch.rand(2, 3, 32, 32))
-    assert {answer["label"] for answer in told[0]} == set(NAMES)
+    predictions = student.predict("siglip", torch.rand(2, 3, 32, 32))
+    assert {one["label"] for one in predictions[0]} == set(NAMES)
     two = student.predict("siglip", torch.rand(2, 3, 32, 32), classes=["dog", "cat"])
-    assert {answer["label"] for answer in two[0]} == {"dog", "cat"}
+    assert {one["label"] for one in two[0]} == {"dog", "cat"}
 
 
-def test_zero_shot_rows_stand_beside_those_of_the_probes(run: Path) -> None:
+def test_evaluate_adds_zero_shot_rows_to_those_of_the_probes(run: Path) -> None:
     rows = evaluate(run / "run", "classification", run / "labelled", ["student", "clip", "siglip"], workers=0)
     zero = [row for row in rows if row["metric"] == "zero_shot_top1"]
-    who = [(row["model"], row["head"]) for row in zero]
-    assert who == [("student", "clip"), ("student", "siglip"), ("clip", "clip"), ("siglip", "siglip")]
-    told = evaluate_heads(run / "run", "classification", run / "labelled", workers=0)
-    assert [row["value"] for row in zero] == [row["value"] for row in told]
+    assert [(row["model"], row["head"]) for row in zero] == [
+        ("student", "clip"),
+        ("student", "siglip"),
+        ("clip", "clip"),
+        ("siglip", "siglip"),
+    ]
+    head_rows = evaluate_heads(run / "run", "classification", run / "labelled", workers=0)
+    assert [row["value"] for row in zero] == [row["value"] for row in head_rows]
     assert all(row["n"] == 8 and 0 <= row["value"] <= 1 for row in zero)
     assert {row["metric"] for row in rows if row["model"] == "student"} > {"zero_shot_top1", "knn_top1"}

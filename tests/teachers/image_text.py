@@ -16,19 +16,19 @@ NAMES = ("cat", "dog", "red", "green", "house")
 LETTERS = ("▁", ".", *"abcdefghijklmnopqrstuvwxyz")
 WORDS = ("a", "photo", "of", "drawing", "the", ".", *NAMES)
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>")
-LONGEST = 24
+MAX_TEXT_TOKENS = 24
 TEXT = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 16,
-    "max_position_embeddings": LONGEST,
+    "max_position_embeddings": MAX_TEXT_TOKENS,
     "vocab_size": 40,
     "pad_token_id": 0,
     "bos_token_id": SPECIAL.index("<s>"),
     "eos_token_id": SPECIAL.index("</s>"),
 }
-DUALS: dict[str, Any] = {
+IMAGE_TEXT_MODELS: dict[str, Any] = {
     "clip": lambda: hf.CLIPModel(
         hf.CLIPConfig(vision_config={**VIT, "projection_dim": 12}, text_config=TEXT, projection_dim=12)
     ),
@@ -43,7 +43,7 @@ DUALS: dict[str, Any] = {
 
 
 def save_tokenizer(folder: Path, kind: str = "clip") -> None:
-    """A tokenizer of whole words that begins and ends each text; of letters for SigLIP 2, whose class is BPE alone."""
+    """A tokenizer of whole words with start and end tokens; of letters for SigLIP 2, which takes BPE alone."""
     if kind == "siglip2":
         letters = {letter: number for number, letter in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", *LETTERS))}
         hf.Siglip2Tokenizer(vocab=letters, merges=[]).save_pretrained(folder)
@@ -53,14 +53,14 @@ def save_tokenizer(folder: Path, kind: str = "clip") -> None:
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     ends = [("<s>", vocabulary["<s>"]), ("</s>", vocabulary["</s>"])]
     words.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    hf.PreTrainedTokenizerFast(tokenizer_object=words, **roles).save_pretrained(folder)
+    tokens = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, **tokens).save_pretrained(folder)
 
 
-def save_dual(kind: str, folder: Path, size: int = 32) -> Any:
-    """A model with both towers, every weight moved off its initial value; it is also returned."""
+def save_image_text(kind: str, folder: Path, size: int = 32) -> Any:
+    """A model with both towers, with no weight at its initial value; it is also returned."""
     torch.manual_seed(0)
-    model = DUALS[kind]()
+    model = IMAGE_TEXT_MODELS[kind]()
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(folder)
