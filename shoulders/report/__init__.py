@@ -1,4 +1,4 @@
-"""A run on one page: what was distilled from whom, how well, and what it looks like."""
+"""The page of a run: results, predictions, features and training curves in one HTML file."""
 
 from shoulders.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG. Colours are classes of the page's style sheet, so that they follow light and dark."""
+"""Charts as inline SVG. Colours are classes of the page's style sheet, so that they follow light and dark mode."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from shoulders.report.gather import Points
 from shoulders.report.markup import Html, element, text
+from shoulders.report.record import Points
 
-LARGE, SMALL = (420, 256), (300, 190)  # px, about as they are shown
-LEFT, TOP, BOTTOM = 38, 10, 30  # px around the plot; on the right stand the names
-LETTER, LINE = 8.6, 16  # px that a bold letter is wide at most and a name is high, at the page's 13 px
-MOST = 160  # points of a curve that can be told apart
-STEPS = 62  # px that the name of the horizontal axis takes at the right
-FEW = 12  # up to here each point gets a dot
+# all lengths are in px, at about the size at which the page shows the charts
+LARGE_SIZE, SMALL_SIZE = (420, 256), (300, 190)
+LEFT, TOP, BOTTOM = 38, 10, 30  # margins of the plot; the names of the curves are on the right
+MIN_RIGHT = 62  # margin for the name of the horizontal axis
+LETTER_WIDTH, LINE_HEIGHT = 8.6, 16  # largest width of a bold letter, and height of a name
+BAR_HEIGHT, BAR_GAP, BAR_WIDTH = 7, 3, 180
+MAX_POINTS = 160  # of a curve
+MAX_DOTS = 12  # a curve of so few points has a dot at each
+STEP_SIZES = (1, 2, 2.5, 5, 10)  # of ticks, times a power of ten
 
 
 class Series(NamedTuple):
-    """A curve: its name, its points, and the class that gives it colour and dash."""
+    """A curve: its name, its points, and the class that gives it colour and dashes."""
 
     name: str
     points: Points
@@ -26,15 +29,15 @@ class Series(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """Where values lie in px."""
+    """Maps values to px."""
 
-    x: tuple[float, float]
+    x: tuple[float, float]  # smallest and largest value
     y: tuple[float, float]
-    right: float  # px at which the plot ends
+    right: float  # px of the right end of the plot
     bottom: float
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """(x, y) in px of the chart."""
+    def to_px(self, x: float, y: float) -> tuple[float, float]:
+        """The position of the point (x, y) in px."""
         across = (x - self.x[0]) / (self.x[1] - self.x[0])
         up = (y - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + across * (self.right - LEFT), self.bottom - up * (self.bottom - TOP)
@@ -43,92 +46,100 @@ class Frame(NamedTuple):
 def line_chart(
     series: Sequence[Series],
     label: str,
-    size: tuple[int, int] = LARGE,
+    size: tuple[int, int] = LARGE_SIZE,
     low: float | None = None,
     high: float | None = None,
-    top: float | None = None,
 ) -> Html:
-    """Curves over steps, each named where it ends.
+    """Curves over the steps, each with its name at its end.
 
     Args:
-        label: what is to be seen, for those who cannot; the first and last value of each curve are added.
+        series: the curves.
+        label: description for screen readers; the first and the last value of each curve are added.
         size: (width, height) in px.
-        low, high: ends of the vertical axis; default: those of the values.
-        top: values above are cut off.
+        low, high: ends of the vertical axis; default: the extreme values. Curves are cut off outside, and a curve that
+            ends above the axis has its last value in its name.
     """
-    series = [curve._replace(points=thin(curve.points)) for curve in series if curve.points]
+    series = [curve._replace(points=downsample(curve.points)) for curve in series if curve.points]
     xs = [x for curve in series for x, _ in curve.points]
-    ys = [y if top is None else min(y, top) for curve in series for _, y in curve.points]
-    least, most = min(ys) if low is None else low, max(ys) if high is None else high
-    ticks = nice_ticks(least, most)
-    w, h = size
-    right = w - max(12 + LETTER * max(len(curve.name) for curve in series), STEPS)
-    ends_of_x = (min(xs), max(max(xs), min(xs) + 1))
-    frame = Frame(ends_of_x, (min(ticks[0], least), max(ticks[-1], most)), right, h - BOTTOM)
+    ys = [y for curve in series for _, y in curve.points]
+    lowest, highest = min(ys) if low is None else low, max(ys) if high is None else high
+    ticks = nice_ticks(lowest, highest)
+    y_range = (min(ticks[0], lowest), max(ticks[-1], highest))
+    names = [_name(curve, y_range[1]) for curve in series]
+    width, height = size
+    right = width - max(12 + LETTER_WIDTH * max(map(len, names)), MIN_RIGHT)
+    frame = Frame((min(xs), max(max(xs), min(xs) + 1)), y_range, right, height - BOTTOM)
     ends = "; ".join(f"{curve.name} from {curve.points[0][1]:.3g} to {curve.points[-1][1]:.3g}" for curve in series)
-    inside = [*_axes(frame, ticks), *_curves(series, frame), *_names(series, frame)]
-    return element("svg", *inside, viewBox=f"0 0 {w} {h}", role="img", aria_label=f"{label}: {ends}")
+    content = [*_axes(frame, ticks), *_curves(series, frame), *_names(series, names, frame)]
+    return element("svg", *content, viewBox=f"0 0 {width} {height}", role="img", aria_label=f"{label}: {ends}")
+
+
+def _name(curve: Series, highest: float) -> str:
+    last = curve.points[-1][1]
+    return curve.name if last <= highest else f"{curve.name} ↑{last:.2g}"
 
 
 def _axes(frame: Frame, ticks: Sequence[float]) -> list[Html]:
-    drawn = []
+    elements = []
     for tick in ticks:
-        y = frame.at(frame.x[0], tick)[1]
-        drawn.append(Html(f'<path class="grid" d="M{LEFT} {y:.1f}H{frame.right:.1f}"/>'))
-        drawn.append(Html(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'))
+        y = frame.to_px(frame.x[0], tick)[1]
+        elements.append(Html(f'<path class="grid" d="M{LEFT} {y:.1f}H{frame.right:.1f}"/>'))
+        elements.append(Html(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'))
     steps = [tick for tick in nice_ticks(*frame.x) if frame.x[0] <= tick <= frame.x[1] and tick == int(tick)]
     y = frame.bottom + 20
     for tick in steps:
-        x = frame.at(tick, frame.y[0])[0]
-        words = f"{tick / 1000:g}k" if tick and frame.x[1] >= 10_000 else f"{tick:g}"
-        drawn.append(Html(f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{words}</text>'))
-    drawn.append(Html(f'<text class="tick" x="{frame.right + 20:.1f}" y="{y:.1f}">steps</text>'))
-    return drawn
+        x = frame.to_px(tick, frame.y[0])[0]
+        number = f"{tick / 1000:g}k" if tick and frame.x[1] >= 10_000 else f"{tick:g}"
+        elements.append(Html(f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{number}</text>'))
+    elements.append(Html(f'<text class="tick" x="{frame.right + 20:.1f}" y="{y:.1f}">steps</text>'))
+    return elements
 
 
 def _curves(series: Sequence[Series], frame: Frame) -> list[Html]:
-    """The curves, cut off where they leave the plot: a nested svg shows nothing outside of itself."""
-    x, y, w, h = LEFT - 4, TOP - 4, frame.right - LEFT + 8, frame.bottom - TOP + 8
-    drawn = []
+    """The curves, cut off at the border of the plot by a nested svg."""
+    x, y, width, height = LEFT - 4, TOP - 4, frame.right - LEFT + 8, frame.bottom - TOP + 8
+    elements = []
     for curve in series:
-        places = [frame.at(*point) for point in curve.points]
-        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
-        drawn.append(f'<path class="line {curve.class_}" d="{path}"/>')
-        if len(places) <= FEW:
-            drawn += [f'<circle class="dot {curve.class_}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in places]
-    box = f'x="{x}" y="{y}" width="{w:.1f}" height="{h}" viewBox="{x} {y} {w:.1f} {h}"'
-    return [Html(f"<svg {box}>{''.join(drawn)}</svg>")]
+        points = [frame.to_px(*point) for point in curve.points]
+        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
+        elements.append(f'<path class="line {curve.class_}" d="{path}"/>')
+        if len(points) <= MAX_DOTS:
+            dots = [f'<circle class="dot {curve.class_}" cx="{px:.1f}" cy="{py:.1f}" r="3"/>' for px, py in points]
+            elements += dots
+    box = f'x="{x}" y="{y}" width="{width:.1f}" height="{height}" viewBox="{x} {y} {width:.1f} {height}"'
+    return [Html(f"<svg {box}>{''.join(elements)}</svg>")]
 
 
-def _names(series: Sequence[Series], frame: Frame) -> list[Html]:
-    """The names at the right ends, moved apart where they would lie on each other."""
-    ends = [frame.at(*curve.points[-1])[1] for curve in series]
+def _names(series: Sequence[Series], names: Sequence[str], frame: Frame) -> list[Html]:
+    """The names at the ends of the curves, moved apart where they would overlap."""
+    ends = [frame.to_px(*curve.points[-1])[1] for curve in series]
     order = sorted(range(len(series)), key=lambda i: ends[i])
-    heights = apart([min(max(ends[i], TOP), frame.bottom) for i in order], LINE, TOP, frame.bottom)
-    drawn = []
+    heights = spread([min(max(ends[i], TOP), frame.bottom) for i in order], LINE_HEIGHT, TOP, frame.bottom)
+    elements = []
     for i, y in zip(order, heights, strict=True):
-        place = f'x="{frame.right + 8:.1f}" y="{y + 4:.1f}"'
-        drawn.append(Html(f'<text class="name {series[i].class_}" {place}>{text(series[i].name)}</text>'))
-    return drawn
+        position = f'x="{frame.right + 8:.1f}" y="{y + 4:.1f}"'
+        elements.append(Html(f'<text class="name {series[i].class_}" {position}>{text(names[i])}</text>'))
+    return elements
 
 
-def bars(values: Sequence[tuple[str, float]], label: str) -> Html:
-    """Bars of fractions from 0 to 1 under each other, on a common track.
+def bar_chart(values: Sequence[tuple[str, float]], label: str) -> Html:
+    """Horizontal bars for fractions from 0 to 1, one below the other.
 
     Args:
-        values: (class that gives the colour, value).
+        values: (class that gives the colour, value) of each bar.
+        label: description for screen readers.
     """
-    thick, gap, width = 7, 3, 180
-    height = len(values) * (thick + gap) - gap
-    drawn = [Html(f'<rect class="track" width="{width}" height="{height}" rx="1.5"/>')]
+    height = len(values) * (BAR_HEIGHT + BAR_GAP) - BAR_GAP
+    elements = [Html(f'<rect class="track" width="{BAR_WIDTH}" height="{height}" rx="1.5"/>')]
     for number, (class_, value) in enumerate(values):
-        box = f'y="{number * (thick + gap)}" width="{max(min(value, 1.0), 0.0) * width:.1f}" height="{thick}"'
-        drawn.append(Html(f'<rect class="bar {class_}" {box} rx="1.5"/>'))
+        length = max(min(value, 1.0), 0.0) * BAR_WIDTH
+        box = f'y="{number * (BAR_HEIGHT + BAR_GAP)}" width="{length:.1f}" height="{BAR_HEIGHT}"'
+        elements.append(Html(f'<rect class="bar {class_}" {box} rx="1.5"/>'))
     return element(
         "svg",
-        *drawn,
-        viewBox=f"0 0 {width} {height}",
-        width=width,
+        *elements,
+        viewBox=f"0 0 {BAR_WIDTH} {height}",
+        width=BAR_WIDTH,
         height=height,
         preserveAspectRatio="none",
         role="img",
@@ -137,38 +148,38 @@ def bars(values: Sequence[tuple[str, float]], label: str) -> Html:
     )
 
 
-def thin(points: Points) -> Points:
-    """A curve of at most `MOST` points: the means of neighbours, the first and the last point as they are."""
-    if len(points) <= MOST:
+def downsample(points: Points) -> Points:
+    """A curve of at most `MAX_POINTS` points: means of neighbours, with the first and the last point unchanged."""
+    if len(points) <= MAX_POINTS:
         return points
-    inner, parts = points[1:-1], MOST - 2
-    cuts = [round(i * len(inner) / parts) for i in range(parts + 1)]
+    inner, groups = points[1:-1], MAX_POINTS - 2
+    bounds = [round(i * len(inner) / groups) for i in range(groups + 1)]
     means = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
-        few = inner[start:end]
-        means.append((sum(x for x, _ in few) / len(few), sum(y for _, y in few) / len(few)))
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        group = inner[start:end]
+        means.append((sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)))
     return [points[0], *means, points[-1]]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` round numbers that span [low, high]."""
+    """About ``count`` round numbers that include the range [low, high]."""
     if high <= low:
         high = low + (abs(low) or 1.0) * 0.1
     rough = (high - low) / count
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+    step = next(unit * factor for factor in STEP_SIZES if unit * factor >= rough * 0.999)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(number * step, 10) for number in range(first, last + 1)]
 
 
-def apart(places: Sequence[float], least: float, low: float, high: float) -> list[float]:
-    """Sorted places, moved as little as needed to lie `least` apart, and inside [low, high] if there is room."""
+def spread(positions: Sequence[float], distance: float, low: float, high: float) -> list[float]:
+    """Sorted positions, moved as little as needed to be ``distance`` apart, and inside [low, high] if possible."""
     moved: list[float] = []
-    for place in places:
-        moved.append(max(place, moved[-1] + least) if moved else max(place, low))
-    ceiling = max(high, low + least * (len(moved) - 1))
+    for position in positions:
+        moved.append(max(position, moved[-1] + distance) if moved else max(position, low))
+    limit = max(high, low + distance * (len(moved) - 1))
     for i in range(len(moved) - 1, -1, -1):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - least
+        moved[i] = min(moved[i], limit)
+        limit = moved[i] - distance
     return moved

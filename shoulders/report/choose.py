@@ -1,4 +1,4 @@
-"""Which images a page shows: chosen by their ids, which are hashes, never by what a model says of them."""
+"""The images of a page: chosen by their ids, which are hashes of their names, and never by a prediction."""
 
 from __future__ import annotations
 
@@ -13,90 +13,95 @@ from torch import Tensor
 from shoulders.config.recipe import Recipe
 from shoulders.errors import ShouldersError
 from shoulders.images import Collection, ImageSource, Undecodable, open_images, open_source
-from shoulders.report.gather import Told
+from shoulders.report.record import RunRecord
 
-MAPS = 4  # images whose features are shown
-MOST, MOST_OF_A_HEAD = 8, 4  # that heads answer
-MAX_PIXELS = 50_000_000
+FEATURE_IMAGES = 4  # images whose features are drawn
+MAX_PREDICTION_IMAGES = 8  # images with predictions, of all heads together
+MAX_IMAGES_PER_HEAD = 4
+MAX_PIXELS = 50_000_000  # of an image
 
-Given = ImageSource | Mapping[str, ImageSource] | None
-Some = tuple[Collection, NDArray[np.int64]]  # some of the images of a collection
+GivenImages = ImageSource | Mapping[str, ImageSource] | None  # for all heads, or by name of the head
+Selection = tuple[Collection, NDArray[np.int64]]  # indices of images in a collection
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The images that a page shows.
+class ShownImages:
+    """The images of a page.
 
     Args:
-        maps: pixels (3, H, W) uint8 of those whose features are drawn.
-        heads: by head, the name and the pixels (3, H, W) uint8 of those that it answers.
-        notes: what is missing, in a sentence each.
+        features: pixels (3, H, W) uint8 of the images whose features are drawn.
+        predictions: {head: [(name, pixels (3, H, W) uint8)]} of the images with predictions.
+        notes: a sentence for each thing that is missing.
     """
 
-    maps: list[Tensor]
-    heads: dict[str, list[tuple[str, Tensor]]]
+    features: list[Tensor]
+    predictions: dict[str, list[tuple[str, Tensor]]]
     notes: list[str]
 
 
-def choose(told: Told, heads: Sequence[str], given: Given) -> Asked:
-    """The images for the features and for each head.
+def choose_images(record: RunRecord, heads: Sequence[str], given: GivenImages) -> ShownImages:
+    """Choose the images for the features and for the predictions of each head.
 
     Args:
-        given: for all of them, or by name of the head; what is not given is the test images that a head was scored
-            on, where they still lie there, else held-out images of the run.
+        record: the run.
+        heads: names of the heads.
+        given: images of the caller. Default: the test images that a head was evaluated on, if they still exist, else
+            held-out images of the run.
     """
     notes: list[str] = []
-    of_heads = given if isinstance(given, Mapping) else {}
-    one = None if given is None or isinstance(given, Mapping) else given
-    shared = _held_out(told.recipe, notes) if one is None else _first(one, max(MAPS, MOST))
-    amount = min(MOST_OF_A_HEAD, max(1, MOST // max(len(heads), 1)))
-    chosen = {}
-    for number, name in enumerate(heads[:MOST]):
-        source = of_heads.get(name) or (_scored_on(told, name) if one is None else None)
-        # heads that share a source show different images of it, as long as there are any
-        some = _first(source, amount) if source is not None else _turned(shared, number * amount)
-        if some is not None:
-            chosen[name] = list(_decoded(some[0], some[1][:amount], notes))
-    maps = [] if shared is None else [pixels for _, pixels in _decoded(shared[0], shared[1][:MAPS], notes)]
-    return Asked(maps, chosen, notes)
+    by_head = given if isinstance(given, Mapping) else {}
+    for_all = None if given is None or isinstance(given, Mapping) else given
+    needed = max(FEATURE_IMAGES, MAX_PREDICTION_IMAGES)
+    shared = _select_heldout(record.recipe, needed, notes) if for_all is None else _select_first(for_all, needed)
+    per_head = min(MAX_IMAGES_PER_HEAD, max(1, MAX_PREDICTION_IMAGES // max(len(heads), 1)))
+    predictions = {}
+    for number, head in enumerate(heads[:MAX_PREDICTION_IMAGES]):
+        source = by_head.get(head) or (_open_evaluated(record, head) if for_all is None else None)
+        # heads that share a source have different images of it, as long as there are enough
+        selection = _select_first(source, per_head) if source is not None else _rotate(shared, number * per_head)
+        if selection is not None:
+            predictions[head] = list(_decode(selection[0], selection[1][:per_head], notes))
+    features = [] if shared is None else list(_decode(shared[0], shared[1][:FEATURE_IMAGES], notes))
+    return ShownImages([pixels for _, pixels in features], predictions, notes)
 
 
-def _first(source: ImageSource, amount: int) -> Some:
+def _select_first(source: ImageSource, count: int) -> Selection:
     """The images with the lowest ids."""
     collection = Collection({"images": source})
-    return collection, np.argsort(collection.ids, kind="stable")[:amount]
+    return collection, np.argsort(collection.ids, kind="stable")[:count]
 
 
-def _turned(some: Some | None, by: int) -> Some | None:
-    return None if some is None else (some[0], np.roll(some[1], -by))
+def _rotate(selection: Selection | None, offset: int) -> Selection | None:
+    return None if selection is None else (selection[0], np.roll(selection[1], -offset))
 
 
-def _held_out(recipe: Recipe | None, notes: list[str]) -> Some | None:
+def _select_heldout(recipe: Recipe | None, count: int, notes: list[str]) -> Selection | None:
     if recipe is None:
         return None
     try:
-        found = open_images(recipe.images, recipe.train.seed)
+        images = open_images(recipe.images, recipe.train.seed)
     except (ShouldersError, OSError) as error:
-        notes.append(f"The images of the recipe are not here ({error}).")
+        notes.append(f"The images of the recipe could not be opened ({error}).")
         return None
-    return found.collection, _in_turn(found.collection, found.heldout)[: max(MAPS, MOST)]
+    return images.collection, _alternate_sources(images.collection, images.heldout)[:count]
 
 
-def _in_turn(images: Collection, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The indices with the sources taking turns, so that a large one does not hide the others."""
+def _alternate_sources(images: Collection, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The indices in an order in which the sources take turns, so that a large source does not displace the others."""
     source = np.searchsorted(images.ends, indices, side="right")
-    place = np.zeros(len(indices), np.int64)  # of an image among those of its source
+    rank = np.zeros(len(indices), np.int64)  # of an image among those of its source
     for number in np.unique(source):
-        place[source == number] = np.arange((source == number).sum())
-    return indices[np.lexsort((source, place))]
+        rank[source == number] = np.arange((source == number).sum())
+    return indices[np.lexsort((source, rank))]
 
 
-def _scored_on(told: Told, head: str) -> ImageSource | None:
-    """The test images that a head was last scored on, where they still lie there."""
-    places = [row["data"] for row in told.kept if row.get("head") == head and row.get("data")]
-    for place in map(Path, reversed(places)):
+def _open_evaluated(record: RunRecord, head: str) -> ImageSource | None:
+    """The test images that a head was last evaluated on, if they still exist."""
+    folders = [row["data"] for row in record.results if row.get("head") == head and row.get("data")]
+    for folder in map(Path, reversed(folders)):
         for split in ("test", "val"):
-            for path in (place / "images" / split, place / split, place / f"{split}.parquet", place / f"{split}.tar"):
+            names = (f"images/{split}", split, f"{split}.parquet", f"{split}.tar")
+            for path in (folder / name for name in names):
                 try:
                     if path.exists():
                         return open_source(path)
@@ -105,10 +110,10 @@ def _scored_on(told: Told, head: str) -> ImageSource | None:
     return None
 
 
-def _decoded(collection: Collection, indices: NDArray[np.int64], notes: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole images (3, H, W) uint8, of those that can be read."""
-    for at in indices.tolist():
+def _decode(collection: Collection, indices: NDArray[np.int64], notes: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and pixels (3, H, W) uint8 of the images that can be decoded."""
+    for index in indices.tolist():
         try:
-            yield collection.name(at), collection.pixels(at, MAX_PIXELS, None)[0]
+            yield collection.name(index), collection.pixels(index, MAX_PIXELS, None)[0]
         except Undecodable as error:
-            notes.append(f"{collection.name(at)} cannot be shown ({error}).")
+            notes.append(f"{collection.name(index)} could not be decoded ({error}).")

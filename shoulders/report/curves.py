@@ -1,100 +1,108 @@
-"""The sections that show how a run went: losses and fvu over the steps, and the balance of the teachers."""
+"""The sections with the curves of training: losses and fvu over the steps, and the balance of the teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from shoulders.report.charts import SMALL, Series, line_chart
-from shoulders.report.gather import BASE, Points, Told
+from shoulders.report.charts import SMALL_SIZE, Series, line_chart
 from shoulders.report.markup import Html, element, figure, missing, paragraph, section
+from shoulders.report.record import BASE, Points, RunRecord
 
-COLOURS = 8  # that the style sheet has for teachers
-
-
-def classes(told: Told) -> dict[str, str]:
-    """The class that gives each teacher its colour and dash; the base has its own."""
-    return {name: f"t{number % COLOURS + 1}" for number, name in enumerate(told.teachers)} | {BASE: "base"}
+TEACHER_COLOURS = 8  # in the style sheet
+MAX_FVU = 2.0  # of the axis: untrained projectors have values far above 1
 
 
-def learning(told: Told) -> Html:
+def colour_classes(record: RunRecord) -> dict[str, str]:
+    """{teacher or base: its class in the style sheet, for colour and dashes}."""
+    return {name: f"t{number % TEACHER_COLOURS + 1}" for number, name in enumerate(record.teachers)} | {BASE: "base"}
+
+
+def training_section(record: RunRecord) -> Html:
     """Loss and fvu of each teacher over the steps."""
-    losses, small = _losses(told), _each(told)
-    if not losses and not small:
-        command = f"shoulders distill {told.folder / 'recipe.yaml'}"
-        return section("learning", "Learning", missing("This run keeps no metrics.jsonl; it is written by", command))
-    said = paragraph(
-        "fvu is the fraction of a teacher’s variance that the student does not hold, on held-out images: at 0 it holds "
-        "everything, at 1 it knows no more than the mean. ",
+    losses, fvus = _loss_charts(record), _fvu_charts(record)
+    if not losses and not fvus:
+        command = f"shoulders distill {record.folder / 'recipe.yaml'}"
+        return section("training", "Training", missing("This run has no metrics.jsonl; it is written by", command))
+    text = paragraph(
+        "fvu is the fraction of the variance of a teacher’s features that the student does not explain, on held-out "
+        "images: 0 is perfect, and 1 is as good as predicting the mean. ",
         element("b", "Projector"),
-        " is what the student’s own projector says of the teacher’s features; ",
+        " is the student’s own projector for this teacher; ",
         element("b", "latent"),
-        " what a fresh linear map reads from the student’s last layer alone.",
+        " is a linear map fitted to the student’s last layer alone.",
+        " An arrow marks the last value of a curve that ends above the axis." * any("↑" in chart for chart in fvus),
     )
     parts = [element("div", *losses, class_="grid two")] if losses else []
-    parts += [said, element("div", *small, class_="grid three")] if small else []
-    return section("learning", "Learning", *parts)
+    parts += [text, element("div", *fvus, class_="grid three")] if fvus else []
+    return section("training", "Training", *parts)
 
 
-def _losses(told: Told) -> list[Html]:
-    train, colour = told.curves("train"), classes(told)
-    terms: dict[str, list[Points]] = {}
+def _loss_charts(record: RunRecord) -> list[Html]:
+    train, colours = record.curves("train"), colour_classes(record)
+    by_teacher: dict[str, list[Points]] = {}
     for name, points in train.items():
         if name.startswith("s2t/"):
-            terms.setdefault(name.split("/")[1], []).append(points)
-    shown = []
+            by_teacher.setdefault(name.split("/")[1], []).append(points)
+    charts = []
     if "loss" in train:
         chart = line_chart([Series("loss", train["loss"], "student")], "Training loss", low=0)
-        shown.append(figure(chart, "Training loss", "all terms together"))
-    if terms:
-        series = [Series(name, _mean(curves), colour.get(name, BASE)) for name, curves in terms.items()]
-        shown.append(
-            figure(line_chart(series, "Loss by teacher", low=0), "Loss by teacher", "distance to its features")
-        )
-    return shown
+        charts.append(figure(chart, "Training loss", "sum of all terms"))
+    if by_teacher:
+        series = [Series(name, _mean(curves), colours.get(name, BASE)) for name, curves in by_teacher.items()]
+        chart = line_chart(series, "Loss by teacher", low=0)
+        charts.append(figure(chart, "Loss by teacher", "distance between prediction and features"))
+    return charts
 
 
-def _each(told: Told) -> list[Html]:
-    """A small chart for each teacher, of its fvu by the latent and by the projector."""
-    held, colour = told.curves("evaluation"), classes(told)
-    shown = []
-    for name in [*told.teachers, BASE]:
-        projectors = [points for key, points in held.items() if key.startswith(f"fvu_projector/{name}/")]
-        curves = {"latent": held.get(f"fvu/{name}", []), "projector": _mean(projectors)}
-        series = [Series(which, points, f"{colour[name]} {which}") for which, points in curves.items() if points]
+def _fvu_charts(record: RunRecord) -> list[Html]:
+    """A small chart for each teacher, with fvu by the latent and by the projector."""
+    evaluation, colours = record.curves("evaluation"), colour_classes(record)
+    charts = []
+    for name in [*record.teachers, BASE]:
+        projector = [points for key, points in evaluation.items() if key.startswith(f"fvu_projector/{name}/")]
+        curves = {"latent": evaluation.get(f"fvu/{name}", []), "projector": _mean(projector)}
+        series = [Series(kind, points, f"{colours[name]} {kind}") for kind, points in curves.items() if points]
         if series:
-            chart = line_chart(series, f"fvu of {name} over the steps", SMALL, low=0, high=1, top=1)
-            shown.append(figure(chart, name, "to be kept" if name == BASE else ""))
-    return shown
+            chart = line_chart(series, f"fvu of {name} over the steps", SMALL_SIZE, low=0, high=_fvu_axis(curves))
+            charts.append(figure(chart, name, "preserved" if name == BASE else ""))
+    return charts
 
 
-def balance(told: Told) -> Html:
-    """The teachers against each other over the steps."""
-    held, colour = told.curves("evaluation"), classes(told)
-    series = [Series(n, held[f"fvu/{n}"], colour[n]) for n in [*told.teachers, BASE] if f"fvu/{n}" in held]
-    if not series:
-        command = f"shoulders distill {told.folder / 'recipe.yaml'}"
-        return section(
-            "balance", "Balance", missing("Nothing was measured on held-out images; that is done by", command)
-        )
+def _fvu_axis(curves: Mapping[str, Points]) -> float:
+    """The end of the axis: 1, or more where the last value of a curve is above 1."""
+    last = [points[-1][1] for points in curves.values() if points]
+    return max(1.0, *(value for value in last if value <= MAX_FVU), 0.0)
+
+
+def balance_section(record: RunRecord) -> Html:
+    """The fvu of all teachers in one chart, and their spread."""
+    evaluation, colours = record.curves("evaluation"), colour_classes(record)
+    names = [name for name in [*record.teachers, BASE] if f"fvu/{name}" in evaluation]
+    if not names:
+        command = f"shoulders distill {record.folder / 'recipe.yaml'}"
+        return section("balance", "Balance", missing("This run has no held-out metrics; they are written by", command))
+    series = [Series(name, evaluation[f"fvu/{name}"], colours[name]) for name in names]
     chart = line_chart(series, "fvu of all teachers", low=0)
-    shown = [figure(chart, "All teachers", "fvu of the latent; lower is better")]
-    if "fvu_spread" in held:
-        chart = line_chart([Series("spread", held["fvu_spread"], "student")], "Spread of fvu", low=1)
-        shown.append(figure(chart, "Spread", "highest fvu over lowest; 1 is balanced"))
-    said = paragraph(_how_balanced(told))
-    return section("balance", "Balance", said, element("div", *shown, class_="grid two"))
+    charts = [figure(chart, "All teachers", "fvu of the latent; lower is better")]
+    if "fvu_spread" in evaluation:
+        chart = line_chart([Series("spread", evaluation["fvu_spread"], "student")], "Spread of fvu", low=1)
+        charts.append(figure(chart, "Spread", "highest fvu over lowest fvu; 1 is balanced"))
+    text = paragraph(_balance_text(record))
+    return section("balance", "Balance", text, element("div", *charts, class_="grid two"))
 
 
-def _how_balanced(told: Told) -> str:
-    """What the run does about imbalanced transfer."""
-    plain = "A plain distillation loss favours the teachers with large or simple features and starves the others."
-    if (told.tree.get("transfer") or {}).get("standardize") == "none":
-        return f"{plain} This run does not standardize its teachers: the distance between these curves is the price."
-    return f"{plain} Here each is standardized first; what imbalance is left is how far these curves lie apart."
+def _balance_text(record: RunRecord) -> str:
+    problem = "A loss on raw features favours teachers with large or simple features, and the others are learned less."
+    if record.section("transfer").get("standardize") == "none":
+        return f"{problem} This run does not standardize features; the gaps between the curves show the imbalance."
+    return (
+        f"{problem} This run standardizes the features of each teacher first; the gaps between the curves show the "
+        "imbalance that is left."
+    )
 
 
 def _mean(curves: Sequence[Points]) -> Points:
-    """The mean of curves at each step."""
+    """The mean of several curves at each step."""
     by_step: dict[float, list[float]] = {}
     for curve in curves:
         for step, value in curve:

@@ -1,4 +1,4 @@
-"""Pictures inside the page, as data URIs."""
+"""Pictures as data URIs, which are part of the page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from shoulders.report.markup import Image
 
 
 def jpeg(image: Pillow.Image, alt: str, side: int) -> Image:
-    """A picture of at most `side` px."""
+    """A picture as JPEG, shrunk to at most ``side`` px."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     return _inline(small, alt, "JPEG", quality=82)
 
 
 def png(image: Pillow.Image, alt: str) -> Image:
-    """A picture without loss, for small ones."""
+    """A picture as PNG, without loss; for small pictures."""
     return _inline(image, alt, "PNG", optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""Write the page of a run: one HTML file that needs nothing else."""
+"""Write the page of a run as one HTML file without other files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shoulders.report.about import headline
-from shoulders.report.about import run as about
-from shoulders.report.choose import Given
-from shoulders.report.curves import balance, learning
+from shoulders.report.choose import GivenImages
+from shoulders.report.curves import balance_section, training_section
+from shoulders.report.details import run_section
 from shoulders.report.figures import Figures, draw_figures
-from shoulders.report.gallery import features, heads, hero
-from shoulders.report.gather import Told, read_run
+from shoulders.report.gallery import features_section, heads_section, hero
+from shoulders.report.headline import headline
 from shoulders.report.markup import Html, element, text
-from shoulders.report.results import lines
-from shoulders.report.scores import results
+from shoulders.report.record import RunRecord, read_run
+from shoulders.report.results import table_lines
+from shoulders.report.scores import results_section
 from shoulders.storage.atomic import write_text
 
-# whatever stands in the page, a browser loads nothing from elsewhere and runs no script
+# the browser loads nothing and runs no script, whatever the page contains
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LINKS = {
     "results": "Results",
     "heads": "Heads",
     "features": "Features",
-    "learning": "Learning",
+    "training": "Training",
     "balance": "Balance",
     "run": "Run",
 }
@@ -38,22 +38,22 @@ def write_report(
     run: Path | str,
     *,
     rows: Sequence[Mapping[str, Any]] | None = None,
-    images: Given = None,
+    images: GivenImages = None,
     out: Path | str | None = None,
 ) -> Path:
-    """Write the page of a run folder, whatever of a run is there.
+    """Write the page of a run folder; parts that the run does not have are named with the command that produces them.
 
     Args:
         run: a run folder.
-        rows: measurements for the table instead of those in ``results.json``: rows of `shoulders.evaluation.evaluate`, or of
-            task, kind (a key of `shoulders.report.results.KINDS`), metric, value, seed and, where there are several
+        rows: measurements for the table instead of those in ``results.json``: rows of `shoulders.evaluation.evaluate`,
+            or rows of task, kind (a key of `shoulders.report.results.KINDS`), metric, value, seed and, for several
             data sets, dataset.
-        images: an `ImageSource` to show, or one for each head by name; default: the test images that a head was
-            scored on, where they still lie there, else held-out images of the run.
+        images: an `ImageSource` for all heads, or one for each head by name. Default: the test images that a head was
+            evaluated on, if they still exist, else held-out images of the run.
         out: the file; default: ``report.html`` in the run folder.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
         RecipeError: ``run`` is no run folder.
@@ -61,52 +61,51 @@ def write_report(
         SpaceError: the disk is full.
     """
     run = Path(run)
-    told = read_run(run, None if rows is None else [dict(row) for row in rows])
+    record = read_run(run, None if rows is None else [dict(row) for row in rows])
     file = run / "report.html" if out is None else Path(out)
-    write_text(file, render(told, draw_figures(told, images)))
+    write_text(file, render(record, draw_figures(record, images)))
     return file
 
 
-def render(told: Told, figures: Figures) -> str:
-    """The page as text."""
-    found = lines(told.rows)
+def render(record: RunRecord, figures: Figures) -> str:
+    """The page as HTML text."""
+    lines = table_lines(record.rows)
     main = [
-        headline(told, found, count_parameters(told.folder)),
+        headline(record, lines, count_parameters(record.folder)),
         hero(figures),
         _links(),
-        results(told, found),
-        heads(told, figures),
-        features(told, figures),
-        learning(told),
-        balance(told),
-        about(told),
+        results_section(record, lines),
+        heads_section(record, figures),
+        features_section(record, figures),
+        training_section(record),
+        balance_section(record),
+        run_section(record),
     ]
     style = resources.files("shoulders.report").joinpath("page.css").read_text()
-    name = told.folder.resolve().name
+    name = record.folder.resolve().name
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="color-scheme" content="light dark">'
-        f"<title>{text(name)}: {text(', '.join(told.teachers))} in one student</title><style>{style}</style>"
+        f"<title>{text(name)}: {text(', '.join(record.teachers))} in one student</title><style>{style}</style>"
     )
-    written = "Written by ", element("code", "shoulders report"), ". Nothing here is loaded from elsewhere."
-    footer = element("footer", *written)
+    footer = element("footer", "Written by ", element("code", "shoulders report"), ". This page loads no other files.")
     body = element("main", *main) + footer
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
 def _links() -> Html:
-    each = [element("a", title, href=f"#{name}") for name, title in LINKS.items()]
-    return element("nav", *each, aria_label="Sections")
+    links = [element("a", title, href=f"#{name}") for name, title in LINKS.items()]
+    return element("nav", *links, aria_label="Sections")
 
 
 def count_parameters(run: Path) -> dict[str, int]:
-    """``{"base": .., "adapter": ..}`` numbers in the student's encoder; {} where no student is here."""
+    """Numbers of parameters of the student's encoder, ``{"base": .., "adapter": ..}``; {} without a student."""
     counts = {"base": 0, "adapter": 0}
     for file in sorted((run / "student").glob("*.safetensors")):
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(struct.unpack("<Q", opened.read(8))[0]))
-        for name, facts in header.items():
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+        for name, tensor in header.items():
             part = name.removeprefix("encoder.").split(".")[0]
             if name.startswith("encoder.") and part in counts:
-                counts[part] += math.prod(facts["shape"])
+                counts[part] += math.prod(tensor["shape"])
     return counts if counts["base"] else {}

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over two pipes: no package beside the standard library."""
+"""A page in headless Chromium, controlled over two pipes with the standard library alone."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60  # s
+TIMEOUT_S = 60
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-# a browser reads what it is to do from file 3 and answers on file 4
-PLACE = (
+# Chromium reads commands from file descriptor 3 and writes replies to 4
+LAUNCHER = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
 
 
 def find_chromium() -> str | None:
-    """The program: ``SHOULDERS_CHROMIUM``, or one on the path; None where there is none."""
+    """The path of the program: ``SHOULDERS_CHROMIUM``, or one on the search path; None if there is none."""
     return os.environ.get("SHOULDERS_CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -33,85 +33,85 @@ class Tab:
     """One open page.
 
     Attributes:
-        trouble: what the console said, and what could not be loaded.
-        asked: every address that the page asked for.
+        errors: messages of the console, and addresses that could not be loaded.
+        requests: every address that the page requested.
     """
 
     def __init__(self, read: int, write: int) -> None:
         self.read, self.write, self.rest, self.number, self.session = read, write, b"", 0, ""
         self.loaded = False
-        self.trouble: list[str] = []
-        self.asked: list[str] = []
-        page = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self.errors: list[str] = []
+        self.requests: list[str] = []
+        page = self.command("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.command("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
+            self.command(f"{domain}.enable")
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Do one thing and wait for its answer."""
+    def command(self, method: str, **params: Any) -> dict[str, Any]:
+        """Send a command and wait for its reply."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": params}
         if self.session:
             message["sessionId"] = self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next()
-            if answer.get("id") == self.number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']}")
-                result: dict[str, Any] = answer["result"]
+            reply = self._next()
+            if reply.get("id") == self.number:
+                if "error" in reply:
+                    raise RuntimeError(f"{method}: {reply['error']}")
+                result: dict[str, Any] = reply["result"]
                 return result
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.read], [], [], PATIENCE)
+            ready, _, _ = select.select([self.read], [], [], TIMEOUT_S)
             more = os.read(self.read, 1 << 20) if ready else b""
             if not more:
-                raise RuntimeError("the browser is gone, or says nothing any more")
+                raise RuntimeError("the browser has stopped, or does not reply")
             self.rest += more
         line, _, self.rest = self.rest.partition(b"\0")
         message: dict[str, Any] = json.loads(line)
         params = message.get("params", {})
         self.loaded |= message.get("method") == "Page.loadEventFired"
         if message.get("method") == "Network.requestWillBeSent":
-            self.asked.append(params["request"]["url"])
+            self.requests.append(params["request"]["url"])
         if message.get("method") in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"):
-            self.trouble.append(json.dumps(params)[:400])
+            self.errors.append(json.dumps(params)[:400])
         return message
 
     def open(self, file: Path, width: int, height: int = 900, scheme: str = "light", scale: float = 1) -> None:
-        """Load a file in a window of so many px."""
-        self.call(
+        """Load a file in a window of ``width`` x ``height`` px."""
+        self.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
             height=height,
             deviceScaleFactor=scale,
             mobile=width < 600,
         )
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.loaded = False
-        self.call("Page.navigate", url=file.resolve().as_uri())
+        self.command("Page.navigate", url=file.resolve().as_uri())
         while not self.loaded:
             self._next()
 
     def value(self, code: str) -> Any:
-        """What an expression gives inside the page."""
-        return self.call("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
+        """The value of a JavaScript expression in the page."""
+        return self.command("Runtime.evaluate", expression=code, returnByValue=True)["result"].get("value")
 
     def screenshot(self, file: Path, whole: bool = True) -> None:
-        """The page as PNG, all of it or what is in the window."""
-        shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole, format="png")
+        """Write the page as PNG, all of it or the visible part."""
+        shot = self.command("Page.captureScreenshot", captureBeyondViewport=whole, format="png")
         file.write_bytes(base64.b64decode(shot["data"]))
 
     def pdf(self, file: Path) -> None:
-        """The page as printed."""
-        file.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=True)["data"]))
+        """Write the page as it is printed."""
+        file.write_bytes(base64.b64decode(self.command("Page.printToPDF", printBackground=True)["data"]))
 
 
 @contextmanager
 def browser(program: str) -> Iterator[Tab]:
-    """A tab of a fresh browser without a profile of its own."""
-    to_read, to_write = os.pipe()  # what it reads from us
+    """A tab of a new browser with an empty profile."""
+    to_read, to_write = os.pipe()  # commands
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         to_read, from_write = _above(to_read), _above(from_write)
@@ -119,7 +119,7 @@ def browser(program: str) -> Iterator[Tab]:
             [
                 sys.executable,
                 "-c",
-                PLACE,
+                LAUNCHER,
                 str(to_read),
                 str(from_write),
                 program,
@@ -128,6 +128,10 @@ def browser(program: str) -> Iterator[Tab]:
                 "--disable-gpu",
                 "--disable-dev-shm-usage",
                 "--no-first-run",
+                "--disable-quic",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
                 "--hide-scrollbars",
                 "--remote-debugging-pipe",
                 f"--user-data-dir={profile}",
@@ -149,7 +153,7 @@ def browser(program: str) -> Iterator[Tab]:
 
 
 def _above(descriptor: int) -> int:
-    """The same pipe under a number that is not 3 or 4."""
+    """The same pipe with a descriptor other than 3 and 4."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10)
     os.close(descriptor)
     return moved

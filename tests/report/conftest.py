@@ -1,4 +1,4 @@
-"""A small finished run with three teachers of random weights, their heads kept, and measurements."""
+"""A small finished run with three teachers of random weights, their heads, and measurements."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.tiny import save_base, save_images, tiny_recipe
 HEADS = {"segformer": "semantic", "rt_detr_v2": "detection", "resnet": "classification"}
 
 
-def rows_of(model: str, task: str, data: Path, head: str | None = None, **values: float) -> list[dict[str, Any]]:
+def result_rows(model: str, task: str, data: Path, head: str | None = None, **values: float) -> list[dict[str, Any]]:
     """Rows as `shoulders.evaluation.evaluate` writes them."""
-    common = {"model": model, "task": task, "n": 90, "seconds": 1.0, "settings": {}, "data": str(data), "seed": 0}
-    named = common if head is None else common | {"head": head}
-    return [{**named, "metric": metric, "value": value} for metric, value in values.items()]
+    row = {"model": model, "task": task, "n": 90, "seconds": 1.0, "settings": {}, "data": str(data), "seed": 0}
+    row = row if head is None else row | {"head": head}
+    return [{**row, "metric": metric, "value": value} for metric, value in values.items()]
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +38,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keep_heads=list(HEADS),
     )
     distill(recipe)
-    labels, masks = root / "cells" / "classification", root / "gone" / "semantic"
+    labels, masks = root / "cells" / "classification", root / "deleted" / "semantic"
     rows = [
-        *rows_of("resnet", "classification", labels, "resnet", top1=0.8),
-        *rows_of("student", "classification", labels, "resnet", top1=0.6),
-        *rows_of("student", "classification", labels, knn_top1=0.5, linear_top1=0.7),
-        *rows_of("base", "classification", labels, knn_top1=0.4, linear_top1=0.45),
-        *rows_of("student", "semantic", masks, mIoU=0.3),
+        *result_rows("resnet", "classification", labels, "resnet", top1=0.8),
+        *result_rows("student", "classification", labels, "resnet", top1=0.6),
+        *result_rows("student", "classification", labels, knn_top1=0.5, linear_top1=0.7),
+        *result_rows("base", "classification", labels, knn_top1=0.4, linear_top1=0.45),
+        *result_rows("student", "semantic", masks, mIoU=0.3),
         {"model": "student", "task": "semantic", "metric": "IoU/sky", "value": 0.9, "n": 90, "data": str(masks)},
     ]
     file = root / "run" / "results.json"

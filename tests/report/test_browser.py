@@ -1,4 +1,4 @@
-"""The page in a real browser, on a phone and on a desk, in light and dark."""
+"""The page in a real browser, on phones and desktops, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from shoulders.report import write_report
 from tests.report.browser import Tab, browser, find_chromium
 from tests.report.test_page import SECTIONS
 
-# elements of text whose contrast to what lies behind them is below 4.5 (WCAG 2.2, 1.4.3)
-PALE = """
+# elements with text whose contrast to the background is below 4.5 (WCAG 2.2, 1.4.3)
+LOW_CONTRAST = """
 (() => {
   const rgb = text => (text.match(/[\\d.]+/g) || []).map(Number);
   const light = c => [0.2126, 0.7152, 0.0722].reduce((sum, share, i) => {
@@ -31,13 +31,13 @@ PALE = """
   return pale;
 })()
 """
-# elements that reach out of the window, those inside of a box that scrolls apart
-WIDE = """
+# elements that are wider than the window, except those in a box that scrolls
+TOO_WIDE = """
 [...document.querySelectorAll("body *")].filter(one => !one.closest(".scroll, pre, caption"))
   .filter(one => one.getBoundingClientRect().right > innerWidth + 0.5).map(one => one.tagName + " " + one.className)
 """
-# words in charts that reach out of them, or lie on each other
-CUT = """
+# text in charts that is cut off, or overlaps
+CUT_OFF = """
 [...document.querySelectorAll("figure svg[role=img]")].flatMap(svg => {
   const box = svg.getBoundingClientRect();
   const words = [...svg.querySelectorAll("text")].map(one => [one.textContent, one.getBoundingClientRect()]);
@@ -45,7 +45,7 @@ CUT = """
   const names = [...svg.querySelectorAll("text.name")].map(one => one.getBoundingClientRect());
   names.sort((a, b) => a.y - b.y);
   const close = names.filter((w, i) => i && w.y - names[i - 1].y < w.height * 0.7);
-  return [...cut.map(([text]) => text), ...close.map(() => "names on each other")];
+  return [...cut.map(([text]) => text), ...close.map(() => "names overlap")];
 })
 """
 
@@ -59,20 +59,20 @@ def file(run: Path) -> Path:
 def tab() -> Iterator[Tab]:
     program = find_chromium()
     if program is None:
-        pytest.skip("no Chromium here: install one, or set SHOULDERS_CHROMIUM to the program")
+        pytest.skip("no Chromium: install it, or set SHOULDERS_CHROMIUM to its path")
     with browser(program) as opened:
         yield opened
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (768, "light"), (1280, "dark")])
-def test_it_fits_and_can_be_read(file: Path, tab: Tab, width: int, scheme: str) -> None:
+def test_the_page_fits_the_window_and_has_enough_contrast(file: Path, tab: Tab, width: int, scheme: str) -> None:
     tab.open(file, width, scheme=scheme)
     tab.value("document.querySelectorAll('details').forEach(one => one.open = true)")
     assert tab.value("innerWidth") == width
     assert tab.value("document.documentElement.scrollWidth") <= width
-    assert tab.value(WIDE) == []
-    assert tab.value(CUT) == []
-    assert tab.value(PALE) == []
+    assert tab.value(TOO_WIDE) == []
+    assert tab.value(CUT_OFF) == []
+    assert tab.value(LOW_CONTRAST) == []
     heights = tab.value("[...document.querySelectorAll('section')].map(one => [one.id, one.offsetHeight])")
     assert [name for name, height in heights if height > 100] == SECTIONS
     assert tab.value("[...document.images].every(one => one.naturalWidth > 0)")
@@ -80,17 +80,17 @@ def test_it_fits_and_can_be_read(file: Path, tab: Tab, width: int, scheme: str) 
     assert dark == (scheme == "dark")
 
 
-def test_it_asks_for_nothing_and_complains_of_nothing(file: Path, tab: Tab) -> None:
-    tab.asked.clear()
-    tab.trouble.clear()
+def test_the_page_loads_nothing_and_has_no_errors(file: Path, tab: Tab) -> None:
+    tab.requests.clear()
+    tab.errors.clear()
     tab.open(file, 1280)
-    assert [address for address in tab.asked if not address.startswith("data:")] == [file.resolve().as_uri()]
-    assert tab.trouble == []
+    assert [address for address in tab.requests if not address.startswith("data:")] == [file.resolve().as_uri()]
+    assert tab.errors == []
 
 
-def test_it_prints(file: Path, tab: Tab, tmp_path: Path) -> None:
+def test_the_page_prints_on_white(file: Path, tab: Tab, tmp_path: Path) -> None:
     tab.open(file, 1280, scheme="dark")
-    tab.call("Emulation.setEmulatedMedia", media="print")
+    tab.command("Emulation.setEmulatedMedia", media="print")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     tab.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
