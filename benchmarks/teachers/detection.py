@@ -230,7 +230,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         f"layers, {SHAPE['num_queries']} queries, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
         "data": f"{SCENES:,} scenes of the small world, style {STYLE}, with their boxes",
         "recipe": f"{steps} steps, batch {BATCH}, flips and turns, Muon on matrices, AdamW on the rest, one cycle; "
-        "maps in bf16, queries and boxes in fp32; the best on 300 other scenes is kept",
+        "maps in bf16, queries and boxes in fp32; the best weights on 300 other scenes are selected",
         "score": f"{scores['AP']:.3f} box AP (.50:.95) on 1,000 scenes of the test split, 95 % interval over images "
         f"{low:.3f} to {high:.3f}; AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f}",
     }

@@ -270,7 +270,8 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         "architecture": f"{describe(saved)}, {SIZE}x{SIZE} px",
         "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with the masks of their objects",
         "recipe": f"{steps} steps, batch {BATCH}, Muon on matrices and convolutions, AdamW on the rest, one cycle; "
-        "quarter turns, flips; set loss over whole masks; bf16 autocast; the best on 300 other scenes is kept",
+        "quarter turns, flips; set loss over whole masks; bf16 autocast; the best weights on 300 other scenes are "
+        "selected",
         "score": f"{told}, on {len(asked):,} scenes of the test split (COCO AP over IoU .50 to .95, {len(CLASSES)} "
         "classes)",
     }

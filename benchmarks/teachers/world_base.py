@@ -195,10 +195,10 @@ def measure(
     return {
         "k-NN": base.knn_top1(seen[:, 0], labels, asked[:, 0], truth),
         "linear": base.linear_top1(seen[:, 0], labels, asked[:, 0], truth),
-        "mean of places, linear": base.linear_top1(seen[:, 1:].mean(1), labels, asked[:, 1:].mean(1), truth),
-        "places, mIoU": place_iou(
-            seen[:, 1:].flatten(0, 1), known.flatten(), asked[:, 1:].flatten(0, 1), found.flatten()
+        "linear on the mean of patch tokens": base.linear_top1(
+            seen[:, 1:].mean(1), labels, asked[:, 1:].mean(1), truth
         ),
+        "mIoU": place_iou(seen[:, 1:].flatten(0, 1), known.flatten(), asked[:, 1:].flatten(0, 1), found.flatten()),
     }
 
 
@@ -248,9 +248,9 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         f"grid {GRID}x{GRID}, {common.count_parameters(saved)} parameters",
         "data": f"{len(images):,} scenes of the small world, all styles ({', '.join(STYLES)}), no labels",
         "recipe": f"a convolutional guide (ResNet, {GUIDE_STEPS} steps of {base.BATCH} x {base.VIEWS} views of tiles, "
-        "contrastive on summaries and places), then "
-        f"{steps} steps of {BATCH} views, half of tiles, half of whole scenes, {WHOLE_KEEP} of {GRID**2} places kept, "
-        "regressing the guide's places and mean; Muon on matrices, AdamW on the rest; bf16",
+        "contrastive on summaries and patch tokens), then "
+        f"{steps} steps of {BATCH} views, half of tiles, half of whole scenes, {WHOLE_KEEP} of {GRID**2} patch tokens "
+        "kept, regressing the patch features of the guide and their mean; Muon on matrices, AdamW on the rest; bf16",
         "score": f"test split of all styles, frozen, in %: {told}",
     }
     world_data.write_card(out, "base: a small vision transformer, no labels", minutes, base.SEED, facts)

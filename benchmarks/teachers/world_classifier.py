@@ -58,7 +58,8 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         f"{common.count_parameters(saved)} parameters",
         "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with the class of their largest object",
         "recipe": f"{steps} steps, batch {classifier.BATCH}, Muon on convolutions, AdamW on the rest; one cycle; "
-        "turn, flip, zoom, shift; label smoothing 0.1; bf16 autocast; the best of 1,000 other scenes is kept",
+        "turn, flip, zoom, shift; label smoothing 0.1; bf16 autocast; the best weights on 1,000 other scenes are "
+        "selected",
         "score": f"{score:.1f} % top-1 on {len(asked):,} scenes of the test split",
     }
     world_data.write_card(out, "classifier: a slim ResNet, ten shapes", minutes, classifier.SEED, facts)

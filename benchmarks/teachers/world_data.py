@@ -97,5 +97,5 @@ def _draw_all(style: str, seed: int, count: int) -> Scenes:
 def write_card(folder: Path, title: str, minutes: float, seed: int, facts: dict[str, str]) -> None:
     """The model card of a teacher of the small world."""
     command = f"python benchmarks/teachers/world.py --only {folder.name}"
-    terms = "drawn by the project's own code, no image of anybody else's"
+    terms = "trained on images drawn by the project's own code"
     common.write_card(folder, title, minutes, seed, terms, facts, command)

@@ -66,7 +66,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         f"decoder 128 wide, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
         "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with their class maps",
         "recipe": f"{steps} steps, batch {BATCH}, Muon on matrices, AdamW on the rest, one cycle; quarter turns, flip, "
-        "colours; weighted cross entropy; bf16 autocast; the best on 400 other scenes is kept",
+        "colours; weighted cross entropy; bf16 autocast; the best weights on 400 other scenes are selected",
         "score": f"{each.mean():.1f} % mIoU on {len(asked):,} scenes of the test split ({len(NAMES)} classes, one "
         "confusion matrix over all)",
         "IoU of each class": told,
