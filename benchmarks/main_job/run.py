@@ -1,7 +1,7 @@
-"""The main job on real images, side by side: KPU, s2t alone, and s2t alone with MSE and no standardization.
+"""A comparison on real images: KPU, only s2t, and only s2t with MSE and without standardization.
 
-Each is distilled from the same base and the same two teachers on the same unlabelled images for the same steps, then
-student, base and teachers are probed on CIFAR-10. Run it again and it picks up where it was.
+All students have the same base, the same two teachers, the same unlabelled images and the same number of steps. Then
+student, base and teachers are probed on CIFAR-10. An interrupted run continues when it is started again.
 
     python benchmarks/main_job/run.py --data DATA [--seeds 0 1 2] [--steps 1000]
 
@@ -24,7 +24,7 @@ from shoulders.storage.atomic import write_text
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "real_small.yaml"
-# what each variant changes in the recipe
+# variant: its changes to the recipe
 VARIANTS: dict[str, list[str]] = {
     "kpu": [],
     "s2t": ["transfer.t2s=none"],
@@ -39,30 +39,30 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: as in the recipe")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--runs", type=Path, default=Path("runs/main_job"))
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for seed in given.seeds:
-        for variant in given.variants:
-            rows += one_run(variant, VARIANTS[variant], seed, given)
-    rows += references(given)
+    for seed in args.seeds:
+        for variant in args.variants:
+            rows += one_run(variant, VARIANTS[variant], seed, args)
+    rows += references(args)
     for row in rows:
         row.pop("data", None)  # a path of this machine
-    if given.variants == list(VARIANTS):
+    if args.variants == list(VARIANTS):
         write_text(HERE / "results.json", json.dumps(rows, indent=1) + "\n")
         write_text(HERE / "table.md", table(rows))
         print(table(rows))
 
 
-def one_run(variant: str, changes: list[str], seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Distil and probe one variant; what is there already is not done again."""
-    out = folder(variant, seed, given)
-    steps = [] if given.steps is None else [f"train.steps={given.steps}"]
+def one_run(variant: str, changes: list[str], seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Distil and probe one variant; finished parts are not repeated."""
+    out = folder(variant, seed, args)
+    steps = [] if args.steps is None else [f"train.steps={args.steps}"]
     recipe = read_recipe(
         RECIPE,
         [
-            f"images.sources.photos.path={given.data / 'photos'}",
-            f"images.sources.cifar10.path={given.data / 'cifar10' / 'train.parquet'}",
-            f"images.sources.camvid.path={given.data / 'camvid' / 'images' / 'train'}",
+            f"images.sources.photos.path={args.data / 'photos'}",
+            f"images.sources.cifar10.path={args.data / 'cifar10' / 'train.parquet'}",
+            f"images.sources.camvid.path={args.data / 'camvid' / 'images' / 'train'}",
             f"train.seed={seed}",
             f"out={out}",
             *changes,
@@ -72,7 +72,7 @@ def one_run(variant: str, changes: list[str], seed: int, given: argparse.Namespa
     done = out / "done.json"
     if not done.exists():
         summary = distill(recipe, resume=True)
-        probes = evaluate(out, "classification", given.data / "cifar10", ("student",))
+        probes = evaluate(out, "classification", args.data / "cifar10", ("student",))
         write_text(done, json.dumps({"seconds": summary["seconds"], "probes": probes}))
     saved = json.loads(done.read_text())
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -90,25 +90,25 @@ def one_run(variant: str, changes: list[str], seed: int, given: argparse.Namespa
     return rows + [common | probe for probe in saved["probes"]]
 
 
-def references(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Probes of the base and the teachers, which are the same in every run: once, through the first one there is."""
+def references(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Probes of the base and the teachers, measured once: they are the same in every run."""
     rows: list[dict[str, Any]] = []
-    out = folder(given.variants[0], given.seeds[0], given)
+    out = folder(args.variants[0], args.seeds[0], args)
     for name in ("base", *read_recipe(RECIPE).teachers):
-        done = given.runs / f"{name}.json"
+        done = args.runs / f"{name}.json"
         if not done.exists():
-            write_text(done, json.dumps(evaluate(out, "classification", given.data / "cifar10", (name,))))
+            write_text(done, json.dumps(evaluate(out, "classification", args.data / "cifar10", (name,))))
         rows += json.loads(done.read_text())
     return rows
 
 
-def folder(variant: str, seed: int, given: argparse.Namespace) -> Path:
+def folder(variant: str, seed: int, args: argparse.Namespace) -> Path:
     """The run folder of a variant and seed."""
-    return given.runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
+    return args.runs / f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: fvu per teacher and spread at start and end, and the probes; mean +- deviation over seeds."""
+    """A Markdown table: fvu per teacher and spread at start and end, and the probes; mean +- deviation over seeds."""
     measures = ["fvu/classifier", "fvu/segmenter", "fvu/base", "fvu_spread"]
     probes = ["knn_top1", "linear_top1", "10shot_top1"]
     last = max(row.get("at_step", 0) for row in rows)

@@ -1,7 +1,8 @@
-"""The obvious way to distil three ViTs into one, written straight down: what the library's paths are compared with.
+"""A straightforward implementation of distilling three ViTs into one, which the library is compared with.
 
-Every teacher live, an MLP per teacher at every block of the student for the class token and for the patches (as in
-UNIC, arXiv 2408.05088), features standardized by running statistics, cosine and smooth-L1, AdamW. Nothing is tuned.
+Every teacher is run in every step. An MLP per teacher at every block of the student predicts its class token, another
+one its patches (as in UNIC, arXiv 2408.05088). Features are standardized by running statistics; the loss is cosine
+and smooth-L1, the optimizer AdamW. Nothing is optimized for speed.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ class Ladder(nn.Module):
 
     def __init__(self, blocks: int, d: int, hidden: int, width: int):
         super().__init__()
-        self.rungs = nn.ModuleList(
+        self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(d, hidden), nn.GELU(), nn.Linear(hidden, width)) for _ in range(blocks)
         )
 
     def forward(self, blocks: Sequence[Tensor]) -> Tensor:
-        return torch.stack([rung(x) for rung, x in zip(self.rungs, blocks, strict=True)]).sum(0)
+        return torch.stack([mlp(x) for mlp, x in zip(self.mlps, blocks, strict=True)]).sum(0)
 
 
 class Plain(nn.Module):
     """Student, teachers and projectors; :meth:`step` is one update.
 
     Args:
-        student: a ViT of transformers, all of which learns.
+        student: a ViT of transformers; all of it is trained.
         teachers: ViTs of transformers, by name.
         hidden: width between the two layers of an MLP.
-        bf16: under autocast, and nothing else.
+        bf16: run under autocast.
     """
 
     def __init__(self, student: Any, teachers: dict[str, Any], hidden: int, bf16: bool):
@@ -54,16 +55,16 @@ class Plain(nn.Module):
     def step(self, images: Tensor) -> float:
         """Images (B, 3, h, w) -> the loss."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            seen = self.student(images, output_hidden_states=True).hidden_states[1:]
-            places = seen[0].shape[1] - 1
+            student_features = self.student(images, output_hidden_states=True).hidden_states[1:]
+            tokens = student_features[0].shape[1] - 1
             loss: Tensor = torch.zeros((), device=images.device)
             for name, teacher in self.teachers.items():
                 with torch.no_grad():
-                    said = teacher(images).last_hidden_state
-                    cls = self.standardize(f"{name}_cls", said[:, 0].float())
-                    patch = self.standardize(f"{name}_patch", to_grid(said[:, 1:].float(), places))
-                loss = loss + distance(self.cls[name]([x[:, 0] for x in seen]), cls)
-                loss = loss + distance(self.patch[name]([x[:, 1:] for x in seen]), patch)
+                    teacher_features = teacher(images).last_hidden_state
+                    cls = self.standardize(f"{name}_cls", teacher_features[:, 0].float())
+                    patch = self.standardize(f"{name}_patch", to_grid(teacher_features[:, 1:].float(), tokens))
+                loss = loss + distance(self.cls[name]([x[:, 0] for x in student_features]), cls)
+                loss = loss + distance(self.patch[name]([x[:, 1:] for x in student_features]), patch)
             loss = loss / (2 * len(self.teachers))
         self.adamw.zero_grad()
         loss.backward()
@@ -79,11 +80,11 @@ class Plain(nn.Module):
         return (x - mean) / (std + 1e-6)
 
 
-def to_grid(patches: Tensor, places: int) -> Tensor:
-    """(B, N, C) on a square grid -> (B, places, C) on the student's."""
-    if patches.shape[1] == places:
+def to_grid(patches: Tensor, tokens: int) -> Tensor:
+    """(B, N, C) on a square grid -> (B, tokens, C) on the student's."""
+    if patches.shape[1] == tokens:
         return patches
-    old, new = round(patches.shape[1] ** 0.5), round(places**0.5)
+    old, new = round(patches.shape[1] ** 0.5), round(tokens**0.5)
     maps = patches.transpose(1, 2).unflatten(2, (old, old))
     return F.interpolate(maps, (new, new), mode="bilinear").flatten(2).transpose(1, 2)
 

@@ -1,13 +1,13 @@
-"""How fast a step is, and how much memory it takes: the obvious way, and the ways of this library.
+"""Speed and memory of a training step: a straightforward implementation against the variants of this library.
 
     python benchmarks/speed/run.py [--batch 8 32] [--rounds 3] [--quick] [--work runs/speed]
 
-The job: a ViT-S/16 at 224 px that learns from three ViT-B teachers, one of them with patches of 14 px; then the same
-teachers for a frozen ViT-B with an adapter. Weights and images are random. Each variant runs in a process of its own,
-and every round runs all of them, so that drift of the machine hits all alike; each process measures the machine's own
-rate of matrix products too. Only ratios mean anything. What is measured already is kept in ``--work``: started again,
-the command goes on. Writes results.json and table.md here, unless --quick; what they hold of other batches and variants
-stays.
+The job: a ViT-S/16 at 224 px is distilled from three ViT-B teachers, one of them with a patch size of 14 px; then a
+frozen ViT-B with an adapter from the same teachers. Weights and images are random. Each variant runs in its own
+process. Every round runs all variants, so that a drift of the machine affects all of them. Each process also measures
+the rate of matrix products of the machine. Only ratios are comparable across machines. Measurements are kept in
+``--work``: when the command is started again, it continues. Writes results.json and table.md beside this file, unless
+--quick; their rows of other batch sizes and variants stay.
 """
 
 from __future__ import annotations
@@ -30,65 +30,67 @@ ROOT = HERE.parents[1]
 
 
 def main() -> None:
-    asked = arguments()
-    os.environ["OMP_NUM_THREADS"] = str(asked.threads)  # before torch is imported, here and in the children
+    args = arguments()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported, in this process and in the children
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if asked.child:
-        print(json.dumps(measure(asked)))
+    if args.child:
+        print(json.dumps(measure(args)))
         return
     from variants import VARIANTS, write_cache, write_world
 
-    asked.work.mkdir(parents=True, exist_ok=True)
-    write_world(asked.work)
-    for variant in asked.variants or VARIANTS:
-        write_cache(variant, asked.work)
-    rows = rounds(asked, list(asked.variants or VARIANTS))
-    fresh = [{"threads": asked.threads, "clock": asked.clock, **row} for row in summarize(rows)]
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_world(args.work)
+    for variant in args.variants or VARIANTS:
+        write_cache(variant, args.work)
+    rows = rounds(args, list(args.variants or VARIANTS))
+    fresh = [{"threads": args.threads, "clock": args.clock, **row} for row in summarize(rows)]
     print(table(fresh))
-    if not asked.quick:
+    if not args.quick:
         order = list(VARIANTS)
         newest = {(row["batch"], order.index(row["variant"])): row for row in [*published(), *fresh]}
-        told = [newest[key] for key in sorted(newest)]
-        (HERE / "results.json").write_text(json.dumps({"machine": machine(), "rows": told}, indent=1) + "\n")
-        (HERE / "table.md").write_text(table(told))
+        all_rows = [newest[key] for key in sorted(newest)]
+        (HERE / "results.json").write_text(json.dumps({"machine": machine(), "rows": all_rows}, indent=1) + "\n")
+        (HERE / "table.md").write_text(table(all_rows))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="that each process measures: three steps, or thrice")
+    parser.add_argument("--seconds", type=float, default=8.0, help="minimum time of a measurement")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that others use")
-    parser.add_argument("--quick", action="store_true", help="one short round, and nothing is written here")
-    parser.add_argument("--variants", nargs="+", help="only these; plain and plain_bf16 among them, for the ratios")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for a shared machine"
+    )
+    parser.add_argument("--quick", action="store_true", help="one short round; no results are written")
+    parser.add_argument("--variants", nargs="+", help="only these; include plain and plain_bf16 for the ratios")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "speed", help="models, cache and measurements")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--gflop", type=float, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.quick:
-        asked.rounds, asked.seconds = 1, 0.0
-    return asked
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.seconds = 1, 0.0
+    return args
 
 
-def rounds(asked: argparse.Namespace, variants: list[str]) -> list[dict[str, Any]]:
-    """One measurement per variant, batch and round; those that were made before are not made again."""
-    kept = asked.work / "measured.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() and not asked.quick else []
-    setting = {"threads": asked.threads, "clock": asked.clock}
-    turns = range(asked.rounds)
-    wanted = [(number, batch, variant) for number in turns for batch in asked.batch for variant in variants]
+def rounds(args: argparse.Namespace, variants: list[str]) -> list[dict[str, Any]]:
+    """One measurement per variant, batch size and round; measurements of an earlier start are reused."""
+    file = args.work / "measured.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() and not args.quick else []
+    setting = {"threads": args.threads, "clock": args.clock}
+    turns = range(args.rounds)
+    wanted = [(number, batch, variant) for number in turns for batch in args.batch for variant in variants]
     measured = []
     gflop = {row["variant"]: row["gflop_per_image"] for row in [*published(), *rows]}  # the same for every batch
     for number, batch, variant in wanted:
-        what = {"variant": variant, "batch": batch, "round": number, **setting}
-        row = next((row for row in rows if what.items() <= row.items()), None)
+        key = {"variant": variant, "batch": batch, "round": number, **setting}
+        row = next((row for row in rows if key.items() <= row.items()), None)
         if row is None:
-            row = what | ask_child(asked, variant, batch, gflop.get(variant))
+            row = key | measure_in_child(args, variant, batch, gflop.get(variant))
             gflop[variant] = row["gflop_per_image"]
-            if not asked.quick:
-                with kept.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            if not args.quick:
+                with file.open("a") as lines:
+                    lines.write(json.dumps(row) + "\n")
         print(f"{variant:20} batch {batch:3} round {number}: {row['images_per_s']:7.2f} images/s", file=sys.stderr)
         measured.append(row)
     return measured
@@ -100,40 +102,40 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-def ask_child(asked: argparse.Namespace, variant: str, batch: int, gflop: float | None) -> dict[str, Any]:
-    command = [sys.executable, str(HERE / "run.py"), "--child", variant, "--batch", str(batch), "--clock", asked.clock]
-    command += ["--threads", str(asked.threads), "--seconds", str(asked.seconds), "--work", str(asked.work)]
+def measure_in_child(args: argparse.Namespace, variant: str, batch: int, gflop: float | None) -> dict[str, Any]:
+    command = [sys.executable, str(HERE / "run.py"), "--child", variant, "--batch", str(batch), "--clock", args.clock]
+    command += ["--threads", str(args.threads), "--seconds", str(args.seconds), "--work", str(args.work)]
     command += [] if gflop is None else ["--gflop", str(gflop)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def measure(asked: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: images per second, peak memory, arithmetic, and the machine's own rate."""
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure images per second, peak memory, arithmetic, and the rate of matrix products, in this process."""
     import torch
     from variants import count_arithmetic, job
 
-    torch.set_num_threads(asked.threads)
-    (batch,) = asked.batch
+    torch.set_num_threads(args.threads)
+    (batch,) = args.batch
     on_gpu = torch.cuda.is_available()
-    clock = time.process_time if asked.clock == "cpu" else time.perf_counter
-    precision = torch.float32 if asked.child == "plain" else torch.bfloat16
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
+    precision = torch.float32 if args.child == "plain" else torch.bfloat16
 
     def timed(once: Callable[[], object]) -> float:
-        begun = clock()
+        start = clock()
         once()
         if on_gpu:
             torch.cuda.synchronize()
-        return clock() - begun
+        return clock() - start
 
-    step = job(asked.child, asked.work, batch)
-    step()  # weights are packed, moments of the optimizer made
-    forget_peak(on_gpu)
+    step = job(args.child, args.work, batch)
+    step()  # packs weights and creates the state of the optimizer
+    reset_peak(on_gpu)
     taken = [timed(step)]
-    while sum(taken) < asked.seconds or (len(taken) < 3 and sum(taken) < 3 * asked.seconds):
+    while sum(taken) < args.seconds or (len(taken) < 3 and sum(taken) < 3 * args.seconds):
         taken.append(timed(step))
     peak = peak_mb(on_gpu)
     device = "cuda" if on_gpu else "cpu"
@@ -141,7 +143,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     a @ b
     gemm = 2 * 2048**3 / statistics.median(timed(lambda: a @ b) for _ in range(5))
     images_per_s = batch / statistics.median(taken)
-    arithmetic = count_arithmetic(step) / batch if asked.gflop is None else asked.gflop * 1e9
+    arithmetic = count_arithmetic(step) / batch if args.gflop is None else args.gflop * 1e9
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "images_per_s": images_per_s,
@@ -152,8 +154,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def forget_peak(on_gpu: bool) -> None:
-    """What was needed to build a model does not count."""
+def reset_peak(on_gpu: bool) -> None:
+    """Reset the peak, so that the memory for building a model does not count."""
     if on_gpu:
         import torch
 
@@ -194,7 +196,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows as a Markdown table."""
     titles = (
         "variant",
         "batch",

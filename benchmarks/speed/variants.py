@@ -22,7 +22,7 @@ from shoulders.distributed.device import this_device
 from shoulders.feature_cache import CachedTeachers, build_cache
 from shoulders.transfer.losses import BASE
 
-SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M of parameters learn in all
+SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M trainable parameters in all
 VIT_B = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": SIZE}
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 MODELS: dict[str, Callable[[], Any]] = {
@@ -42,12 +42,12 @@ TEACHERS = ("vit", "clip", "dino", "siglip", "deit")  # the first three, unless 
 
 LADDER = {"layers": [*(f"block{i}" for i in range(11)), "latent"], "projector_width": HIDDEN}
 LEAN = {"projector_width": HIDDEN}
-NARROW = {"projector_width": 512}  # the ladder is an MLP already
+NARROW = {"projector_width": 512}  # the side network contains an MLP already
 INSIDE = {"kind": "bottleneck", "width": 64}
 SIDE = {"kind": "side", "width": 192, "blocks": 4}
 
-# name: does all of the student learn, its adapter, its projectors, what comes from the cache (else asked live), how
-# many teachers; of `teachers` nothing but what they say
+# name: whether the whole student is trained, its adapter, its projectors, what is read from the cache, the number of
+# teachers; forward: only the forward pass of the teachers
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "plain_bf16": {},
@@ -112,13 +112,13 @@ def recipe_of(variant: str, folder: Path, batch: int) -> Recipe:
 
 
 def write_cache(variant: str, folder: Path) -> None:
-    """What a cached variant reads."""
+    """Build the cache that a cached variant reads."""
     if "cached" in VARIANTS[variant]:
         build_cache(recipe_of(variant, folder, 8))
 
 
 def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
-    """One step of a variant, to be called again and again."""
+    """A function that runs one step of a variant."""
     device = this_device()
     if variant.startswith("plain"):
         models = {name: type(MODELS[name]()).from_pretrained(folder / name) for name in ("student", *TEACHERS[:3])}
@@ -131,7 +131,7 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
     if how.get("whole"):
         learn_all(run)
     if how.get("cached") == "teachers" and isinstance(run.teachers, CachedTeachers):
-        run.teachers.stores.pop(BASE, None)  # asked live
+        run.teachers.stores.pop(BASE, None)  # run, not read from the cache
     return partial(run.step, 1, next(run._batches(0, 1, 0, 1)))
 
 

@@ -1,8 +1,8 @@
 """Train the general-purpose base: a small DINOv2-shaped vision transformer, self-supervised, no labels.
 
-Several cheap views of each image (random crop, flip, colours, most tokens left out) are told apart from all
-other images by their summary (SimCLR, Chen et al. 2020, with several views), and places of two views that
-show the same spot are told apart from all other places by their patch tokens (DenseCL, Wang et al. 2021).
+The loss is contrastive. Several cheap views of each image (random crop, flip, colours, most tokens left out) are
+positives by their summary (SimCLR, Chen et al. 2020, with several views); tokens of two views that show the same
+point are positives by their features (DenseCL, Wang et al. 2021).
 
     python benchmarks/teachers/base.py --data DATA --out benchmarks/teachers/base
 """
@@ -26,18 +26,18 @@ VIEWS, BATCH, SEED = 4, 128, 0
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What one step sees: V views of B images, view by view.
+class ViewBatch:
+    """The batch of a step: V views of B images, view by view.
 
     Args:
         images: (V*B, 3, h, w), normalized.
-        spots: (V, B, N, 2), what each place shows, in image coordinates from -1 to 1.
-        keep: (V*B, k), the places that are kept.
-        more: what else the encoder asks for.
+        points: (V, B, N, 2), centre of each token, in image coordinates from -1 to 1.
+        keep: (V*B, k), indices of the tokens that are kept.
+        more: further arguments of the encoder.
     """
 
     images: Tensor
-    spots: Tensor
+    points: Tensor
     keep: Tensor
     more: tuple[Tensor, ...] = ()
 
@@ -70,7 +70,7 @@ class Heads(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The model, asked for the CLS token and the places `keep` (B, k) alone: tokens (B, 1 + k, C)."""
+    """The model on the CLS token and the tokens `keep` (B, k) alone: (B, 1 + k, C)."""
 
     def __init__(self, model: Dinov2Model) -> None:
         super().__init__()
@@ -83,10 +83,10 @@ class Encoder(nn.Module):
         return self.model.layernorm(self.model.encoder(tokens).last_hidden_state)
 
 
-def encode(encoder: nn.Module, *given: Tensor) -> Tensor:
-    """Run wholly in bf16 on a bf16 reading of the fp32 weights: 1.5 times as fast here as autocast."""
+def encode(encoder: nn.Module, *args: Tensor) -> Tensor:
+    """Run in bf16, with weights cast from fp32: 1.5 times as fast as autocast on a CPU."""
     reading = {name: weight.bfloat16() for name, weight in encoder.named_parameters()}
-    images, *more = given
+    images, *more = args
     return functional_call(encoder, reading, (images.bfloat16(), *more)).float()
 
 
@@ -103,11 +103,11 @@ def summary_term(latent: Tensor, views: int, temperature: float) -> Tensor:
     return (torch.logaddexp(logits, others) - logits)[positive].mean()
 
 
-def matching_places(
-    spots: Tensor, other: Tensor, keep: Tensor, limit: int, generator: torch.Generator
+def matching_tokens(
+    points: Tensor, other: Tensor, keep: Tensor, limit: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Flat indices of pairs of kept places of two views showing the same spot, `limit` of them at random."""
-    first = spots.gather(1, keep[0][..., None].expand(-1, -1, 2))
+    """Flat indices of pairs of kept tokens of two views at the same point, `limit` of them at random."""
+    first = points.gather(1, keep[0][..., None].expand(-1, -1, 2))
     second = other.gather(1, keep[1][..., None].expand(-1, -1, 2))
     distance, nearest = torch.cdist(first, second).min(2)  # (B, k)
     close = (distance < 0.6 / GRID).flatten().nonzero()[:, 0]
@@ -119,18 +119,20 @@ def matching_places(
 def spatial_term(
     head: nn.Module,
     tokens: Tensor,
-    spots: Tensor,
+    points: Tensor,
     keep: Tensor,
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Cross entropy of finding the same spot of view 2i among places of view 2i + 1, both ways."""
+    """Cross entropy of matching the points of view 2i with the tokens of view 2i + 1, in both directions."""
     views = len(tokens)
     losses = []
     for first in range(0, views, 2):
-        here, there = matching_places(spots[first], spots[first + 1], keep[first : first + 2], 768, generator)
-        a = F.normalize(head(tokens[first].flatten(0, 1)[here]).float(), dim=1)
-        b = F.normalize(head(tokens[first + 1].flatten(0, 1)[there]).float(), dim=1)
+        first_index, second_index = matching_tokens(
+            points[first], points[first + 1], keep[first : first + 2], 768, generator
+        )
+        a = F.normalize(head(tokens[first].flatten(0, 1)[first_index]).float(), dim=1)
+        b = F.normalize(head(tokens[first + 1].flatten(0, 1)[second_index]).float(), dim=1)
         logits = a @ b.T / temperature
         truth = torch.arange(len(logits))
         losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
@@ -141,51 +143,51 @@ def spatial_term(
 def summaries(model: nn.Module, pixels: Tensor, side: int = SIZE) -> Tensor:
     """The summary (B, C) of each image, rendered as at inference."""
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [model(pixel_values=common.render(part, side, side)).pooler_output for part in pixels.split(500)]
-    return torch.cat(parts).float()
+        chunks = [model(pixel_values=common.render(chunk, side, side)).pooler_output for chunk in pixels.split(500)]
+    return torch.cat(chunks).float()
 
 
-def knn_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, k: int = 20) -> float:
+def knn_top1(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, k: int = 20) -> float:
     """Top-1 in percent by the k nearest training summaries, votes weighted by exp(cosine / 0.07)."""
-    bank, hits = F.normalize(seen, dim=1), 0
-    for part, right in zip(F.normalize(asked, dim=1).split(1000), truth.split(1000), strict=True):
-        close, index = (part @ bank.T).topk(k)
-        votes = torch.zeros(len(part), int(labels.max()) + 1).scatter_add_(1, labels[index], (close / 0.07).exp())
+    bank, hits = F.normalize(train, dim=1), 0
+    for chunk, right in zip(F.normalize(test, dim=1).split(1000), truth.split(1000), strict=True):
+        close, index = (chunk @ bank.T).topk(k)
+        votes = torch.zeros(len(chunk), int(labels.max()) + 1).scatter_add_(1, labels[index], (close / 0.07).exp())
         hits += int((votes.argmax(1) == right).sum())
     return 100 * hits / len(truth)
 
 
-def linear_top1(seen: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> float:
+def linear_top1(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
     """Top-1 in percent of a linear map fitted on frozen, standardized summaries (L-BFGS, light decay)."""
-    mean, deviation = seen.mean(0), seen.std(0).clamp(min=1e-4)
-    seen, asked = (seen - mean) / deviation, (asked - mean) / deviation
-    layer = nn.Linear(seen.shape[1], int(labels.max()) + 1)
+    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-4)
+    train, test = (train - mean) / deviation, (test - mean) / deviation
+    layer = nn.Linear(train.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(layer.weight)
     optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=150, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(seen), labels) + 1e-4 * layer.weight.square().sum()
+        loss = F.cross_entropy(layer(train), labels) + 1e-4 * layer.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return 100 * float((layer(asked).argmax(1) == truth).float().mean())
+    return 100 * float((layer(test).argmax(1) == truth).float().mean())
 
 
 def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.4) -> float:
     """Share of the peak learning rate: up, constant, then linearly to zero over the last `cool` of the run.
 
-    The constant part does not know `steps`, so a run may be resumed with another length before it cools.
+    The constant part does not depend on `steps`, so that a run may be resumed with another length before the decay.
     """
     return min(1.0, (step + 1) / warmup, (steps - step) / (cool * steps))
 
 
-def take_views(pixels: Tensor, keep_places: int, generator: torch.Generator) -> Looks:
-    """Views of uint8 images (B, 3, 64, 64), each with `keep_places` places at random."""
+def take_views(pixels: Tensor, keep_tokens: int, generator: torch.Generator) -> ViewBatch:
+    """Views of uint8 images (B, 3, 64, 64), each with `keep_tokens` tokens at random."""
     pairs = [make_views(pixels, generator) for _ in range(VIEWS)]
-    keep = torch.rand(VIEWS * len(pixels), GRID**2, generator=generator).argsort(1)[:, :keep_places]
-    return Looks(torch.cat([view for view, _ in pairs]), torch.stack([spots for _, spots in pairs]), keep)
+    keep = torch.rand(VIEWS * len(pixels), GRID**2, generator=generator).argsort(1)[:, :keep_tokens]
+    return ViewBatch(torch.cat([view for view, _ in pairs]), torch.stack([points for _, points in pairs]), keep)
 
 
 def train(
@@ -194,13 +196,13 @@ def train(
     images: Tensor,
     steps: int,
     work: Path,
-    look: Callable[[Tensor, int, torch.Generator], Looks],
+    look: Callable[[Tensor, int, torch.Generator], ViewBatch],
     watch: Callable[[], None],
     spatial_weight: float = 0.3,
     run: Callable[..., Tensor] = encode,
     matrix_dims: tuple[int, ...] = (2,),
 ) -> float:
-    """Train an encoder (images, kept places, ...) -> tokens (B, 1 + k, width) in place. Minutes spent."""
+    """Train an encoder (images, kept tokens, ...) -> tokens (B, 1 + k, width) in token. Minutes spent."""
     heads = Heads(width)
     both = nn.ModuleDict({"model": encoder.get_submodule("model"), "heads": heads})
     matrices = [
@@ -214,13 +216,13 @@ def train(
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
         looks = look(images[batch], step, generator)
         tokens = run(encoder, looks.images, looks.keep, *looks.more)
-        views = looks.spots.shape[:2]
+        views = looks.points.shape[:2]
         with torch.autocast("cpu", torch.bfloat16):
             summary = summary_term(heads.summary(tokens[:, 0]).float(), views[0], 0.2)
             spatial = spatial_term(
                 heads.spatial,
                 tokens[:, 1:].unflatten(0, views),
-                looks.spots,
+                looks.points,
                 looks.keep.unflatten(0, views),
                 0.2,
                 generator,
@@ -240,16 +242,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/base"))
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--keep", type=int, default=24, help="places of 64 that each view keeps")
-    given = parser.parse_args()
+    parser.add_argument("--keep", type=int, default=24, help="tokens of 64 that each view keeps")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = build_model().train()
-    images = load_images(given.data, SEED)
-    pixels, labels = common.load_cifar10(given.data, "train")  # labels only measure, they never train
+    images = load_images(args.data, SEED)
+    pixels, labels = common.load_cifar10(args.data, "train")  # labels only measure, they never train
 
-    def look(images: Tensor, step: int, generator: torch.Generator) -> Looks:
-        return take_views(images, given.keep, generator)
+    def look(images: Tensor, step: int, generator: torch.Generator) -> ViewBatch:
+        return take_views(images, args.keep, generator)
 
     def watch() -> None:
         known = summaries(model, pixels[:4000])
@@ -257,19 +259,20 @@ def main() -> None:
         print(f"k-NN top-1 with 3,000 neighbours {score:.1f} %", flush=True)
 
     model.set_attn_implementation("eager")  # twice as fast as sdpa's backward on so few tokens
-    minutes = train(Encoder(model), model.config.hidden_size, images, given.steps, given.work, look, watch)
-    common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
-    saved = AutoModel.from_pretrained(given.out, dtype=torch.float32).eval()
-    asked, truth = common.load_cifar10(given.data, "test")
-    known, found = summaries(saved, pixels), summaries(saved, asked)
-    knn, linear = knn_top1(known, labels, found, truth), linear_top1(known, labels, found, truth)
-    facts = {
+    minutes = train(Encoder(model), model.config.hidden_size, images, args.steps, args.work, look, watch)
+    common.save_teacher(model, args.out, SIZE, SIZE, "ViTImageProcessor")
+    saved = AutoModel.from_pretrained(args.out, dtype=torch.float32).eval()
+    test, truth = common.load_cifar10(args.data, "test")
+    train_summaries, test_summaries = summaries(saved, pixels), summaries(saved, test)
+    features = train_summaries, labels, test_summaries, truth
+    knn, linear = knn_top1(*features), linear_top1(*features)
+    card = {
         "architecture": f"Dinov2Model, 6 layers, 192 wide, 3 heads, patches of {PATCH} px, {SIZE}x{SIZE} px, "
         f"grid {GRID}x{GRID}, {common.count_parameters(saved)} parameters",
         "data": f"{len(images):,} images, no labels: CIFAR-10 train (50,000), random boxes of CamVid train, "
         "BCCD train, Penn-Fudan train and 1,000 photos",
-        "recipe": f"{given.steps} steps of {BATCH} images x {VIEWS} views, {given.keep} of {GRID**2} places "
-        "kept; contrastive on summaries and (weight 0.3) on matching places; Muon on matrices, AdamW on the "
+        "recipe": f"{args.steps} steps of {BATCH} images x {VIEWS} views, {args.keep} of {GRID**2} tokens "
+        "kept; contrastive on summaries and (weight 0.3) on matching tokens; Muon on matrices, AdamW on the "
         "rest; bf16",
         "score": "CIFAR-10 test top-1 on frozen summaries (the last CLS token): linear probe "
         f"{linear:.2f} %, k-NN (k = 20) {knn:.2f} %",
@@ -278,7 +281,7 @@ def main() -> None:
         "CIFAR-10 (Krizhevsky 2009), CamVid (Brostow 2008), Penn-Fudan (Wang 2007) and the photos (ImageNet "
         "samples) are distributed for research, BCCD under MIT"
     )
-    common.write_card(given.out, "base: a small vision transformer, no labels", minutes, SEED, terms, facts)
+    common.write_card(args.out, "base: a small vision transformer, no labels", minutes, SEED, terms, card)
     print(f"test: linear probe {linear:.2f} %, k-NN {knn:.2f} %", flush=True)
 
 

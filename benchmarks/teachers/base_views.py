@@ -1,4 +1,4 @@
-"""The pixels the base learns from: tiles of every source, and random views with the spots they show."""
+"""Training pixels of the base: tiles of every source, and random views with the points that their tokens cover."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def cut_tiles(file: Path, count: int, generator: torch.Generator) -> Tensor:
 def load_images(data: Path, seed: int) -> Tensor:
     """All training pixels as uint8 (B, 3, 64, 64): CIFAR-10 enlarged, tiles of everything else."""
     small = common.load_cifar10(data, "train")[0]
-    parts = [F.interpolate(part, size=(SIZE, SIZE), mode="bicubic", antialias=True) for part in small.split(5000)]
+    tiles = [F.interpolate(chunk, size=(SIZE, SIZE), mode="bicubic", antialias=True) for chunk in small.split(5000)]
     generator = torch.Generator().manual_seed(seed)
     for folder, count in TILES.items():
         files = sorted(file for file in (data / folder).iterdir() if file.suffix.lower() in {".jpg", ".jpeg", ".png"})
-        parts.extend(cut_tiles(file, count, generator) for file in files)
-    return torch.cat(parts)
+        tiles.extend(cut_tiles(file, count, generator) for file in files)
+    return torch.cat(tiles)
 
 
 def colour_matrices(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def colour_matrices(count: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def make_views(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, 64, 64) to one random view each (B, 3, 64, 64) and the spots (B, N, 2) its places show.
+    """uint8 (B, 3, 64, 64) to one random view each (B, 3, 64, 64) and the point (B, N, 2) of each of its tokens.
 
     Spots are in image coordinates from -1 to 1.
     """
@@ -70,9 +70,9 @@ def make_views(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0] * flip, half[:, 1]
     theta[:, :, 2] = (2 * draw[:, 3:5] - 1) * (1 - half)
-    places = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
-    unit = F.grid_sample(pixels.float() / 255, places, mode="bilinear", padding_mode="border", align_corners=False)
+    sampling = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
+    unit = F.grid_sample(pixels.float() / 255, sampling, mode="bilinear", padding_mode="border", align_corners=False)
     matrix, offset = colour_matrices(count, generator)
     unit = (torch.bmm(matrix, unit.flatten(2)) + offset[..., None]).clamp(0, 1).view_as(unit)
-    spots = F.affine_grid(theta, [count, 3, GRID, GRID], align_corners=False).flatten(1, 2)
-    return common.normalize(unit), spots
+    points = F.affine_grid(theta, [count, 3, GRID, GRID], align_corners=False).flatten(1, 2)
+    return common.normalize(unit), points

@@ -37,7 +37,7 @@ def build_model(
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 (B, 3, 32, 32) to float (B, 3, 64, 64): shift, mild zoom and flip in one go, then cutout."""
+    """uint8 (B, 3, 32, 32) to float (B, 3, 64, 64): shift, mild zoom and flip in one step, then cutout."""
     count = len(pixels)
     draw = torch.rand(count, 6, generator=generator)
     zoom = 0.85 + 0.25 * draw[:, 0]
@@ -45,15 +45,15 @@ def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = zoom * flip, zoom
     theta[:, :, 2] = (draw[:, 2:4] - 0.5) * 0.4  # up to 3.2 of 32 pixels either way
-    places = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
+    sampling = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
     images = F.grid_sample(
         common.normalize(pixels.float() / 255),
-        places,
+        sampling,
         mode="bilinear",
         padding_mode="reflection",
         align_corners=False,
     )
-    corner = (draw[:, 4:6] * (SIZE + 16) - 16).long()  # a hole of 20 of 64 px, partly outside at times
+    corner = (draw[:, 4:6] * (SIZE + 16) - 16).long()  # a hole of 20 of 64 px, which may be partly outside
     at = torch.arange(SIZE)
     inside = (at >= corner[:, :, None]) & (at < corner[:, :, None] + 20)  # (B, 2, 64)
     return images * ~(inside[:, 0, None, :, None] & inside[:, 1, None, None, :])
@@ -64,8 +64,8 @@ def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor, side: int = SIZ
     """Top-1 in percent, images rendered as at inference, no test-time augmentation."""
     model.eval()
     hits = sum(
-        int((model(pixel_values=common.render(part, side, side)).logits.argmax(1) == truth).sum())
-        for part, truth in zip(pixels.split(500), labels.split(500), strict=True)
+        int((model(pixel_values=common.render(chunk, side, side)).logits.argmax(1) == truth).sum())
+        for chunk, truth in zip(pixels.split(500), labels.split(500), strict=True)
     )
     model.train()
     return 100 * hits / len(labels)
@@ -73,15 +73,15 @@ def top1(model: torch.nn.Module, pixels: Tensor, labels: Tensor, side: int = SIZ
 
 def train(
     model: ResNetForImageClassification,
-    seen: tuple[Tensor, Tensor],
+    data: tuple[Tensor, Tensor],
     steps: int,
     work: Path,
     view: Callable[[Tensor, torch.Generator], Tensor],
     watch: Callable[[], float],
     best: common.Best,
 ) -> float:
-    """Train in place on pixels and labels; `watch` scores held-out images now and then. Minutes spent."""
-    pixels, labels = seen
+    """Train in place on pixels and labels; `watch` measures the score on held-out images. Returns minutes."""
+    pixels, labels = data
     matrices = [weight for weight in model.resnet.parameters() if weight.ndim == 4]
     chosen = {id(weight) for weight in matrices}
     rest = [weight for weight in model.parameters() if id(weight) not in chosen]
@@ -105,7 +105,7 @@ def train(
 
 
 def split(held: int) -> tuple[Tensor, Tensor]:
-    """Indices of CIFAR-10 train to learn from, and the last `held` of the same shuffle to watch."""
+    """Indices of CIFAR-10 train for training, and the last `held` of the same shuffle for validation."""
     order = torch.randperm(50_000, generator=torch.Generator().manual_seed(SEED))
     return order[: len(order) - held], order[len(order) - held :]
 
@@ -117,34 +117,34 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/classifier"))
     parser.add_argument("--epochs", type=float, default=12)
     parser.add_argument("--held", type=int, default=1000, help="training images to watch progress on")
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     model = build_model().to(memory_format=torch.channels_last).train()
-    pixels, labels = common.load_cifar10(given.data, "train")
-    seen, kept = split(given.held)
+    pixels, labels = common.load_cifar10(args.data, "train")
+    train_index, val_index = split(args.held)
     minutes = train(
         model,
-        (pixels[seen], labels[seen]),
-        int(given.epochs * (len(seen) // BATCH)),
-        given.work,
+        (pixels[train_index], labels[train_index]),
+        int(args.epochs * (len(train_index) // BATCH)),
+        args.work,
         augment,
-        lambda: top1(model, pixels[kept], labels[kept]) if given.held else 0.0,
+        lambda: top1(model, pixels[val_index], labels[val_index]) if args.held else 0.0,
         common.Best(lambda: None),
     )
-    common.save_teacher(model, given.out, SIZE, SIZE, "ViTImageProcessor")
-    saved = AutoModelForImageClassification.from_pretrained(given.out, dtype=torch.float32)
-    score = top1(saved, *common.load_cifar10(given.data, "test"))
-    facts = {
+    common.save_teacher(model, args.out, SIZE, SIZE, "ViTImageProcessor")
+    saved = AutoModelForImageClassification.from_pretrained(args.out, dtype=torch.float32)
+    score = top1(saved, *common.load_cifar10(args.data, "test"))
+    card = {
         "architecture": "ResNetForImageClassification, basic blocks 2-2-2, 64/128/256 wide, 64x64 px, "
         f"last grid 4x4, {common.count_parameters(saved)} parameters",
-        "data": f"CIFAR-10 train, images and labels (50,000; {given.held:,} of them only watched)",
-        "recipe": f"{given.epochs:g} epochs, batch {BATCH}, Muon on convolutions, AdamW on the rest; "
+        "data": f"CIFAR-10 train, images and labels (50,000; {args.held:,} of them only watched)",
+        "recipe": f"{args.epochs:g} epochs, batch {BATCH}, Muon on convolutions, AdamW on the rest; "
         "one cycle; shift, zoom, flip, cutout; label smoothing 0.1; bf16 autocast",
         "score": f"{score:.2f} % top-1 on the CIFAR-10 test set (10,000), no test-time augmentation",
     }
     terms = "CIFAR-10 (Krizhevsky 2009) is distributed for research"
-    common.write_card(given.out, "classifier: a small ResNet, ten classes", minutes, SEED, terms, facts)
+    common.write_card(args.out, "classifier: a small ResNet, ten classes", minutes, SEED, terms, card)
     print(f"test top-1 {score:.2f} %", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the trainings share: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
+"""Shared by all trainings: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def normalize(unit: Tensor) -> Tensor:
 
 
 def one_cycle(step: int, steps: int, warmup: float = 0.15) -> float:
-    """Share of the peak learning rate: linear up over `warmup` of the run, then linear down to zero."""
+    """Fraction of the peak learning rate: linear up over `warmup` of the run, then linear down to zero."""
     at = (step + 0.5) / steps
     return at / warmup if at < warmup else (1 - at) / (1 - warmup)
 
@@ -126,16 +126,16 @@ class Optimizers:
 
 
 class Progress:
-    """Prints a line every `every` steps, adds up the time spent, and keeps the scratch state of a run."""
+    """Prints a line every `every` steps, measures the time, and saves the scratch state of a run."""
 
-    def __init__(self, work: Path, steps: int, every: int, parts: dict[str, Any]) -> None:
-        self.file, self.steps, self.every, self.parts = work / "state.pt", steps, every, parts
+    def __init__(self, work: Path, steps: int, every: int, states: dict[str, Any]) -> None:
+        self.file, self.steps, self.every, self.states = work / "state.pt", steps, every, states
         self.start, self.seconds = 0, 0.0
         work.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             self.start, self.seconds = state.pop("start"), state.pop("seconds")
-            for name, part in parts.items():
+            for name, part in states.items():
                 part.load_state_dict(state[name])
             print(f"resumed at step {self.start}", flush=True)
         self.began = time.time()
@@ -152,7 +152,7 @@ class Progress:
         """Write the scratch state after every `every` steps and after the last."""
         if (step + 1) % every and step + 1 != self.steps:
             return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state = {name: part.state_dict() for name, part in self.states.items()}
         partial = self.file.with_suffix(".tmp")
         torch.save({"start": step + 1, "seconds": self.minutes() * 60, **state}, partial)
         os.replace(partial, self.file)
@@ -198,12 +198,12 @@ def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, 
 
 
 def write_card(
-    folder: Path, title: str, minutes: float, seed: int, terms: str, facts: dict[str, str], command: str = ""
+    folder: Path, title: str, minutes: float, seed: int, terms: str, card: dict[str, str], command: str = ""
 ) -> None:
-    """Write README.md: the model card of the teacher named like its folder, and trained by the script of that name."""
+    """Write README.md: the model card of the teacher; folder and training script have its name."""
     script = f"benchmarks/teachers/{folder.name}"
     rows = {
-        **facts,
+        **card,
         "measured on": "the saved fp16 weights, read back as fp32",
         "command": f"`{command or f'python {script}.py --data DATA --out {script}'}`",
         "time": f"{minutes:.0f} minutes, one CPU thread of a busy machine",

@@ -1,4 +1,4 @@
-"""What the two detectors share: RT-DETR v2 (arXiv 2407.17140) made small, its training, and what it finds."""
+"""Shared by the two detectors: a small RT-DETR v2 (arXiv 2407.17140), its training, and its detections."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Labelled:
     Args:
         pixels: uint8 (B, 3, H, W).
         classes: int64 (B, M), -1 past the last object.
-        boxes: float32 (B, M, 4), left, top, right, bottom in shares of the image.
+        boxes: float32 (B, M, 4), left, top, right, bottom as fractions of the image.
     """
 
     pixels: Tensor
@@ -76,14 +76,14 @@ def build_model(classes: list[str], **changes: Any) -> RTDetrV2ForObjectDetectio
     )
     model = RTDetrV2ForObjectDetection(config)
     heads = model.model.decoder
-    model.class_embed, model.bbox_embed = heads.class_embed, heads.bbox_embed  # the family keeps a copy it never asks
+    model.class_embed, model.bbox_embed = heads.class_embed, heads.bbox_embed  # a copy that the family does not use
     start_weights(model)
     return model
 
 
 @torch.no_grad()
 def start_weights(model: RTDetrV2ForObjectDetection) -> None:
-    """Ordinary starting values: the family's own expect a pretrained backbone and start its norms near zero."""
+    """Usual initial values: those of the family expect a pretrained backbone and start its norms near zero."""
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.fill_(1.0)
@@ -108,7 +108,7 @@ def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
 
 
 def forward(model: RTDetrV2ForObjectDetection, images: Tensor, classes: Tensor, truth: Tensor) -> Any:
-    """The model's own forward in training, maps in bf16, queries and boxes in fp32."""
+    """The forward pass of the model in training, maps in bf16, queries and boxes in fp32."""
     core = model.model
     with torch.autocast("cpu", torch.bfloat16):
         stages = core.backbone.model(images.contiguous(memory_format=torch.channels_last)).feature_maps
@@ -121,35 +121,35 @@ def forward(model: RTDetrV2ForObjectDetection, images: Tensor, classes: Tensor, 
 
 def train(
     model: RTDetrV2ForObjectDetection,
-    seen: Labelled,
+    data: Labelled,
     steps: int,
     batch_size: int,
     lr: float,
-    places: int,
+    anchors: int,
     work: Path,
     view: Callable[[Labelled, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]],
     watch: Callable[[], float],
     best: common.Best,
 ) -> float:
-    """Train in place; `view` gives images, classes and boxes of a batch, `watch` the AP now and then. Minutes spent.
+    """Train in place; `view` gives images, classes and boxes of a batch, `watch` the AP. Returns minutes.
 
-    `places` of the encoder answer for each object.
+    `anchors` of the encoder are assigned to each object.
     """
     optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=lr / 10, decay=0.02)
     progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
-    for step, batch in common.epoch_batches(len(seen.pixels), batch_size, SEED, progress.start, steps):
+    for step, batch in common.epoch_batches(len(data.pixels), batch_size, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
         torch.manual_seed(SEED * 10**6 + step)  # noise of the denoising queries
-        images, classes, boxes = view(seen, batch, generator)
+        images, classes, boxes = view(data, batch, generator)
         truth = to_centre(boxes)
-        loss = detection_loss(forward(model, images, classes, truth), classes, truth, places)
+        loss = detection_loss(forward(model, images, classes, truth), classes, truth, anchors)
         loss.backward()
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, loss=float(loss.detach()))
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            told = watch()
-            print(f"val AP {told:.3f}", flush=True)
-            best.offer(told)
+            score = watch()
+            print(f"val AP {score:.3f}", flush=True)
+            best.offer(score)
         progress.save(step, 500)
     return progress.minutes()
 
@@ -178,7 +178,7 @@ def scene_objects(scenes: world_data.Scenes) -> Labelled:
 
 
 def scene_truth(scenes: world_data.Scenes) -> Annotations:
-    """Scenes as the average precision reads them."""
+    """Scenes in the format of the average precision."""
     pictures = []
     for index, (classes, boxes) in enumerate(zip(scenes.each_classes(), scenes.each_boxes(), strict=True)):
         areas = scenes.masks(index).sum((1, 2)).double().numpy()
@@ -188,15 +188,15 @@ def scene_truth(scenes: world_data.Scenes) -> Annotations:
 
 
 def mirrored(boxes: Tensor, axis: int) -> Tensor:
-    """Corners in shares of the image after a flip from left to right (axis 0) or upside down (axis 1)."""
+    """Corners as fractions of the image after a flip from left to right (axis 0) or upside down (axis 1)."""
     boxes = boxes.clone()
     boxes[..., [axis, axis + 2]] = 1 - boxes[..., [axis + 2, axis]]
     return boxes
 
 
-def turn(seen: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def turn(data: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Normalized images, classes and boxes of a batch, flipped and turned as one."""
-    images, boxes = seen.pixels[batch], seen.boxes[batch]
+    images, boxes = data.pixels[batch], data.boxes[batch]
     left_right, up_down, turned = torch.rand(3, generator=generator) < 0.5
     if left_right:
         images, boxes = images.flip(3), mirrored(boxes, 0)
@@ -204,7 +204,7 @@ def turn(seen: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Ten
         images, boxes = images.flip(2), mirrored(boxes, 1)
     if turned:
         images, boxes = images.transpose(2, 3), boxes[..., [1, 0, 3, 2]]
-    return common.normalize(images.float() / 255), seen.classes[batch], boxes
+    return common.normalize(images.float() / 255), data.classes[batch], boxes
 
 
 def train_world(out: Path, work: Path, steps: int | None = None) -> None:
@@ -225,7 +225,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
     saved = AutoModelForObjectDetection.from_pretrained(out, dtype=torch.float32)
     matched = match(scene_truth(asked), detect(saved, asked.images, SIZE, SIZE))
     scores, (low, high) = average_precision(matched), interval(matched)
-    facts = {
+    card = {
         "architecture": f"RTDetrV2ForObjectDetection, ResNet of 3 stages, maps at strides 8 and 16, 96 wide, 3 decoder "
         f"layers, {SHAPE['num_queries']} queries, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
         "data": f"{SCENES:,} scenes of the small world, style {STYLE}, with their boxes",
@@ -234,5 +234,5 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         "score": f"{scores['AP']:.3f} box AP (.50:.95) on 1,000 scenes of the test split, 95 % interval over images "
         f"{low:.3f} to {high:.3f}; AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f}",
     }
-    world_data.write_card(out, "detector: a small RT-DETR v2, ten shapes in neon", minutes, SEED, facts)
+    world_data.write_card(out, "detector: a small RT-DETR v2, ten shapes in neon", minutes, SEED, card)
     print(f"test AP {scores['AP']:.3f} ({low:.3f} to {high:.3f})", flush=True)

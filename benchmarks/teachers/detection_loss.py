@@ -1,7 +1,7 @@
 """The loss of a detector of the RT-DETR family, for all its layers at once.
 
 Varifocal, L1 and GIoU losses as in the family: one query of each decoder layer answers for each object, and denoising
-queries for the object that they were made from. Besides, several places of the encoder answer for each object (as in
+queries for the object that they were made from. Also, several anchors of the encoder are assigned to each object (as in
 arXiv 2211.12860), which lets the backbone learn from nothing in minutes.
 """
 
@@ -38,16 +38,16 @@ def overlaps(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assign_one(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """The object that each query answers for, or -1: the cheapest assignment, each object having one query.
+    """The object that each query is assigned to, or -1: the cheapest assignment with one query per object.
 
     logits (B, L, Q, K), boxes (B, L, Q, 4), classes (B, M), truth (B, M, 4) -> (B, L, Q)
     """
     score = logits.sigmoid()
     focal = 0.75 * score**2 * (1e-8 + 1 - score).log() - 0.25 * (1 - score) ** 2 * (1e-8 + score).log()
     index = classes.clamp(min=0)[:, None, None].expand(*score.shape[:3], -1)  # (B, L, Q, M)
-    ours, aim = boxes[..., None, :], truth[:, None, None]
-    cost = 2 * focal.gather(-1, index) + 5 * (ours - aim).abs().sum(-1)
-    cost -= 2 * overlaps(to_corners(ours), to_corners(aim))[1]
+    predicted, target_boxes = boxes[..., None, :], truth[:, None, None]
+    cost = 2 * focal.gather(-1, index) + 5 * (predicted - target_boxes).abs().sum(-1)
+    cost -= 2 * overlaps(to_corners(predicted), to_corners(target_boxes))[1]
     table, counts = cost.numpy(), (classes >= 0).sum(1).tolist()
     chosen = torch.full(score.shape[:3], -1)
     for image, count in enumerate(counts):
@@ -58,34 +58,36 @@ def assign_one(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor) ->
 
 
 @torch.no_grad()
-def assign_many(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor, places: int) -> Tensor:
-    """The object that each place answers for, or -1: each object has the `places` that agree best (arXiv 2108.07755).
+def assign_many(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor, anchors: int) -> Tensor:
+    """The object of each anchor, or -1: each object gets the `anchors` that fit best (arXiv 2108.07755).
 
     logits (B, N, K), boxes (B, N, 4), classes (B, M), truth (B, M, 4) -> (B, N)
     """
     index = classes.clamp(min=0)[:, None].expand(-1, logits.shape[1], -1)  # (B, N, M)
     iou = overlaps(to_corners(boxes)[:, :, None], to_corners(truth)[:, None])[0]
     fit = (logits.sigmoid().gather(-1, index) + 1e-4).sqrt() * (iou + 1e-4) ** 3 * (classes >= 0)[:, None]
-    best = fit.topk(places, dim=1)
+    best = fit.topk(anchors, dim=1)
     value, target = torch.zeros_like(fit).scatter_(1, best.indices, best.values).max(-1)
     return torch.where(value > 0, target, -1)
 
 
 def set_loss(logits: Tensor, boxes: Tensor, assigned: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """Sum of varifocal, L1 and GIoU losses of predictions (B, X, .) that answer for objects (B, X) or for none."""
-    image, place = (assigned >= 0).nonzero(as_tuple=True)
-    target = assigned[image, place]
-    ours, aim = boxes[image, place], truth[image, target]
-    iou, giou = overlaps(to_corners(ours), to_corners(aim))
-    goal = torch.zeros_like(logits)
-    goal[image, place, classes[image, target]] = iou.detach()
-    weight = goal + 0.75 * logits.detach().sigmoid() ** 2 * (goal == 0)
-    named = F.binary_cross_entropy_with_logits(logits, goal, weight, reduction="sum")
-    return CLASS_WEIGHT * named + SIDE_WEIGHT * (ours - aim).abs().sum() + OVERLAP_WEIGHT * (1 - giou).sum()
+    """Sum of varifocal, L1 and GIoU losses of predictions (B, X, .) that are assigned to objects (B, X) or to none."""
+    image, anchor = (assigned >= 0).nonzero(as_tuple=True)
+    target = assigned[image, anchor]
+    predicted, target_boxes = boxes[image, anchor], truth[image, target]
+    iou, giou = overlaps(to_corners(predicted), to_corners(target_boxes))
+    quality = torch.zeros_like(logits)
+    quality[image, anchor, classes[image, target]] = iou.detach()
+    weight = quality + 0.75 * logits.detach().sigmoid() ** 2 * (quality == 0)
+    named = F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
+    return (
+        CLASS_WEIGHT * named + SIDE_WEIGHT * (predicted - target_boxes).abs().sum() + OVERLAP_WEIGHT * (1 - giou).sum()
+    )
 
 
-def detection_loss(output: Any, classes: Tensor, truth: Tensor, places: int) -> Tensor:
-    """Loss for each object: the decoder's layers, their denoising queries, and `places` of the encoder."""
+def detection_loss(output: Any, classes: Tensor, truth: Tensor, anchors: int) -> Tensor:
+    """Loss for each object: the decoder's layers, their denoising queries, and `anchors` of the encoder."""
     logits, boxes = output.intermediate_logits, output.intermediate_reference_points  # (B, L, Q, .)
     noise = output.denoising_meta_values
     (noisy, logits), (noisy_boxes, boxes) = (part.split(noise["dn_num_split"], 2) for part in (logits, boxes))
@@ -94,7 +96,7 @@ def detection_loss(output: Any, classes: Tensor, truth: Tensor, places: int) -> 
     groups = torch.cat([near, torch.full_like(near, -1)], 1).repeat(1, noise["dn_num_group"] * noisy.shape[1])
     chosen = assign_one(logits.detach(), boxes.detach(), classes, truth)
     dense, dense_boxes = output.enc_outputs_class, output.enc_outputs_coord_logits.sigmoid()
-    several = assign_many(dense.detach(), dense_boxes.detach(), classes, truth, places)
+    several = assign_many(dense.detach(), dense_boxes.detach(), classes, truth, anchors)
     count = (classes >= 0).sum()
     return (
         set_loss(logits.flatten(1, 2), boxes.flatten(1, 2), chosen.flatten(1), classes, truth) / count

@@ -24,7 +24,7 @@ UNLABELLED, IGNORE = 11, 255
 
 
 def build_model(classes: list[str], **shape: Any) -> SegformerForSemanticSegmentation:
-    """MiT-b0, or the `shape` given, with a decoder 128 wide."""
+    """MiT-b0, or the `shape` args, with a decoder 128 wide."""
     names = dict(enumerate(classes))
     config = SegformerConfig(
         **shape,
@@ -87,14 +87,14 @@ def crops(pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Te
 def intersection_over_union(
     model: torch.nn.Module, pixels: Tensor, truth: Tensor, classes: int, size: tuple[int, int] = (HEIGHT, WIDTH)
 ) -> Tensor:
-    """IoU in percent of each class over the whole set, at annotation resolution, unlabelled places aside."""
+    """IoU in percent of each class over the whole set, at annotation resolution, without unlabelled pixels."""
     model.eval()
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
-    for part, label in zip(pixels.split(8), truth.split(8), strict=True):
-        logits = model(pixel_values=common.render(part, *size)).logits  # (B, K, h / 4, w / 4)
-        guess = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+    for chunk, label in zip(pixels.split(8), truth.split(8), strict=True):
+        logits = model(pixel_values=common.render(chunk, *size)).logits  # (B, K, h / 4, w / 4)
+        predicted = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
         counted = label != IGNORE
-        confusion += torch.bincount(label[counted].long() * classes + guess[counted], minlength=classes**2)
+        confusion += torch.bincount(label[counted].long() * classes + predicted[counted], minlength=classes**2)
     model.train()
     table = confusion.view(classes, classes)
     both = table.diagonal()
@@ -116,7 +116,7 @@ def split_weights(
 
 def train(
     model: SegformerForSemanticSegmentation,
-    seen: tuple[Tensor, Tensor],
+    data: tuple[Tensor, Tensor],
     steps: int,
     batch_size: int,
     work: Path,
@@ -125,8 +125,8 @@ def train(
     best: common.Best,
     lr: float = 0.01,
 ) -> float:
-    """Train in place on images and maps; `watch` says the IoU of each class now and then. Minutes spent."""
-    pixels, truth = seen
+    """Train in place on images and maps; `watch` measures the IoU of each class. Returns minutes."""
+    pixels, truth = data
     weights = class_weights(truth, model.config.num_labels)
     optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=1e-3, decay=0.05)
     progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
@@ -142,9 +142,9 @@ def train(
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, loss=float(loss.detach()))
         if (step + 1) % 300 == 0 or step + 1 == steps:
-            told = watch()
-            print(f"val mIoU {told.mean():.1f} %  " + " ".join(f"{value:.0f}" for value in told), flush=True)
-            best.offer(float(told.mean()))
+            scores = watch()
+            print(f"val mIoU {scores.mean():.1f} %  " + " ".join(f"{value:.0f}" for value in scores), flush=True)
+            best.offer(float(scores.mean()))
         progress.save(step, 300)
     return progress.minutes()
 
@@ -155,39 +155,39 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/segmenter"))
     parser.add_argument("--steps", type=int, default=1500)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
-    classes = json.loads((given.data / "camvid" / "classes.json").read_text())
+    classes = json.loads((args.data / "camvid" / "classes.json").read_text())
     model = build_model(classes).train()
-    watched = load_camvid(given.data, "val")
+    watched = load_camvid(args.data, "val")
     minutes = train(
         model,
-        load_camvid(given.data, "train"),
-        given.steps,
+        load_camvid(args.data, "train"),
+        args.steps,
         BATCH,
-        given.work,
+        args.work,
         crops,
         lambda: intersection_over_union(model, *watched, len(classes)),
         common.Best(lambda: None),
     )
-    common.save_teacher(model, given.out, HEIGHT, WIDTH, "SegformerImageProcessor")
-    saved = AutoModelForSemanticSegmentation.from_pretrained(given.out, dtype=torch.float32)
-    scores = intersection_over_union(saved, *load_camvid(given.data, "test"), len(classes))
-    told = ", ".join(f"{name} {value:.1f}" for name, value in zip(classes, scores.tolist(), strict=True))
-    facts = {
+    common.save_teacher(model, args.out, HEIGHT, WIDTH, "SegformerImageProcessor")
+    saved = AutoModelForSemanticSegmentation.from_pretrained(args.out, dtype=torch.float32)
+    scores = intersection_over_union(saved, *load_camvid(args.data, "test"), len(classes))
+    by_class = ", ".join(f"{name} {value:.1f}" for name, value in zip(classes, scores.tolist(), strict=True))
+    card = {
         "architecture": f"SegformerForSemanticSegmentation, MiT-b0, decoder 128 wide, {WIDTH}x{HEIGHT} px "
         f"(width x height), {common.count_parameters(saved)} parameters",
         "data": "CamVid train (367 images and maps), no pretraining; index 11 (not labelled) ignored",
-        "recipe": f"{given.steps} steps, batch {BATCH}, crops {CROP_WIDTH}x{CROP_HEIGHT}, Muon on matrices, "
+        "recipe": f"{args.steps} steps, batch {BATCH}, crops {CROP_WIDTH}x{CROP_HEIGHT}, Muon on matrices, "
         "AdamW on the rest, one cycle; scale, crop, flip, colours; weighted cross entropy; bf16 autocast",
         "score": f"{scores.mean():.2f} % mIoU on the CamVid test set (233 images, 11 classes, one confusion "
         "matrix over the whole set at 480x360, one scale)",
-        "IoU of each class": told,
+        "IoU of each class": by_class,
     }
     terms = "CamVid (Brostow 2008) is distributed for research"
-    common.write_card(given.out, "segmenter: a slim SegFormer, street scenes", minutes, SEED, terms, facts)
-    print(f"test mIoU {scores.mean():.2f} %  {told}", flush=True)
+    common.write_card(args.out, "segmenter: a slim SegFormer, street scenes", minutes, SEED, terms, card)
+    print(f"test mIoU {scores.mean():.2f} %  {by_class}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train the five small teachers of the small world from nothing, on one CPU thread.
+"""Train the five small teachers of the small world from scratch, on one CPU thread.
 
-Each learns from scenes that are drawn on the spot; nothing is downloaded. A teacher whose folder has its card is
+Each is trained on scenes that are drawn during training; nothing is downloaded. A teacher whose folder has its card is
 finished and is left alone: remove the folder, or give another --out, to train it again. An interrupted training
 goes on from its scratch state in --work. All seeds are fixed: two runs on one machine give the same weights.
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("shoulders/world/teachers"))
     parser.add_argument("--work", type=Path, default=Path("runs/world"), help="scratch states and drawn scenes")
     parser.add_argument("--only", nargs="+", choices=TEACHERS, default=list(TEACHERS), metavar="NAME")
-    parser.add_argument("--steps", type=int, help="of each training; default: its own")
+    parser.add_argument("--steps", type=int, help="steps of each training; default: its own")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.only:
@@ -39,7 +39,7 @@ def main() -> None:
             print(f"{name}: finished, see {out / 'README.md'}", flush=True)
             continue
         print(f"{name}: training, scratch state in {given.work / name}", flush=True)
-        # imported when its turn comes: a detector asks for scipy, a classifier does not
+        # imported only when it is trained: a detector needs scipy, a classifier does not
         importlib.import_module(TEACHERS[name]).train_world(out, given.work / name, given.steps)
 
 

@@ -1,8 +1,9 @@
 """Train the small world's base: a small vision transformer, on scenes of all styles, no labels.
 
-A transformer this small takes long to find shapes by itself; convolutions do not. So a small convolutional guide
-learns first, by the objective of base.py, on tiles of scenes; then the transformer learns to say at each place and of
-the whole what the guide says, from a picture in other colours, with more grain and with places left out.
+A transformer this small takes long to find shapes by itself; convolutions do not. So a small convolutional guide is
+trained first, with the objective of base.py, on tiles of scenes. Then the transformer is trained to predict the
+features of the guide, at each token and for the whole image, from an image in other colours, with more grain and with
+tokens left out.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def build_model() -> Dinov2Model:
 
 
 def build_guide() -> ResNetModel:
-    """Two stages of basic blocks; one place of its map is 8 px, as in the transformer."""
+    """Two stages of basic blocks; one cell of its map is 8 px, as in the transformer."""
     return ResNetModel(ResNetConfig(embedding_size=32, hidden_sizes=[64, WIDTH], depths=[1, 2], layer_type="basic"))
 
 
 class GuideEncoder(nn.Module):
-    """The guide as tokens (B, 1 + k, C): the mean of its map, and the places `keep` (B, k)."""
+    """The guide as tokens (B, 1 + k, C): the mean of its map, and the cells `keep` (B, k)."""
 
     def __init__(self, model: ResNetModel) -> None:
         super().__init__()
@@ -48,9 +49,9 @@ class GuideEncoder(nn.Module):
 
     def forward(self, images: Tensor, keep: Tensor) -> Tensor:
         images = images.contiguous(memory_format=torch.channels_last)
-        places = self.model(images).last_hidden_state.flatten(2).transpose(1, 2)
-        kept = places.gather(1, keep[..., None].expand(-1, -1, places.shape[-1]))
-        return torch.cat([places.mean(1, keepdim=True), kept], 1)
+        cells = self.model(images).last_hidden_state.flatten(2).transpose(1, 2)
+        kept = cells.gather(1, keep[..., None].expand(-1, -1, cells.shape[-1]))
+        return torch.cat([cells.mean(1, keepdim=True), kept], 1)
 
 
 def run_guide(guide: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
@@ -59,44 +60,44 @@ def run_guide(guide: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
 
 
 class WindowEncoder(nn.Module):
-    """The transformer on views that cover a window of its grid: CLS token and places `keep`, (B, 1 + k, C)."""
+    """The transformer on views that cover a window of its grid: CLS token and tokens `keep`, (B, 1 + k, C)."""
 
     def __init__(self, model: Dinov2Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, keep: Tensor, corner: Tensor) -> Tensor:
-        """Views (B, 3, h, w), kept places of the window (B, k), its top left place in the grid (B, 2)."""
+        """Views (B, 3, h, w), kept tokens of the window (B, k), its top left cell in the grid (B, 2)."""
         embeddings, wide = self.model.embeddings, images.shape[3] // PATCH
         tokens = embeddings.patch_embeddings(images)
         tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        place = (keep // wide + corner[:, :1]) * GRID + keep % wide + corner[:, 1:]
+        position = (keep // wide + corner[:, :1]) * GRID + keep % wide + corner[:, 1:]
         positions = embeddings.position_embeddings[0]
         summary = (embeddings.cls_token[0] + positions[:1]).expand(len(tokens), 1, -1)
-        tokens = torch.cat([summary, tokens + positions[1 + place]], 1)
+        tokens = torch.cat([summary, tokens + positions[1 + position]], 1)
         return self.model.layernorm(self.model.encoder(tokens).last_hidden_state)
 
 
-def look(pixels: Tensor, step: int, generator: torch.Generator) -> base.Looks:
-    """Views of one tile of each scene, all places kept."""
+def look(pixels: Tensor, step: int, generator: torch.Generator) -> base.ViewBatch:
+    """Views of one tile of each scene, all tokens kept."""
     tile = world_views.tiles(pixels, generator)
-    views, spots = [], []
+    views, points = [], []
     for _ in range(base.VIEWS):
         frame = world_views.frames(tile, generator)
         views.append(common.normalize(world_views.disguise(world_views.show(pixels, frame, TILE), generator)))
-        spots.append(world_views.spots(frame, TILE // PATCH))
-    return base.Looks(torch.cat(views), torch.stack(spots), all_places(base.VIEWS * len(pixels), TILE))
+        points.append(world_views.token_points(frame, TILE // PATCH))
+    return base.ViewBatch(torch.cat(views), torch.stack(points), all_tokens(base.VIEWS * len(pixels), TILE))
 
 
-def all_places(count: int, side: int) -> Tensor:
-    """Every place of views `side` px wide (count, N)."""
+def all_tokens(count: int, side: int) -> Tensor:
+    """Every token of views `side` px wide (count, N)."""
     return torch.arange((side // PATCH) ** 2).expand(count, -1)
 
 
 def follow(
     model: Dinov2Model, guide: GuideEncoder, images: Tensor, steps: int, work: Path, watch: Callable[[], None]
 ) -> float:
-    """Train the transformer to say what the guide says of tiles and, every other step, of scenes. Minutes spent."""
+    """Train the transformer to predict the guide's features of tiles and, in every other step, of scenes; minutes."""
     encoder, heads = WindowEncoder(model), nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
     guide.eval()
     both = nn.ModuleDict({"model": model, "heads": heads})
@@ -123,10 +124,10 @@ def follow(
 
 
 def one_view(pixels: Tensor, whole: bool, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A view of each scene or of a tile of it in [0, 1] (B, 3, h, h), the places kept, and its corner in the grid."""
+    """A view of each scene or of a tile of it in [0, 1] (B, 3, h, h), the tokens kept, and its corner in the grid."""
     count, side = len(pixels), SIZE if whole else TILE
-    tile = world_views.whole(count) if whole else world_views.tiles(pixels, generator)
-    keep = all_places(count, side)
+    tile = world_views.full_tiles(count) if whole else world_views.tiles(pixels, generator)
+    keep = all_tokens(count, side)
     if whole:
         keep = torch.rand(keep.shape, generator=generator).argsort(1)[:, :WHOLE_KEEP]
     corner = torch.randint(GRID - side // PATCH + 1, (count, 2), generator=generator)
@@ -139,7 +140,7 @@ def standard(values: Tensor) -> Tensor:
 
 
 def reader(model: nn.Module, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """From whole scenes, uint8 (B, 3, H, W), to tokens (B, 1 + N, C), the model in evaluation meanwhile."""
+    """From whole scenes, uint8 (B, 3, H, W), to tokens (B, 1 + N, C), in evaluation mode."""
 
     @torch.no_grad()
     def tokens(pixels: Tensor) -> Tensor:
@@ -157,30 +158,30 @@ def read_base(model: Dinov2Model) -> Callable[[Tensor], Tensor]:
 
 
 def read_guide(guide: GuideEncoder) -> Callable[[Tensor], Tensor]:
-    return reader(guide, lambda images: guide(images, all_places(len(images), SIZE)))
+    return reader(guide, lambda images: guide(images, all_tokens(len(images), SIZE)))
 
 
-def place_iou(seen: Tensor, classes: Tensor, asked: Tensor, truth: Tensor) -> float:
-    """mIoU in percent over places (n, C) whose class is that of most of their pixels, of a linear map."""
-    mean, deviation = seen.mean(0), seen.std(0).clamp(min=1e-4)
-    layer, kinds = nn.Linear(seen.shape[1], 1 + len(CLASSES)), 1 + len(CLASSES)
+def token_iou(train: Tensor, classes: Tensor, test: Tensor, truth: Tensor) -> float:
+    """mIoU in percent over tokens (n, C) whose class is that of most of their pixels, of a linear map."""
+    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-4)
+    layer, kinds = nn.Linear(train.shape[1], 1 + len(CLASSES)), 1 + len(CLASSES)
     optimizer = torch.optim.Adam(layer.parameters(), 1e-2)
     generator = torch.Generator().manual_seed(0)
     for step in range(400):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
-        batch = torch.randint(len(seen), (4096,), generator=generator)
-        loss = F.cross_entropy(layer((seen[batch] - mean) / deviation), classes[batch])
+        batch = torch.randint(len(train), (4096,), generator=generator)
+        loss = F.cross_entropy(layer((train[batch] - mean) / deviation), classes[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    guess = layer((asked - mean) / deviation).argmax(1)
-    table = torch.bincount(truth * kinds + guess, minlength=kinds**2).view(kinds, kinds)
+    predicted = layer((test - mean) / deviation).argmax(1)
+    table = torch.bincount(truth * kinds + predicted, minlength=kinds**2).view(kinds, kinds)
     both = table.diagonal()
     return 100 * float((both / (table.sum(0) + table.sum(1) - both).clamp(min=1)).mean())
 
 
-def place_classes(semantic: Tensor) -> Tensor:
-    """Maps (B, H, W) to the class of most pixels of each place (B, N)."""
+def token_classes(semantic: Tensor) -> Tensor:
+    """Maps (B, H, W) to the class of most pixels of each token (B, N)."""
     shares = F.one_hot(semantic.long(), 1 + len(CLASSES)).unflatten(2, (GRID, PATCH)).unflatten(1, (GRID, PATCH))
     return shares.sum((2, 4)).argmax(-1).flatten(1)
 
@@ -188,17 +189,19 @@ def place_classes(semantic: Tensor) -> Tensor:
 def measure(
     encode: Callable[[Tensor], Tensor], train: list[world_data.Scenes], test: list[world_data.Scenes]
 ) -> dict[str, float]:
-    """Readings of frozen tokens on all styles together, in percent: summaries by class, places by map."""
-    seen, asked = (torch.cat([encode(part.images) for part in parts]) for parts in (train, test))
+    """Probes of frozen tokens on all styles together, in percent: summaries by class, tokens by map."""
+    tokens, test_tokens = (torch.cat([encode(part.images) for part in parts]) for parts in (train, test))
     labels, truth = (torch.cat([part.labels for part in parts]) for parts in (train, test))
-    known, found = (torch.cat([place_classes(part.semantic) for part in parts]) for parts in (train, test))
+    classes, test_classes = (torch.cat([token_classes(part.semantic) for part in parts]) for parts in (train, test))
     return {
-        "k-NN": base.knn_top1(seen[:, 0], labels, asked[:, 0], truth),
-        "linear": base.linear_top1(seen[:, 0], labels, asked[:, 0], truth),
+        "k-NN": base.knn_top1(tokens[:, 0], labels, test_tokens[:, 0], truth),
+        "linear": base.linear_top1(tokens[:, 0], labels, test_tokens[:, 0], truth),
         "linear on the mean of patch tokens": base.linear_top1(
-            seen[:, 1:].mean(1), labels, asked[:, 1:].mean(1), truth
+            tokens[:, 1:].mean(1), labels, test_tokens[:, 1:].mean(1), truth
         ),
-        "mIoU": place_iou(seen[:, 1:].flatten(0, 1), known.flatten(), asked[:, 1:].flatten(0, 1), found.flatten()),
+        "mIoU": token_iou(
+            tokens[:, 1:].flatten(0, 1), classes.flatten(), test_tokens[:, 1:].flatten(0, 1), test_classes.flatten()
+        ),
     }
 
 
@@ -211,7 +214,10 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
     steps = steps or STEPS
     torch.manual_seed(base.SEED)
     images = torch.cat([part.images for part in load("train", SCENES, work)])
-    known, watched = load("train", 750, work), load("val", 250, work)  # labels only measure, they never train
+    known, watched = (
+        load("train", 750, work),
+        load("val", 250, work),
+    )  # labels are used for measuring, never for training
     guide = GuideEncoder(build_guide().to(memory_format=torch.channels_last).train())
 
     def watch(encode: Callable[[Tensor], Tensor]) -> None:
@@ -230,7 +236,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         (2, 4),
     )
     model = build_model().train()
-    model.set_attn_implementation("eager")  # faster here than sdpa's backward
+    model.set_attn_implementation("eager")  # its backward pass is faster than that of sdpa
 
     def keep_and_watch() -> None:
         watch(read_base(model))
@@ -239,11 +245,11 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
     minutes = guide_minutes + follow(model, guide, images, steps, work, keep_and_watch)
     common.save_teacher(model, out, SIZE, SIZE, "ViTImageProcessor")
     saved = AutoModel.from_pretrained(out, dtype=torch.float32).eval()
-    many, asked = load("train", 2000, work), load("test", 1000, work)
+    train_scenes, test_scenes = load("train", 2000, work), load("test", 1000, work)
     torch.manual_seed(base.SEED)
-    scores, chance = (measure(read_base(each), many, asked) for each in (saved, build_model()))
-    told = ", ".join(f"{name} {scores[name]:.1f} (random weights {chance[name]:.1f})" for name in scores)
-    facts = {
+    scores, chance = (measure(read_base(each), train_scenes, test_scenes) for each in (saved, build_model()))
+    score_text = ", ".join(f"{name} {scores[name]:.1f} (random weights {chance[name]:.1f})" for name in scores)
+    card = {
         "architecture": f"Dinov2Model, 6 layers, {WIDTH} wide, 4 heads, patches of {PATCH} px, {SIZE}x{SIZE} px, "
         f"grid {GRID}x{GRID}, {common.count_parameters(saved)} parameters",
         "data": f"{len(images):,} scenes of the small world, all styles ({', '.join(STYLES)}), no labels",
@@ -251,7 +257,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         "contrastive on summaries and patch tokens), then "
         f"{steps} steps of {BATCH} views, half of tiles, half of whole scenes, {WHOLE_KEEP} of {GRID**2} patch tokens "
         "kept, regressing the patch features of the guide and their mean; Muon on matrices, AdamW on the rest; bf16",
-        "score": f"test split of all styles, frozen, in %: {told}",
+        "score": f"test split of all styles, frozen, in %: {score_text}",
     }
-    world_data.write_card(out, "base: a small vision transformer, no labels", minutes, base.SEED, facts)
-    print(told, flush=True)
+    world_data.write_card(out, "base: a small vision transformer, no labels", minutes, base.SEED, card)
+    print(score_text, flush=True)

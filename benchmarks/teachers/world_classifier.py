@@ -25,10 +25,10 @@ def turn(pixels: Tensor, generator: torch.Generator) -> Tensor:
     flip = torch.where(draw[:, 2] < 0.5, -1.0, 1.0)
     theta = torch.stack([zoom * angle.cos() * flip, -zoom * angle.sin(), 0.2 * draw[:, 3] - 0.1], 1)
     below = torch.stack([zoom * angle.sin() * flip, zoom * angle.cos(), 0.2 * draw[:, 4] - 0.1], 1)
-    places = F.affine_grid(torch.stack([theta, below], 1), list(pixels.shape), align_corners=False)
+    sampling = F.affine_grid(torch.stack([theta, below], 1), list(pixels.shape), align_corners=False)
     unit = pixels.float() / 255
     return common.normalize(
-        F.grid_sample(unit, places, mode="bilinear", padding_mode="reflection", align_corners=False)
+        F.grid_sample(unit, sampling, mode="bilinear", padding_mode="reflection", align_corners=False)
     )
 
 
@@ -37,30 +37,30 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
     steps = steps or STEPS
     torch.manual_seed(classifier.SEED)
     model = classifier.build_model(CLASSES, WIDTHS, DEPTHS).to(memory_format=torch.channels_last).train()
-    seen, kept, asked = (
+    train, val, test = (
         world_data.load_scenes(STYLE, split, count, work)
         for split, count in (("train", SCENES), ("val", 1000), ("test", 2000))
     )
     minutes = classifier.train(
         model,
-        (seen.images, seen.labels),
+        (train.images, train.labels),
         steps,
         work,
         turn,
-        lambda: classifier.top1(model, kept.images, kept.labels, SIZE),
+        lambda: classifier.top1(model, val.images, val.labels, SIZE),
         common.Best(lambda: common.save_teacher(model, out, SIZE, SIZE, "ViTImageProcessor")),
     )
     saved = AutoModelForImageClassification.from_pretrained(out, dtype=torch.float32)
-    score = classifier.top1(saved, asked.images, asked.labels, SIZE)
-    facts = {
+    score = classifier.top1(saved, test.images, test.labels, SIZE)
+    card = {
         "architecture": f"ResNetForImageClassification, basic blocks {'-'.join(map(str, DEPTHS))}, "
         f"{'/'.join(map(str, WIDTHS))} wide, {SIZE}x{SIZE} px, last grid 6x6, "
         f"{common.count_parameters(saved)} parameters",
-        "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with the class of their largest object",
+        "data": f"{len(train):,} scenes of the small world, style {STYLE}, with the class of their largest object",
         "recipe": f"{steps} steps, batch {classifier.BATCH}, Muon on convolutions, AdamW on the rest; one cycle; "
         "turn, flip, zoom, shift; label smoothing 0.1; bf16 autocast; the best weights on 1,000 other scenes are "
         "selected",
-        "score": f"{score:.1f} % top-1 on {len(asked):,} scenes of the test split",
+        "score": f"{score:.1f} % top-1 on {len(test):,} scenes of the test split",
     }
-    world_data.write_card(out, "classifier: a slim ResNet, ten shapes", minutes, classifier.SEED, facts)
+    world_data.write_card(out, "classifier: a slim ResNet, ten shapes", minutes, classifier.SEED, card)
     print(f"test top-1 {score:.2f} %", flush=True)

@@ -1,4 +1,4 @@
-"""Scenes of the small world in memory: pixels, labels, maps and objects, drawn once and kept on disk."""
+"""Scenes of the small world in memory: pixels, labels, maps and objects, drawn once and saved on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scenes:
         images: uint8 (B, 3, H, W).
         labels: int64 (B,), class of the object that covers most pixels.
         semantic: uint8 (B, H, W), 0 background, 1 + class.
-        instances: uint8 (B, H, W), 0 background, i + 1 where object i is seen.
+        instances: uint8 (B, H, W), 0 background, i + 1 where object i is visible.
         counts: int64 (B,), objects of each scene.
         classes: int64 (sum of counts,), the classes of all objects, scene by scene.
         boxes: float32 (sum of counts, 4), their boxes x0 y0 x1 y1 in px.
@@ -58,7 +58,9 @@ class Scenes:
 def load_scenes(style: str, split: str, count: int, work: Path) -> Scenes:
     """The first `count` scenes of a split, drawn (4 ms each) or read back from the folder `work`."""
     known = hashlib.sha256(b"".join(draw(style, SPLITS[split], i, SIZE).image.tobytes() for i in range(8))).hexdigest()
-    file = work / f"scenes-{style}-{split}-{count}-{known[:8]}.pt"  # scenes drawn otherwise have another name
+    file = (
+        work / f"scenes-{style}-{split}-{count}-{known[:8]}.pt"
+    )  # scenes of another version of the code have another name
     if file.exists():
         return Scenes(**torch.load(file, weights_only=True))
     scenes = _draw_all(style, SPLITS[split], count)
@@ -94,8 +96,8 @@ def _draw_all(style: str, seed: int, count: int) -> Scenes:
     )
 
 
-def write_card(folder: Path, title: str, minutes: float, seed: int, facts: dict[str, str]) -> None:
+def write_card(folder: Path, title: str, minutes: float, seed: int, card: dict[str, str]) -> None:
     """The model card of a teacher of the small world."""
     command = f"python benchmarks/teachers/world.py --only {folder.name}"
     terms = "trained on images drawn by the project's own code"
-    common.write_card(folder, title, minutes, seed, terms, facts, command)
+    common.write_card(folder, title, minutes, seed, terms, card, command)

@@ -39,7 +39,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
     steps = steps or STEPS
     torch.manual_seed(segmenter.SEED)
     model = segmenter.build_model(NAMES, **SHAPE).train()
-    seen, kept, asked = (
+    train, val, test = (
         world_data.load_scenes(STYLE, split, count, work)
         for split, count in (("train", SCENES), ("val", 400), ("test", 2000))
     )
@@ -49,27 +49,27 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
 
     minutes = segmenter.train(
         model,
-        (seen.images, seen.semantic),
+        (train.images, train.semantic),
         steps,
         BATCH,
         work,
         turn,
-        lambda: score(model, kept),
+        lambda: score(model, val),
         common.Best(lambda: common.save_teacher(model, out, SIZE, SIZE, "SegformerImageProcessor")),
         lr=0.02,
     )
     saved = AutoModelForSemanticSegmentation.from_pretrained(out, dtype=torch.float32)
-    each = score(saved, asked)
-    told = ", ".join(f"{name} {value:.1f}" for name, value in zip(NAMES, each.tolist(), strict=True))
-    facts = {
+    each = score(saved, test)
+    by_class = ", ".join(f"{name} {value:.1f}" for name, value in zip(NAMES, each.tolist(), strict=True))
+    card = {
         "architecture": f"SegformerForSemanticSegmentation, {'/'.join(map(str, SHAPE['hidden_sizes']))} wide, "
         f"decoder 128 wide, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
-        "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with their class maps",
+        "data": f"{len(train):,} scenes of the small world, style {STYLE}, with their class maps",
         "recipe": f"{steps} steps, batch {BATCH}, Muon on matrices, AdamW on the rest, one cycle; quarter turns, flip, "
         "colours; weighted cross entropy; bf16 autocast; the best weights on 400 other scenes are selected",
-        "score": f"{each.mean():.1f} % mIoU on {len(asked):,} scenes of the test split ({len(NAMES)} classes, one "
+        "score": f"{each.mean():.1f} % mIoU on {len(test):,} scenes of the test split ({len(NAMES)} classes, one "
         "confusion matrix over all)",
-        "IoU of each class": told,
+        "IoU of each class": by_class,
     }
-    world_data.write_card(out, "segmenter: a slim SegFormer, ten shapes", minutes, segmenter.SEED, facts)
-    print(f"test mIoU {each.mean():.2f} %  {told}", flush=True)
+    world_data.write_card(out, "segmenter: a slim SegFormer, ten shapes", minutes, segmenter.SEED, card)
+    print(f"test mIoU {each.mean():.2f} %  {by_class}", flush=True)
