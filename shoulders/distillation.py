@@ -26,15 +26,14 @@ from shoulders.distributed.device import use_bf16
 from shoulders.distributed.sharding import gather_state, sync_gradients, unsharded, wrap_model
 from shoulders.distributed.signals import catch_signals
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError
-from shoulders.feature_cache import LiveOrCachedTeachers, open_cache
-from shoulders.features import EVERYBODY, Asked, Batch, Features, Skipped, in_order
+from shoulders.feature_cache import open_cache
+from shoulders.features import Batch, Features, Skipped, in_order
 from shoulders.images import ImageSet, SkipReport, batches, evaluation_batches, open_images
-from shoulders.model import ShouldersModel, build_student, save_student, student_config
+from shoulders.model import save_student
 from shoulders.storage.atomic import write_folder, write_text
 from shoulders.storage.locks import run_lock
 from shoulders.storage.results import read_rows, upsert_results
-from shoulders.student.base import load_base
-from shoulders.teachers import Teacher, Teachers, load_teacher
+from shoulders.teachers import AnyTeachers, Teacher, Teachers, load_teacher
 from shoulders.teachers.heads import Head, load_head
 from shoulders.teachers.heads.post_process import check_processor
 from shoulders.training.checkpoint import fingerprint, load_newest, save_checkpoint
@@ -43,8 +42,9 @@ from shoulders.training.logger import MetricLogger
 from shoulders.training.module import DistillationModule
 from shoulders.training.optimizers import Optimizers
 from shoulders.training.preflight import check, check_heldout, check_out
+from shoulders.training.student import init_student
 from shoulders.transfer.losses import BASE
-from shoulders.transfer.projectors import FeatureDims, coarser, finer, key, teacher_name
+from shoulders.transfer.projectors import teacher_name
 from shoulders.transfer.standardize import Moments
 
 
@@ -99,7 +99,9 @@ def prepare(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext) -> Ru
     check_heldout(recipe, images)
     bf16 = use_bf16(recipe.train.precision, dist.device)
     teachers = open_cache(recipe, own, images, bf16, dist) or Teachers(
-        {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own), bf16=bf16
+        {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(own),
+        bf16=bf16,
+        sources={name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()},
     )
     torch.manual_seed(recipe.train.seed)
     learner = DistillationModule(init_student(recipe, teachers), recipe)
@@ -125,7 +127,7 @@ class Run:
         self,
         recipe: Recipe,
         learner: DistillationModule,
-        teachers: LiveOrCachedTeachers,
+        teachers: AnyTeachers,
         images: ImageSet,
         dist: DistContext,
     ):
@@ -133,12 +135,11 @@ class Run:
         self.student = learner.student
         self.size = as_size(recipe.images.size)
         self.sizes = sorted({self.size, *teachers.sizes})  # images are decoded for all of them, cached or live
-        self.drawn = self.sizes if isinstance(teachers, Teachers) else [self.size]
+        self.drawn = sorted({self.size, *teachers.render_sizes})
         self.before, self.began = 0.0, time.perf_counter()  # seconds of earlier legs of this run; of this one
         own = self.student.config.mean, self.student.config.std
-        pixels = teachers.pixels() if isinstance(teachers, Teachers) else "as their fingerprints say"
         self.frozen = fingerprint(
-            self.student.encoder.base, teachers, facts=(teachers.taps, teachers.sizes, pixels, own)
+            self.student.encoder.base, teachers, facts=(teachers.taps, teachers.sizes, teachers.preprocessing(), own)
         )
         self.module = wrap_model(learner, self.student.encoder.base, teachers, recipe.train.parallel, dist)
         self.optimization = Optimizers(learner, recipe.train)  # of what this rank holds of them
@@ -204,10 +205,9 @@ class Run:
         parts = batch.to(self.dist.device).split(len(batch) // self.recipe.train.accumulate)
         losses, told = [], []
         for i, (part, coins) in enumerate(zip(parts, self._coins(step).chunk(len(parts)), strict=True)):
-            asked = self.asked(part)
-            taught = self.teach(part, asked)
+            taught = self.teach(part)
             with self.autocast(), sync_gradients(self.module, i == len(parts) - 1):
-                loss, terms = self.forward(part.pixels(self.size), taught, coins, asked)
+                loss, terms = self.forward(part.pixels(self.size), taught, coins)
                 (loss / len(parts)).backward()
             losses.append(loss.detach())
             told.append(terms)
@@ -216,29 +216,20 @@ class Run:
         terms = {name: torch.stack([terms[name] for terms in told]).nanmean() for name in told[0]}
         return torch.stack(losses).mean(), terms, norm
 
-    def asked(self, batch: Batch) -> dict[str, Tensor]:
-        """{teacher: (b,) the images of the batch that it is asked about}, of those who are not asked about all."""
-        rows = {
-            name: self.images.collection.indices_from(home, batch.ids.numpy())
-            for name, home in self.recipe.teacher_sources.items()
-        }
-        return {name: torch.from_numpy(one).to(self.dist.device, non_blocking=True) for name, one in rows.items()}
-
-    def teach(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:
+    def teach(self, batch: Batch) -> dict[str, Features]:
         """What the teachers say of the batch; the base is one of them where it is to be preserved, or only read."""
-        taught = self.teachers(batch, asked)
-        missing = [place for place in self.student.asks if f"{BASE}/{place}" not in taught]
+        taught = self.teachers(batch)
+        missing = [place for place in self.student.base_layers if f"{BASE}/{place}" not in taught]
         if missing:
             with self.autocast():
                 said = self.student.encoder.base_features(batch.pixels(self.size), missing)
             taught |= {f"{BASE}/{place}": features.map(torch.Tensor.float) for place, features in said.items()}
         return {tap: features.map(in_order) for tap, features in taught.items()}
 
-    def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features], dict[str, Tensor]]]:
+    def _taught(self, stream: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
         for batch in (batch.to(self.dist.device) for batch in stream):
-            asked = self.asked(batch)
-            taught = self.teach(batch, asked)
-            yield batch, {tap: taught[tap] for tap in self.student.taps}, asked
+            taught = self.teach(batch)
+            yield batch, {tap: taught[tap] for tap in self.student.taps}
 
     def _batches(self, first: int, steps: int, rank: int, world_size: int) -> Generator[Batch, None, None]:
         """A rank's part of the training batches of steps (first, steps]."""
@@ -272,7 +263,7 @@ class Run:
     def _coins(self, step: int) -> Tensor:
         """(B, T) uniform numbers of this rank's images, a pure function of (seed, step)."""
         generator = torch.Generator().manual_seed(self.recipe.train.seed * 1_000_003 + step)
-        coins = torch.rand(self.recipe.train.batch, len(self.learner.shares), generator=generator)
+        coins = torch.rand(self.recipe.train.batch, len(self.learner.weights), generator=generator)
         return coins.chunk(self.dist.world_size)[self.dist.rank].to(self.dist.device)
 
     def calibrate(self) -> None:
@@ -286,10 +277,10 @@ class Run:
         self.dist.log(f"fitting the standardizers ({how.standardize}) on {steps * train.batch} images")
         # parts of one size whatever the ranks: a rounding difference may turn an eigenvector, and with it the targets
         parts = (part for batch in self._batches(0, steps, 0, 1) for part in batch.split(ASKED_AT_ONCE))
-        for _, taught, _ in self._taught(parts):
+        for _, taught in self._taught(parts):
             for tap, features in taught.items():
-                images[tap] += features.images
-                for part, x in features.parts().items():
+                images[tap] += features.batch_size
+                for part, x in features.components().items():
                     moments.setdefault(tap, {}).setdefault(part, Moments(x.shape[-1])).update(x)
         for tap in self.student.taps:
             if images[tap] < FEWEST:
@@ -346,7 +337,7 @@ class Run:
         return int(state["step"])
 
 
-def kept_heads(recipe: Recipe, teachers: LiveOrCachedTeachers, dist: DistContext) -> dict[str, Head]:
+def kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) -> dict[str, Head]:
     """The heads that the student will keep, from their teachers' own checkpoints; on the rank that writes them.
 
     Raises:
@@ -360,26 +351,6 @@ def kept_heads(recipe: Recipe, teachers: LiveOrCachedTeachers, dist: DistContext
         except RecipeError as error:  # the head itself can be kept and asked in Python
             dist.log(f"keep_heads: {name}: {error}")
     return heads if dist.is_main else {}
-
-
-def init_student(recipe: Recipe, teachers: LiveOrCachedTeachers) -> ShouldersModel:
-    """The base with a fresh adapter, and a projector and standardizer for every tap that it learns from."""
-    base = load_base(recipe.student)
-    taps = {tap: FeatureDims(facts.summary, facts.spatial) for tap, facts in teachers.taps.items()}
-    h, w = (side // base.model.config.patch_size for side in as_size(recipe.images.size))
-    grids = {tap: facts.grid for tap, facts in teachers.taps.items() if facts.spatial}
-    kept = recipe.keep_heads if recipe.transfer.match_teacher_grid else []
-    fine = finer((h, w), {tap: grid for tap, grid in grids.items() if teacher_name(tap) in kept})
-    coarse = coarser((h, w), grids)
-    if twins := [tap for tap in taps if [key(other) for other in taps].count(key(tap)) > 1]:
-        raise RecipeError(f"{', '.join(twins)}: these taps are told apart by a point or a stroke alone; rename one")
-    whose = teachers.provenance()
-    if recipe.transfer.preserve:
-        taps[f"{BASE}/latent"] = FeatureDims(base.model.config.hidden_size, base.model.config.hidden_size)
-    whose[BASE] = {"source": recipe.student.base, "revision": base.revision, "license": base.license}
-    pixels = base.preprocessing
-    config = student_config(recipe, base.model, pixels.mean, pixels.std, whose, taps, fine, coarse)
-    return build_student(base.model, config)
 
 
 def _rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

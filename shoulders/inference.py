@@ -17,7 +17,7 @@ from shoulders.features import Batch, Features
 from shoulders.model import ShouldersModel
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
-from shoulders.transfer.projectors import key, teacher_name
+from shoulders.transfer.projectors import module_name, teacher_name
 
 FINEST_STRIDE = 8  # px of a teacher's input between the places that a dense probe sees
 
@@ -43,7 +43,7 @@ def teacher_head_on_student(student: ShouldersModel, name: str, size: tuple[int,
 def predicted_taps(student: ShouldersModel, name: str, seen: Mapping[str, Features]) -> dict[str, Features]:
     """What a student that sees ``{place: Features}`` says in place of one teacher; other projectors stay unasked."""
     return {
-        tap.split("/", 1)[1]: student.standardizer(tap).inverse(student.projectors[key(tap)](seen))
+        tap.split("/", 1)[1]: student.standardizer(tap).inverse(student.projectors[module_name(tap)](seen))
         for tap in student.taps
         if teacher_name(tap) == name
     }

@@ -24,9 +24,9 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
 import shoulders.student.encoder as encoder
-from shoulders.config.recipe import Recipe, as_size
+from shoulders.config.recipe import as_size
 from shoulders.errors import DataError, RecipeError
-from shoulders.features import EVERYBODY, Asked, Features
+from shoulders.features import Features
 from shoulders.hub import quiet
 from shoulders.hub.card import write_card
 from shoulders.student.config import ShouldersConfig
@@ -35,7 +35,7 @@ from shoulders.teachers.heads import Head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from shoulders.transfer.losses import BASE
-from shoulders.transfer.projectors import FeatureDims, Projector, key, teacher_name
+from shoulders.transfer.projectors import FeatureDims, Projector, module_name, teacher_name
 from shoulders.transfer.standardize import TapStandardizer
 
 
@@ -57,7 +57,7 @@ class ShouldersPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every part initialises itself, and an adapter must stay zero at birth."""
+        """Nothing: every part initialises itself, and the output of a fresh adapter must stay zero."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         Raises:
             DataError: if a key is missing, left over, or of another shape.
         """
-        want_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         faults = {
             name: sorted(map(str, info.get(name) or ()))
@@ -80,33 +80,37 @@ class ShouldersPreTrainedModel(PreTrainedModel):
                 part.base.requires_grad_(False)  # transformers makes every loaded weight trainable
             if isinstance(part, ShouldersModel) and args:
                 part.heads = {path.parent.name: path.parent for path in sorted(Path(args[0]).glob("heads/*/head.json"))}
-        return (model, info) if want_info else model
+        return (model, info) if return_info else model
 
 
 class ShouldersModel(ShouldersPreTrainedModel):
-    """The student: ``model(pixels).latent`` are its Features, ``model.predict_teacher_features(...)`` its teachers' features.
+    """The student: ``model(pixels).latent`` are its Features, ``model.predict_teacher_features(pixels)`` its teachers'.
 
     Pixels are (B, 3, h, w) in [0, 1]; h and w any multiples of the patch size.
     """
 
     def __init__(self, config: ShouldersConfig):
         super().__init__(config)
-        built = config.base_config()
-        # in the precision asked for, not in the one that the base was stored in
-        base = AutoModel.from_config(built, dtype=torch.get_default_dtype(), **BASES[built.model_type].build)
+        base_config = config.base_config()
+        # in torch's default precision, not in the one that the base was stored in
+        build = BASES[base_config.model_type].build
+        base = AutoModel.from_config(base_config, dtype=torch.get_default_dtype(), **build)
         self.encoder = encoder.Encoder(base, dict(config.adapter or {}), config.mean, config.std)
-        widths = {tap: FeatureDims(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
-        project = partial(Projector, self.encoder.width, layers=config.layers, hidden=config.projector_width)
-        fine, coarse = config.fine or {}, config.coarse or {}
+        taps = {tap: FeatureDims(spec["summary"], spec["spatial"]) for tap, spec in (config.taps or {}).items()}
+        projector = partial(Projector, self.encoder.width, layers=config.layers, hidden=config.projector_width)
+        up, down = config.upsample or {}, config.downsample or {}
         self.projectors = nn.ModuleDict(
-            {key(tap): project(w, fine=fine.get(tap, 1), coarse=coarse.get(tap, 1)) for tap, w in widths.items()}
+            {
+                module_name(tap): projector(dims, upsample=up.get(tap, 1), downsample=down.get(tap, 1))
+                for tap, dims in taps.items()
+            }
         )
         self.standardizers = nn.ModuleDict(
-            {key(tap): TapStandardizer(config.standardize, *w) for tap, w in widths.items()}
+            {module_name(tap): TapStandardizer(config.standardize, *dims) for tap, dims in taps.items()}
         )
-        self.taps = list(widths)
-        self.heads: dict[str, Path] = {}  # the kept heads that lie beside the weights it was loaded from
-        self.loaded_heads: dict[str, list[Head]] = {}  # those in use; in lists, for they are no part of the weights
+        self.taps = list(taps)
+        self.heads: dict[str, Path] = {}  # folders of the kept heads beside the weights that it was loaded from
+        self.loaded_heads: dict[str, list[Head]] = {}  # in lists, so that their weights are not part of the student's
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> StudentOutput:
@@ -120,58 +124,75 @@ class ShouldersModel(ShouldersPreTrainedModel):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The latent and every place that the projectors read."""
+        """The latent and every other layer that the projectors read."""
         return tuple(dict.fromkeys(("latent", *self.config.layers)))
 
     @property
-    def asks(self) -> tuple[str, ...]:
-        """Places of the base itself that are needed to train: the latent to preserve, all that a side adapter reads."""
-        beside = self.encoder.adapter.input_layers
-        kept = ["latent"] if f"{BASE}/latent" in self.taps else []
-        return tuple(dict.fromkeys((*kept, *beside, *(self.layers if beside else ()))))
+    def base_layers(self) -> tuple[str, ...]:
+        """Layers of the base itself that training needs: the latent to preserve, all inputs of a side adapter."""
+        adapter_inputs = self.encoder.adapter.input_layers
+        preserved = ["latent"] if f"{BASE}/latent" in self.taps else []
+        return tuple(dict.fromkeys((*preserved, *adapter_inputs, *(self.layers if adapter_inputs else ()))))
 
-    def forward_features(self, pixels: Tensor, said: Mapping[str, Features] | None = None) -> dict[str, Features]:
-        """{place: Features} of the latent and of every place that the projectors read.
+    def forward_features(
+        self, pixels: Tensor, base_features: Mapping[str, Features] | None = None
+    ) -> dict[str, Features]:
+        """{layer: Features} of the latent and of every other layer that the projectors read.
 
         Args:
-            said: what the base itself says of the pixels at :attr:`asks`, where it has been asked already: with an
-                adapter beside the base it is not asked again.
+            pixels: (B, 3, h, w) in [0, 1].
+            base_features: {layer: Features} of the base itself at :attr:`base_layers`, where they exist already: an
+                adapter beside the base then does not compute them again.
         """
-        if said and self.encoder.adapter.input_layers:
-            return self.encoder.adapt(said, pixels, self.layers)
+        if base_features and self.encoder.adapter.input_layers:
+            return self.encoder.adapt(base_features, pixels, self.layers)
         return self.encoder(pixels, self.layers)
 
-    def project(self, seen: Mapping[str, Features], asked: Asked = EVERYBODY) -> dict[str, Features]:
-        """{place: Features} -> {tap: what the projectors say of the teacher's features}, standardized.
+    def project(
+        self, student_features: Mapping[str, Features], targets: Mapping[str, Features] | None = None
+    ) -> dict[str, Features]:
+        """{layer: Features} -> {tap: prediction of the teacher's standardized features}.
 
         Args:
-            asked: {teacher: (b,) the images to tell of}; of one not named, all.
+            student_features: of :meth:`forward_features`, for all images of a batch.
+            targets: {tap: Features}; predictions are made for their ``rows``. Default: for all images.
         """
-        told: dict[str, Features] = {}
+        predictions: dict[str, Features] = {}
         for teacher in dict.fromkeys(map(teacher_name, self.taps)):
-            near = {place: features.take(asked.get(teacher)) for place, features in seen.items()}
-            told |= {tap: self.projectors[key(tap)](near) for tap in self.taps if teacher_name(tap) == teacher}
-        return told
+            first = next(tap for tap in self.taps if teacher_name(tap) == teacher)
+            rows = None if targets is None else targets[first].rows
+            inputs = {layer: features.take(rows) for layer, features in student_features.items()}
+            predictions |= self.project_teacher(teacher, inputs)
+        return predictions
 
-    def standardized(self, taught: Mapping[str, Features]) -> dict[str, Features]:
-        """Teachers' own features -> the space of :meth:`project`."""
-        return {tap: self.standardizer(tap)(features) for tap, features in taught.items()}
+    def project_teacher(self, teacher: str, student_features: Mapping[str, Features]) -> dict[str, Features]:
+        """As :meth:`project`, for the taps of one teacher and the images of ``student_features``."""
+        taps = [tap for tap in self.taps if teacher_name(tap) == teacher]
+        return {tap: self.projectors[module_name(tap)](student_features) for tap in taps}
+
+    def standardize(self, teacher_features: Mapping[str, Features]) -> dict[str, Features]:
+        """{tap: Features} in each teacher's own space -> in the space of :meth:`project`."""
+        return {tap: self.standardizer(tap)(features) for tap, features in teacher_features.items()}
 
     def predict_teacher_features(self, pixels: Tensor) -> dict[str, Features]:
-        """{tap: Features} in each teacher's own space, with no teacher present: what its head can be fed with."""
-        told = self.project(self.forward_features(pixels))
-        return {tap: self.standardizer(tap).inverse(features) for tap, features in told.items()}
+        """{tap: Features} in each teacher's own space, without the teachers: the input of their heads."""
+        predictions = self.project(self.forward_features(pixels))
+        return {tap: self.standardizer(tap).inverse(features) for tap, features in predictions.items()}
+
+    def standardizer(self, tap: str) -> TapStandardizer:
+        """The standardizer of a tap."""
+        return self.standardizers[module_name(tap)]  # type: ignore[return-value]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As in transformers, with the kept heads."""
         super().save_pretrained(save_directory, **kwargs)
         for name, folder in self.heads.items():
-            there = Path(save_directory) / "heads" / name
-            if there.resolve() != folder.resolve():
-                shutil.copytree(folder, there, dirs_exist_ok=True)
+            copy = Path(save_directory) / "heads" / name
+            if copy.resolve() != folder.resolve():
+                shutil.copytree(folder, copy, dirs_exist_ok=True)
 
     def head(self, name: str) -> Head:
-        """A kept head, loaded when it is first asked for.
+        """A kept head, loaded when it is first used.
 
         Raises:
             RecipeError: the student keeps no head of this name.
@@ -181,7 +202,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
             raise RecipeError(f"head {name!r}: not kept by this student; it has {kept}")
         if name not in self.loaded_heads:
             self.loaded_heads[name] = [open_head(self.heads[name])]
-        return self.loaded_heads[name][0].to(self.device)  # which may have moved since
+        return self.loaded_heads[name][0].to(self.device)  # the student may have moved since
 
     @torch.no_grad()
     def predict(
@@ -192,13 +213,13 @@ class ShouldersModel(ShouldersPreTrainedModel):
         threshold: float = 0.5,
         **prompts: Any,
     ) -> list[Any]:
-        """What a kept head says of pixels (B, 3, h, w) in [0, 1], through its teacher's own post-processing.
+        """Outputs of a kept head for pixels (B, 3, h, w) in [0, 1], with its teacher's own post-processing.
 
         Args:
             name: of the teacher whose head it is.
             sizes: (h, w) of the original images, for boxes and masks in their pixels; default: that of the pixels.
             threshold: objects of a lower score are left out.
-            prompts: what the head takes beside the image: points and boxes, or ``classes`` of an image-text teacher.
+            prompts: further inputs of the head: points and boxes, or ``classes`` of an image-text teacher.
 
         Returns:
             For each image what the transformers pipeline of the head's task gives.
@@ -207,13 +228,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
         output = head(taps_of_teacher(name, self.predict_teacher_features(pixels)), **prompts)
         return post_process(head, output, sizes or [(pixels.shape[2], pixels.shape[3])] * len(pixels), threshold)
 
-    def standardizer(self, tap: str) -> TapStandardizer:
-        """The standardizer of a tap."""
-        return self.standardizers[key(tap)]  # type: ignore[return-value]
-
 
 class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
-    """The student as a backbone for transformers' heads: one map (B, D, H, W) per place in ``out_features``."""
+    """The student as a backbone for transformers' heads: one map (B, D, H, W) per layer in ``out_features``."""
 
     has_attentions = False
 
@@ -225,47 +242,12 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
         """Maps of pixels (B, 3, h, w) in [0, 1]."""
-        seen = self.student.encoder(pixel_values, self.out_features)
-        return BackboneOutput(feature_maps=tuple(seen[place].to_map() for place in self.out_features))
-
-
-def student_config(
-    recipe: Recipe,
-    base: PreTrainedModel,
-    mean: Sequence[float],
-    std: Sequence[float],
-    teachers: Mapping[str, dict[str, Any]],
-    taps: Mapping[str, FeatureDims],
-    fine: Mapping[str, int],
-    coarse: Mapping[str, int],
-) -> ShouldersConfig:
-    """The config of a run's student.
-
-    Args:
-        mean, std: the base's pixel normalisation.
-        teachers: {name: {"source", "revision", "license"}}.
-        taps: {tap: widths} of all teachers, the preserved base among them.
-        fine: {tap: how many times finer than the student's its grid is}, for those inherited on their own grid.
-        coarse: {tap: how many times coarser it is}.
-    """
-    return ShouldersConfig(
-        base=base.config.to_dict(),
-        adapter=recipe.student.adapter.model_dump(),
-        mean=list(mean),
-        std=list(std),
-        image_size=list(as_size(recipe.images.size)),
-        taps={tap: widths._asdict() for tap, widths in taps.items()},
-        fine=dict(fine),
-        coarse=dict(coarse),
-        layers=list(recipe.transfer.layers),
-        projector_width=recipe.transfer.projector_width or 2 * base.config.hidden_size,
-        standardize=recipe.transfer.standardize,
-        teachers={name: dict(facts) for name, facts in teachers.items()},
-    )
+        features = self.student.encoder(pixel_values, self.out_features)
+        return BackboneOutput(feature_maps=tuple(features[layer].to_map() for layer in self.out_features))
 
 
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:
-    """A student at birth: the weights of ``base``, a fresh adapter and fresh projectors."""
+    """A student before training: the weights of ``base``, a fresh adapter and fresh projectors."""
     student = ShouldersModel(config)
     student.encoder.base.load_state_dict(base.state_dict(), strict=True)
     return student
@@ -274,12 +256,12 @@ def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersMo
 def save_student(
     student: ShouldersModel, folder: Path, heads: Mapping[str, Head], weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a student in transformers format, with a card that says whose knowledge it holds and what binds it.
+    """Write a student in transformers format, with a card that names its teachers and their licenses.
 
     The heads that it keeps go into ``folder/heads/NAME``.
 
     Args:
-        weights: all of its weights and buffers by name, where the student itself holds parts of them.
+        weights: all of its weights and buffers by name, where the student itself holds shards of them.
     """
     with quiet():
         student.save_pretrained(folder, state_dict=weights)
@@ -297,18 +279,18 @@ def load(path: Path | str) -> ShouldersModel:
     path = Path(path)
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
-        raise DataError(f"{path}: no student here; give a run folder or its student/ folder")
+        raise DataError(f"{path}: no student in this folder; give a run folder or its student/ folder")
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder}: not a sound student: its config.json says no model_type") from error
+        raise DataError(f"{folder}: not a valid student: its config.json has no model_type") from error
     if kind != ShouldersConfig.model_type:
         raise DataError(f"{folder}: holds a model of type {kind}, not a student; give a run folder or its student/")
     try:
         with quiet():
             student: ShouldersModel = ShouldersModel.from_pretrained(folder).eval()
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise DataError(f"{folder}: not a sound student: {' '.join(str(error).split())[:300]}") from error
+        raise DataError(f"{folder}: not a valid student: {' '.join(str(error).split())[:300]}") from error
     return student
 
 

@@ -370,7 +370,7 @@ def test_taps_that_would_be_one_in_the_students_weights_are_refused(world: Path,
             (said,) = super().forward(pixels).values()
             return {"a.b": said, "a_b": said}
 
-    with pytest.raises(RecipeError, match=r"type/a.b, type/a_b: these taps are told apart by a point"):
+    with pytest.raises(RecipeError, match=r"type/a.b, type/a_b: these names differ by a point"):
         distill(check_recipe(tree(world, tmp_path / "run")), own={"type": shoulders.Teacher(Twins(), size=(32, 32))})
 
 
@@ -555,5 +555,5 @@ def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path)
     few = save_images(tmp_path / "few", 6)
     with pytest.raises(DataError, match=r"images: .* 3 held-out images, and 4 are needed; give more images"):
         run(world, tmp_path / "run", images__path=str(few), images__holdout=8)
-    with pytest.raises(DataError, match=r"classifier is asked about 3 of 3 held-out images"):
+    with pytest.raises(DataError, match=r"classifier learns from 3 of 3 held-out images"):
         plan(check_recipe(tree(world, tmp_path / "run", images__path=str(few), images__holdout=8)))

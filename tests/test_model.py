@@ -50,14 +50,14 @@ def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[st
     pixels = torch.rand(2, 3, 32, 48)
     ours.save_pretrained(tmp_path / "student")
     with torch.no_grad():
-        expected = {tap: f.parts() for tap, f in ours.predict_teacher_features(pixels).items()}
+        expected = {tap: f.components() for tap, f in ours.predict_teacher_features(pixels).items()}
         latent = ours(pixels).latent
     reloaded = AutoModel.from_pretrained(tmp_path / "student").eval()
     assert not any(p.requires_grad for p in reloaded.encoder.base.parameters())
     with torch.no_grad():
         assert torch.equal(reloaded(pixels).latent.spatial, latent.spatial)
         for tap, features in reloaded.predict_teacher_features(pixels).items():
-            assert all(torch.equal(x, expected[tap][part]) for part, x in features.parts().items())
+            assert all(torch.equal(x, expected[tap][part]) for part, x in features.components().items())
 
 
 def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
     with torch.no_grad():
         expected, told = ours.predict_teacher_features(pixels), half.predict_teacher_features(pixels.bfloat16())
     for tap, features in told.items():
-        for part, x in features.parts().items():
-            assert torch.allclose(x.float(), expected[tap].parts()[part], atol=0.1, rtol=0.1)
+        for part, x in features.components().items():
+            assert torch.allclose(x.float(), expected[tap].components()[part], atol=0.1, rtol=0.1)
 
 
 def test_auto_model_knows_it_in_a_fresh_process_in_whichever_order_packages_are_imported(tmp_path: Path) -> None:
@@ -129,12 +129,12 @@ def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None
 def test_a_damaged_student_is_named(name: str, tmp_path: Path) -> None:
     student().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    with pytest.raises(DataError, match="not a sound student"):
+    with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
 
 
 def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no student here; give a run folder"):
+    with pytest.raises(DataError, match="no student in this folder; give a run folder"):
         shoulders.load(tmp_path)
     save_base(tmp_path, "vit")
     with pytest.raises(DataError, match="holds a model of type vit, not a student"):
@@ -146,7 +146,7 @@ def test_settings_of_another_version_are_named(adapter: Any, tmp_path: Path) -> 
     student().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": adapter}))
-    with pytest.raises(DataError, match="not a sound student"):
+    with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
 
 
@@ -172,9 +172,9 @@ def test_inherited_features_are_in_the_teachers_own_space() -> None:
         pixels = torch.rand(1, 3, 32, 32)
         told = ours.project(ours.forward_features(pixels))["one/last"]
         inherited = ours.predict_teacher_features(pixels)["one/last"]
-        assert torch.allclose(inherited.parts()["spatial"], told.parts()["spatial"] * 0.5 + 100)
-        back = ours.standardized({"one/last": inherited})["one/last"]
-        assert torch.allclose(back.parts()["spatial"], told.parts()["spatial"], atol=1e-4)
+        assert torch.allclose(inherited.components()["spatial"], told.components()["spatial"] * 0.5 + 100)
+        back = ours.standardize({"one/last": inherited})["one/last"]
+        assert torch.allclose(back.components()["spatial"], told.components()["spatial"], atol=1e-4)
 
 
 def test_the_config_is_plain_json_that_says_whose_knowledge_it_is(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def projectors(run: Run, batch: Batch) -> Callable[[], object]:
     def once() -> None:
         leaves = {place: leaf(features) for place, features in seen.items()}
         with run.autocast():
-            loss, _ = run.learner.compare(leaves, taught, torch.zeros(BATCH, 1))
+            loss, _ = run.learner.compute_loss(leaves, taught, torch.zeros(BATCH, 1))
             loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)

@@ -2,10 +2,9 @@
 
 from shoulders.feature_cache.commands import build_cache, info_cache, verify_cache
 from shoulders.feature_cache.estimate import estimate_cache
-from shoulders.feature_cache.read import CachedTeachers, LiveOrCachedTeachers, open_cache
+from shoulders.feature_cache.read import CachedTeachers, open_cache
 
 __all__ = [
-    "LiveOrCachedTeachers",
     "CachedTeachers",
     "build_cache",
     "info_cache",

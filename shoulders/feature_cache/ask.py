@@ -74,5 +74,5 @@ class TeacherRunner:
 
 def together(told: list[Features]) -> Features:
     """Features of several batches as those of one."""
-    parts = {part: torch.cat([said.parts()[part] for said in told]) for part in told[0].parts()}
+    parts = {part: torch.cat([said.components()[part] for said in told]) for part in told[0].components()}
     return Features(parts.get("summary"), parts.get("spatial"), told[0].grid)

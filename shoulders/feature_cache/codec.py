@@ -80,11 +80,11 @@ class Codec:
         """
         pooled = self.pooled(told)
         first = next(iter(pooled.values()))
-        count = len(next(iter(first.parts().values())))
-        device = next(iter(first.parts().values())).device
+        count = len(next(iter(first.components().values())))
+        device = next(iter(first.components().values())).device
         records = torch.zeros(count, self.bytes, dtype=torch.uint8, device=device)
         for piece in self.pieces:
-            x = pooled[piece.tap].parts()[piece.part].float().reshape(count, piece.tokens, -1)  # (B, N, C)
+            x = pooled[piece.tap].components()[piece.part].float().reshape(count, piece.tokens, -1)  # (B, N, C)
             channels = self._channels(piece, device)
             x = channels.apply(x) if channels else x  # (B, N, W)
             self._check(f"{piece.tap}/{piece.part}", x)
@@ -160,8 +160,8 @@ def errors(codec: Codec, told: Mapping[str, Features]) -> dict[str, float]:
     back = codec.decode(codec.encode(told))
     lost = {}
     for tap, features in told.items():
-        restored = align(back[tap], features.grid).parts()
-        for part, x in features.parts().items():
+        restored = align(back[tap], features.grid).components()
+        for part, x in features.components().items():
             target, guess = channel_standardized(*(y.flatten(0, -2).double().cpu() for y in (x, restored[part])))
             lost[f"{tap}/{part}"] = unexplained(guess, target)
     return lost

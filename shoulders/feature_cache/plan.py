@@ -95,7 +95,7 @@ def _fit(asking: TeacherRunner, batches: Iterator[Batch], cache: Cache, loud: se
         if not len(batch):
             continue
         for tap, features in pooling.pooled(asking(batch)).items():
-            for part, x in features.parts().items():
+            for part, x in features.components().items():
                 moments.setdefault(f"{tap}/{part}", Moments(x.shape[-1])).update(x)
     fitted = {}
     for name, found in moments.items():

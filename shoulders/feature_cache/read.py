@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from zlib_ng import zlib_ng
 
 from shoulders.config.recipe import Cache, Recipe, as_size
@@ -21,10 +22,10 @@ from shoulders.feature_cache.channels import load_channels
 from shoulders.feature_cache.codec import Codec
 from shoulders.feature_cache.fingerprint import Asked, Fields, Size, asked_of, differences, fingerprints, sizes_of
 from shoulders.feature_cache.index import Index, Numbers
-from shoulders.features import CENTRAL, EVERYBODY, Batch, Features
+from shoulders.features import CENTRAL, Batch, Features
 from shoulders.images import ImageSet
-from shoulders.teachers import Tap, Teacher, Teachers, load_teacher
-from shoulders.teachers.teacher import silence
+from shoulders.teachers import AnyTeachers, Tap, Teacher, load_teacher
+from shoulders.teachers.teacher import empty_features
 from shoulders.transfer.losses import BASE
 
 AT_ONCE = 2**20  # bytes that are read, checked and decoded before the next: about what a core's own memory holds
@@ -147,15 +148,16 @@ def open_codec(folder: Path, plan: Mapping[str, Any]) -> Codec:
     return Codec(taps, cache, load_channels(path, data))
 
 
-class CachedTeachers(nn.Module):
-    """Stands where `shoulders.teachers.Teachers` would; no teacher is loaded, and no pixel is needed.
+class CachedTeachers(AnyTeachers):
+    """Teacher features read from a cache; no teacher is loaded, and no pixel is needed.
 
     Args:
         stores: by teacher; ``base`` among them where the base is to be preserved.
         asked: by teacher, as the recipe says.
         sizes: all that images are decoded for; ``size``: the student's.
         bf16: whether the run computes in bfloat16.
-        load: name -> the live teacher, for whoever needs the model itself.
+        load: name -> the live teacher, for code that needs the model itself.
+        sources: see `shoulders.teachers.AnyTeachers`.
     """
 
     fingerprint: Tensor
@@ -168,10 +170,10 @@ class CachedTeachers(nn.Module):
         size: Size,
         bf16: bool,
         load: Callable[[str], Teacher],
+        sources: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__()
-        self.stores, self.asked, self.sizes = dict(stores), dict(asked), sizes
-        self.bf16, self.load = bf16, load
+        super().__init__(bf16, sources)
+        self.stores, self.asked, self._sizes, self.load = dict(stores), dict(asked), sizes, load
         for shelf in self.stores.values():
             shelf.shards.most = max(1, store.MOST_OPEN // len(self.stores))
         # one that saw images at the very size that the student sees them at, if there is one, and as many as possible
@@ -181,36 +183,45 @@ class CachedTeachers(nn.Module):
         self.register_buffer("fingerprint", salts)  # stands for the weights, wherever those are compared
 
     @property
+    def sizes(self) -> list[Size]:
+        return self._sizes
+
+    @property
+    def render_sizes(self) -> list[Size]:
+        return []  # the pixels of the student alone are needed
+
+    @property
     def taps(self) -> dict[str, Tap]:
-        """What each ``"name/tap"`` of the teachers gives, the base aside."""
         named = {name: shelf.codec.taps for name, shelf in self.stores.items() if name != BASE}
         return {f"{name}/{tap}": facts for name, taps in named.items() for tap, facts in taps.items()}
 
+    def preprocessing(self) -> dict[str, list[list[float]]]:
+        return {}  # the fingerprints of the caches record it
+
     def provenance(self) -> dict[str, dict[str, str | None]]:
-        """As `shoulders.teachers.Teachers.whose`."""
         return {name: asked.whose for name, asked in self.asked.items() if name != BASE}
 
-    def forward(self, batch: Batch, asked: Mapping[str, Tensor] = EVERYBODY) -> dict[str, Features]:
+    def forward(self, batch: Batch) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32, on the device of the batch's pixels; ``base/latent`` among them.
 
-        Args:
-            asked: as `shoulders.teachers.Teachers`.
-
         Raises:
-            DataError: a record is damaged, or the pixels are not those that the teacher saw.
+            DataError: a record is damaged, or the pixels are not those that the teacher's features were computed from.
         """
-        device = next(iter(batch.rendered.values())).device
-        told: dict[str, Features] = {}
+        features: dict[str, Features] = {}
         for name, shelf in self.stores.items():
-            theirs = batch.take(asked[name]) if name in asked else batch
-            if not len(theirs):
-                told |= {f"{name}/{tap}": silence(facts, device) for tap, facts in shelf.codec.taps.items()}
-                continue
-            features, seen = shelf.told(shelf.index.of(theirs), device)
-            if shelf is self.seeing:
-                self._check_pixels(shelf, seen, theirs)
-            told |= {f"{name}/{tap}": said for tap, said in features.items()}
-        return told
+            rows = batch.rows_of(self.sources.get(name))
+            by_tap = self._read(shelf, batch if rows is None else batch.take(rows))
+            on_device = None if rows is None else rows.to(batch.device, non_blocking=True)
+            features |= {f"{name}/{tap}": replace(one, rows=on_device) for tap, one in by_tap.items()}
+        return features
+
+    def _read(self, shelf: TeacherStore, batch: Batch) -> dict[str, Features]:
+        if not len(batch):
+            return {tap: empty_features(shape, batch.device) for tap, shape in shelf.codec.taps.items()}
+        features, checksums = shelf.told(shelf.index.of(batch), batch.device)
+        if shelf is self.seeing:
+            self._check_pixels(shelf, checksums, batch)
+        return features
 
     def _check_pixels(self, shelf: TeacherStore, seen: list[int | None], batch: Batch) -> None:
         """The student must see what the teacher saw. Pixels on a GPU are only asked for in evaluation, which waits."""
@@ -226,11 +237,7 @@ class CachedTeachers(nn.Module):
                 )
 
     def __getitem__(self, name: str) -> Teacher:
-        """One teacher, loaded."""
         return self.load(name)
-
-
-LiveOrCachedTeachers = Teachers | CachedTeachers
 
 
 def open_cache(
@@ -270,7 +277,8 @@ def _open(recipe: Recipe, extra_teachers: dict[str, Teacher], images: ImageSet, 
     def load(name: str) -> Teacher:
         return extra_teachers[name] if name in extra_teachers else load_teacher(name, recipe.teachers[name])
 
-    return CachedTeachers(stores, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load)
+    sources = {name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()}
+    return CachedTeachers(stores, asked, sizes_of(recipe, asked), as_size(recipe.images.size), bf16, load, sources)
 
 
 def indices_of(recipe: Recipe, names: Iterable[str], images: ImageSet, views: int) -> dict[str, Index]:

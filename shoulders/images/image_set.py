@@ -65,9 +65,16 @@ class Collection:
 
     def indices_from(self, sources: Sequence[str], ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Indices into ``ids`` (n,) of the images that belong to some sources."""
-        numbers = [list(self.sources).index(source) for source in sources]
+        return np.flatnonzero(np.isin(self.source_of(ids), self.source_indices(sources)))
+
+    def source_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The source (n,) of the images with these ids (n,), as an index into the names of the sources."""
         indices = self._by_id[np.searchsorted(self.ids, ids, sorter=self._by_id)]
-        return np.flatnonzero(np.isin(np.searchsorted(self.ends, indices, side="right"), numbers))
+        return np.searchsorted(self.ends, indices, side="right")
+
+    def source_indices(self, names: Sequence[str]) -> list[int]:
+        """The indices that `source_of` gives for the sources with these names."""
+        return [list(self.sources).index(name) for name in names]
 
     def pixels(self, index: int, max_pixels: int, min_side: int | None) -> tuple[Tensor, tuple[int, int]]:
         """The decoded image (3, H, W) uint8 and its full size (H, W), see `decode_with_size`.

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from shoulders.config import recipe
@@ -64,7 +65,7 @@ def batches(
 
     views = TrainingViews(image_set, sizes, settings, seed, [*sizes, *decode_sizes])
     for rendered in prefetch(views, positions(), settings.workers):
-        yield _to_batch(rendered)
+        yield _to_batch(rendered, image_set.collection)
 
 
 def evaluation_batches(
@@ -102,7 +103,7 @@ def evaluation_batches(
     # one batch is always held back, so that the skipped images of an empty batch can go with one that is not empty
     views = CentralViews(images, sizes, max_pixels, [*sizes, *decode_sizes], shape)
     for rendered in prefetch(views, parts, workers):
-        current = _to_batch(rendered)
+        current = _to_batch(rendered, images)
         if len(current) == 0:
             skipped += current.skipped
             continue
@@ -134,10 +135,11 @@ def listed_batches(
         seed: as in `batches`.
     """
     for rendered in prefetch(ListedViews(image_set, sizes, settings, seed), views, settings.workers):
-        yield _to_batch(rendered)
+        yield _to_batch(rendered, image_set.collection)
 
 
-def _to_batch(rendered: Rendered) -> Batch:
+def _to_batch(rendered: Rendered, images: Collection) -> Batch:
     """The five fields as a Batch; pinning memory turns tuples into lists."""
     ids, pixels, labels, skipped, views = rendered
-    return Batch(ids, pixels, labels, tuple(skipped), views)
+    sources = torch.from_numpy(images.source_of(ids.numpy()))
+    return Batch(ids, pixels, labels, tuple(skipped), views, sources)

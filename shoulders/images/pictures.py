@@ -161,8 +161,8 @@ def pca_pictures(features: Features, size: tuple[int, int], like: Features | Non
         like: features of the same width. Their components and range of colours are used, so that the pictures can be
             compared with those of ``like``.
     """
-    spatial = features.parts()["spatial"].float()  # (B, N, C)
-    reference = (features if like is None else like).parts()["spatial"].float().flatten(0, 1)  # (B * N, C)
+    spatial = features.components()["spatial"].float()  # (B, N, C)
+    reference = (features if like is None else like).components()["spatial"].float().flatten(0, 1)  # (B * N, C)
     mean = reference.mean(0)
     reference = reference - mean
     axes = torch.linalg.svd(reference.T @ reference)[0][:, :3]

@@ -44,7 +44,7 @@ from shoulders.planning.watch import (
 )
 from shoulders.storage.atomic import free_bytes
 from shoulders.teachers import Teacher, Teachers, load_teacher
-from shoulders.training.heldout import PLACES
+from shoulders.training.heldout import MAX_TOKENS
 from shoulders.training.int8_check import check_int8
 from shoulders.training.preflight import check_training, check_writable
 from shoulders.transfer.fvu import fvu
@@ -162,7 +162,7 @@ def _seconds_to_score(run: Run) -> float:
     """Of what fvu takes once all have answered: of random numbers of the same shapes."""
     count, d = len(run.images.heldout), run.student.encoder.width
     h, w = run.student.encoder.grid(run.size)
-    many = {"summary": 1, "spatial": min(PLACES, h * w)}
+    many = {"summary": 1, "spatial": min(MAX_TOKENS, h * w)}
     start = time.perf_counter()
     for widths in run.student.config.taps.values():
         for part, width in widths.items():

@@ -20,7 +20,7 @@ from shoulders.hub import quiet
 from shoulders.hub.card import write_card
 from shoulders.teachers.heads import load_head
 from shoulders.teachers.heads.saved import save_head
-from shoulders.training.heldout import PLACES
+from shoulders.training.heldout import MAX_TOKENS
 
 FEW = 2  # images
 COMES_AND_GOES = 1.5  # of what a step keeps for its way back: gradients, and what teachers hold while they are asked
@@ -74,7 +74,7 @@ def parts_that_fit(train: Train, held: float, per_image: float, there: int) -> i
 def heldout_bytes(run: Run) -> int:
     """What is held in memory of the held-out images: their pixels, and what the teachers say of a few places."""
     h, w = run.size
-    places = min(PLACES, (h // run.student.encoder.patch_size) * (w // run.student.encoder.patch_size))
+    places = min(MAX_TOKENS, (h // run.student.encoder.patch_size) * (w // run.student.encoder.patch_size))
     widths = sum((tap["summary"] or 0) + places * (tap["spatial"] or 0) for tap in run.student.config.taps.values())
     said = 4 * widths if run.dist.device.type == "cpu" else 0  # that stays in the machine's own memory
     return len(run.images.heldout) * (3 * h * w + said)

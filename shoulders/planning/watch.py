@@ -68,7 +68,7 @@ class Watch:
                 self.lap(TRANSFER)
                 self.between = BACKWARD
 
-        for x in (x for features in seen.values() for x in features.parts().values()):
+        for x in (x for features in seen.values() for x in features.components().values()):
             if x.requires_grad:
                 x.register_hook(reached)
 
@@ -85,7 +85,7 @@ def watched(run: Run, watch: Watch) -> Iterator[None]:
     whom = (
         {CACHE: teachers}
         if isinstance(teachers, CachedTeachers)
-        else {TEACHER + name: teachers[name] for name in teachers.chosen}
+        else {TEACHER + name: teachers[name] for name in teachers.selected}
     )
     places = watch.timed(FORWARD, student.forward_features)
 
@@ -98,7 +98,7 @@ def watched(run: Run, watch: Watch) -> Iterator[None]:
         *((teacher, "forward", watch.timed(part, teacher.forward)) for part, teacher in whom.items()),
         (student.encoder, "base_features", watch.timed(BASE, student.encoder.base_features)),
         (student, "forward_features", seen_by_student),
-        (run.learner, "compare", watch.timed(TRANSFER, run.learner.compare, then=TRANSFER)),
+        (run.learner, "compute_loss", watch.timed(TRANSFER, run.learner.compute_loss, then=TRANSFER)),
         (run.optimization, "step", watch.timed(OPTIMIZER, run.optimization.step)),
     ]
     with ExitStack() as undo:

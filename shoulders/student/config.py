@@ -17,8 +17,8 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
         mean, std: pixel normalisation of the base, per channel; the model takes pixels in [0, 1].
         image_size: (h, w) that the student was trained at; other multiples of the patch size work too.
         taps: {tap: {"summary": width or None, "spatial": width or None}} of the teachers.
-        fine: {tap: how many times finer than the student's grid the output of its projector is}; default 1.
-        coarse: {tap: how many times coarser}; default 1.
+        upsample: {tap: how many times finer than the student's grid the output of its projector is}; default 1.
+        downsample: {tap: how many times coarser}; default 1.
         layers: layers of the student that the projectors take as input.
         projector_width: width between the two layers of a projector.
         standardize: kind of the standardizers.
@@ -34,8 +34,8 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
     std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
     image_size: list[int] | tuple[int, ...] = (224, 224)
     taps: dict[str, Any] | None = None
-    fine: dict[str, int] | None = None
-    coarse: dict[str, int] | None = None
+    upsample: dict[str, int] | None = None
+    downsample: dict[str, int] | None = None
     layers: list[str] | tuple[str, ...] = ("latent",)
     projector_width: int = 0
     standardize: str = "none"

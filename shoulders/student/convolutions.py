@@ -53,7 +53,7 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor, base_features: Features) -> tuple[Tensor, Features]:
         """Map (B, W, H, W') and the base's features (width D) of one layer -> the next map, the student's features."""
-        base = base_features.parts()
+        base = base_features.components()
         # a few channels of a ViT are a hundred times larger than the rest
         tokens = self.down(F.layer_norm(base["spatial"], base["spatial"].shape[-1:]))  # (B, N, W)
         x = self.mix(x + tokens.transpose(1, 2).unflatten(2, base_features.grid))

@@ -54,7 +54,7 @@ class SideBlock(nn.Module):
         Returns:
             The next tokens (B, 1 + N, W).
         """
-        base = base_features.parts()
+        base = base_features.components()
         tokens = torch.cat([base["summary"][:, None], base["spatial"]], 1)  # (B, 1 + N, D)
         # a few channels of a ViT are a hundred times larger than the rest
         x = self.mixing(x + self.gate * self.down(F.layer_norm(tokens, tokens.shape[-1:])))  # (B, 1 + N, W)
@@ -89,6 +89,6 @@ class Ladder(Adapter):
         for layer, block in self.rungs.items():
             x = block(x, base_features[layer])
         update = self.up(self.norm(x))  # (B, 1 + N, D)
-        base = base_features["latent"].parts()
+        base = base_features["latent"].components()
         latent = Features(base["summary"] + update[:, 0], base["spatial"] + update[:, 1:], base_features["latent"].grid)
         return {**base_features, "latent": latent}

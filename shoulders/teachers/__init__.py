@@ -7,6 +7,16 @@ function that the recipe names as ``module: package.module:function``.
 from shoulders.teachers.describe import describe
 from shoulders.teachers.families import FAMILIES, list_families
 from shoulders.teachers.load import check_teacher, load_teacher
-from shoulders.teachers.teacher import Tap, Teacher, Teachers
+from shoulders.teachers.teacher import AnyTeachers, Tap, Teacher, Teachers
 
-__all__ = ["FAMILIES", "Tap", "Teacher", "Teachers", "check_teacher", "describe", "list_families", "load_teacher"]
+__all__ = [
+    "FAMILIES",
+    "AnyTeachers",
+    "Tap",
+    "Teacher",
+    "Teachers",
+    "check_teacher",
+    "describe",
+    "list_families",
+    "load_teacher",
+]

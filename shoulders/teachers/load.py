@@ -16,7 +16,7 @@ from shoulders.hub import load_strict
 from shoulders.hub.fast import int8_available, optimize_for_inference, to_fast_layout, to_int8
 from shoulders.teachers.checkpoint import Checkpoint, read_checkpoint, teacher_error
 from shoulders.teachers.families import REMOTE
-from shoulders.teachers.teacher import Teacher, check_answer
+from shoulders.teachers.teacher import Teacher, check_output
 
 
 class Encoder(nn.Module):
@@ -158,7 +158,7 @@ def _build_from_module(name: str, spec: TeacherSpec) -> Teacher:
         raise teacher_error(name, "module", message)
     pixels = torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))
     try:
-        check_answer(teacher(pixels), 2)
+        check_output(teacher(pixels), 2)
         if spec.taps is None:
             return teacher
         unknown = [tap for tap in spec.taps if tap not in teacher.taps]

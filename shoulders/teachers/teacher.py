@@ -1,9 +1,10 @@
-"""A teacher is a frozen model that says Features of pixels; several of them are asked one after another."""
+"""A teacher is a frozen model that computes Features of pixels; several of them run one after another."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from shoulders.errors import RecipeError
-from shoulders.features import EVERYBODY, Asked, Batch, Features
+from shoulders.features import Batch, Features
 
 
 @dataclass(frozen=True)
 class Tap:
-    """What one tap gives: widths of its summary and spatial part (None where absent) and its grid (H, W)."""
+    """The shape of a tap's Features: channels of its summary and spatial component (None where absent), grid (H, W)."""
 
     summary: int | None
     spatial: int | None
@@ -26,7 +27,7 @@ class Tap:
 class Teacher(nn.Module):
     """A frozen module with its own input size and normalisation: pixels in [0, 1] to ``{tap: Features}``.
 
-    This is also the contract for a model of your own. ``module: package.module:function`` in the recipe names
+    This is also the contract for your own model. ``module: package.module:function`` in the recipe names
     a function without arguments that returns a ``Teacher``::
 
         def teacher() -> Teacher:
@@ -39,10 +40,10 @@ class Teacher(nn.Module):
         license: as the weights' owner names it.
         source: where the weights come from, for reports.
         revision: commit of the hub repository, where there is one.
-        taps: which of the module's answers to hand on; default: all.
+        taps: which of the module's outputs to use; default: all.
 
     Raises:
-        RecipeError: if the module's answer to a blank image is not finite Features by name, or lacks a tap.
+        RecipeError: if the module's output for a blank image is not finite Features by name, or lacks a tap.
     """
 
     mean: Tensor
@@ -69,79 +70,129 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(std).float().view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
-        self._wanted = tuple(taps) if taps is not None else None
+        self._selected = tuple(taps) if taps is not None else None
         self.taps = self._find_taps()
 
     def forward(self, pixels: Tensor) -> dict[str, Features]:
         """Features by tap for pixels (B, 3, h, w) in [0, 1]; no gradient is recorded."""
         with torch.no_grad():
-            answer = self.module((pixels - self.mean) / self.std)
-        return answer if self._wanted is None else {tap: answer[tap] for tap in self._wanted}
+            output = self.module((pixels - self.mean) / self.std)
+        return output if self._selected is None else {tap: output[tap] for tap in self._selected}
 
     def train(self, mode: bool = True) -> Teacher:
-        """A teacher does not train: it stays in eval mode whatever ``mode`` says."""
+        """A teacher is not trained: it stays in evaluation mode whatever ``mode`` is."""
         return super().train(False)
 
     def with_taps(self, taps: Sequence[str]) -> Teacher:
-        """The same teacher, handing on ``taps`` only."""
+        """The same teacher with ``taps`` only."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
         return Teacher(self.module, self.size, mean, std, self.license, self.source, self.revision, taps)
 
     def _find_taps(self) -> dict[str, Tap]:
         blank = torch.full((1, 3, *self.size), 0.5)
         with torch.no_grad():
-            answer = self.module((blank - self.mean) / self.std)
-        check_answer(answer, 1)
-        unknown = [tap for tap in self._wanted or () if tap not in answer]
+            output = self.module((blank - self.mean) / self.std)
+        check_output(output, 1)
+        unknown = [tap for tap in self._selected or () if tap not in output]
         if unknown:
-            raise RecipeError(f"taps {', '.join(unknown)}: not there; allowed: {', '.join(answer)}")
-        return {tap: describe_tap(answer[tap]) for tap in self._wanted or answer}
+            raise RecipeError(f"taps {', '.join(unknown)}: unknown; allowed: {', '.join(output)}")
+        return {tap: describe_tap(output[tap]) for tap in self._selected or output}
 
 
 def describe_tap(features: Features) -> Tap:
-    """The widths and grid of Features."""
-    widths = {name: part.shape[-1] for name, part in features.parts().items()}
-    return Tap(widths.get("summary"), widths.get("spatial"), features.grid)
+    """The channels and grid of Features."""
+    channels = {name: x.shape[-1] for name, x in features.components().items()}
+    return Tap(channels.get("summary"), channels.get("spatial"), features.grid)
 
 
-def silence(tap: Tap, device: torch.device) -> Features:
-    """What a tap says of no image: (0, C) and (0, N, C)."""
+def empty_features(tap: Tap, device: torch.device) -> Features:
+    """A tap's Features of no image: (0, C) and (0, N, C)."""
     summary = None if tap.summary is None else torch.zeros(0, tap.summary, device=device)
     spatial = None if tap.spatial is None else torch.zeros(0, tap.grid[0] * tap.grid[1], tap.spatial, device=device)
     return Features(summary, spatial, tap.grid)
 
 
-def check_answer(answer: Any, images: int) -> None:
-    """Hold a module's answer against the contract ``{tap: Features}`` for ``images`` images.
+def check_output(output: Any, images: int) -> None:
+    """Refuse a module's output that is not ``{tap: Features}`` of ``images`` images.
 
     Raises:
         RecipeError: not a dict of Features, another number of images, or values that are not finite.
     """
-    if not isinstance(answer, dict) or not answer:
-        raise RecipeError(f"the module must answer {{tap: Features}}, got {type(answer).__name__}")
-    for tap, features in answer.items():
+    if not isinstance(output, dict) or not output:
+        raise RecipeError(f"the module must return {{tap: Features}}, got {type(output).__name__}")
+    for tap, features in output.items():
         if not isinstance(tap, str) or not isinstance(features, Features):
             raise RecipeError(
-                f"the module must answer {{tap: Features}}, got {type(features).__name__} for tap {tap!r}; "
+                f"the module must return {{tap: Features}}, got {type(features).__name__} for tap {tap!r}; "
                 "wrap tensors in shoulders.features.Features"
             )
-        for name, part in features.parts().items():
-            if part.shape[0] != images:
-                raise RecipeError(f"tap {tap!r}: {name} has {part.shape[0]} rows for {images} images; B comes first")
-            if not torch.isfinite(part).all():
+        for name, x in features.components().items():
+            if x.shape[0] != images:
+                raise RecipeError(f"tap {tap!r}: {name} has {x.shape[0]} rows for {images} images; B comes first")
+            if not torch.isfinite(x).all():
                 raise RecipeError(f"tap {tap!r}: {name} is not finite; check weights and normalisation")
 
 
-class Teachers(nn.Module):
-    """Several teachers, asked one after another about the same views.
+class AnyTeachers(nn.Module, ABC):
+    """The teachers of a run, live or cached: a batch to ``{"name/tap": Features}``.
+
+    Args:
+        bf16: whether the run computes in bfloat16.
+        sources: {teacher: indices of the image sources that it learns from}; a teacher that is not named: all of them.
+    """
+
+    def __init__(self, bf16: bool, sources: Mapping[str, Sequence[int]] | None) -> None:
+        super().__init__()
+        self.bf16 = bf16
+        self.sources = dict(sources or {})
+
+    @property
+    @abstractmethod
+    def taps(self) -> dict[str, Tap]:
+        """The shape of each ``"name/tap"`` of the teachers, without the base."""
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[tuple[int, int]]:
+        """The input sizes (h, w) of the teachers; images are decoded for all of them."""
+
+    @property
+    @abstractmethod
+    def render_sizes(self) -> list[tuple[int, int]]:
+        """The sizes (h, w) that batches must be rendered at."""
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, list[list[float]]]:
+        """The pixel normalisation of each live teacher: ``{name: [mean, std]}``."""
+
+    @abstractmethod
+    def provenance(self) -> dict[str, dict[str, str | None]]:
+        """Origin and license of each teacher's weights: ``{name: {source, revision, license}}``."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> dict[str, Features]:
+        """``{"name/tap": Features}`` in float32, of the images in their ``rows``.
+
+        The features carry no graph but may enter one: they come from ``no_grad``, because tensors made in inference
+        mode cannot be saved for the backward pass of a loss.
+        """
+
+    @abstractmethod
+    def __getitem__(self, name: str) -> Teacher:
+        """One live teacher, by its name."""
+
+
+class Teachers(AnyTeachers):
+    """Several live teachers, run one after another on the same views.
 
     Args:
         teachers: by name.
-        taps: taps to use, by teacher name; a teacher not named here gives all of its taps.
-        bf16: run the teachers in bfloat16 autocast; answers are float32 all the same.
+        taps: taps to use, by teacher name; a teacher that is not named uses all of its taps.
+        bf16: run the teachers in bfloat16 autocast; their features are float32 all the same.
+        sources: see :class:`AnyTeachers`.
 
     Raises:
-        RecipeError: if a tap is asked for that the teacher does not have.
+        RecipeError: if a teacher does not have a tap.
     """
 
     def __init__(
@@ -149,68 +200,64 @@ class Teachers(nn.Module):
         teachers: Mapping[str, Teacher],
         taps: Mapping[str, Sequence[str]] | None = None,
         bf16: bool = False,
+        sources: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(bf16, sources)
         # with a slash: a bare name such as "type" could be one of ModuleDict's own
         self.teachers = nn.ModuleDict({f"{name}/": teacher for name, teacher in teachers.items()})
-        self.bf16 = bf16
-        chosen = taps or {}
-        self.chosen = {name: tuple(chosen.get(name) or teacher.taps) for name, teacher in teachers.items()}
+        selected = taps or {}
+        self.selected = {name: tuple(selected.get(name) or teacher.taps) for name, teacher in teachers.items()}
         for name, teacher in teachers.items():
-            unknown = [tap for tap in self.chosen[name] if tap not in teacher.taps]
+            unknown = [tap for tap in self.selected[name] if tap not in teacher.taps]
             if unknown:
                 allowed = ", ".join(teacher.taps)
                 raise RecipeError(f"teachers.{name}.taps: no tap {', '.join(unknown)}; allowed: {allowed}")
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """The sizes (h, w) that batches must be rendered at, without repeats."""
-        return list(dict.fromkeys(self[name].size for name in self.chosen))
+        return list(dict.fromkeys(self[name].size for name in self.selected))
+
+    @property
+    def render_sizes(self) -> list[tuple[int, int]]:
+        return self.sizes
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """What each ``"name/tap"`` gives."""
-        return {f"{name}/{tap}": self[name].taps[tap] for name, taps in self.chosen.items() for tap in taps}
+        return {f"{name}/{tap}": self[name].taps[tap] for name, taps in self.selected.items() for tap in taps}
 
-    def pixels(self) -> dict[str, list[list[float]]]:
-        """How each teacher wants its pixels: ``{name: [mean, std]}``."""
-        return {name: [self[name].mean.flatten().tolist(), self[name].std.flatten().tolist()] for name in self.chosen}
+    def preprocessing(self) -> dict[str, list[list[float]]]:
+        return {name: [self[name].mean.flatten().tolist(), self[name].std.flatten().tolist()] for name in self.selected}
 
     def provenance(self) -> dict[str, dict[str, str | None]]:
-        """Where each teacher's knowledge comes from and what binds it: ``{name: {source, revision, license}}``."""
-        each = {name: self[name] for name in self.chosen}
+        teachers = {name: self[name] for name in self.selected}
         return {
             name: {"source": teacher.source, "revision": teacher.revision, "license": teacher.license}
-            for name, teacher in each.items()
+            for name, teacher in teachers.items()
         }
 
-    def forward(self, batch: Batch, asked: Asked = EVERYBODY) -> dict[str, Features]:
-        """``{"name/tap": Features}`` in float32.
+    def with_bf16(self, bf16: bool) -> Teachers:
+        """The same teachers, run with or without bfloat16 autocast."""
+        return Teachers({name: self[name] for name in self.selected}, self.selected, bf16, self.sources)
 
-        Args:
-            asked: {name: (b,) the images of the batch that it is asked about}; one not named is asked about all.
+    def forward(self, batch: Batch) -> dict[str, Features]:
+        features: dict[str, Features] = {}
+        for name, taps in self.selected.items():
+            rows = batch.rows_of(self.sources.get(name))
+            outputs = self._run(self[name], batch if rows is None else batch.take(rows))
+            on_device = None if rows is None else rows.to(self[name].mean.device, non_blocking=True)
+            features |= {f"{name}/{tap}": replace(outputs[tap].map(Tensor.float), rows=on_device) for tap in taps}
+        return features
 
-        The answers carry no graph but may enter one: they come from ``no_grad``, because tensors made in
-        inference mode cannot be saved for the backward pass of a loss.
-        """
-        answers = {}
-        for name, taps in self.chosen.items():
-            teacher = self[name]
-            theirs = batch if name not in asked else batch.take(asked[name])
-            if not len(theirs):
-                device = teacher.mean.device
-                if isinstance(teacher, FSDPModule):  # another rank may ask it now, and needs this one's part of it
-                    teacher(torch.zeros(1, 3, *teacher.size, device=device))
-                answers.update({f"{name}/{tap}": silence(teacher.taps[tap], device) for tap in taps})
-                continue
-            pixels = theirs.pixels(teacher.size)  # (b, 3, h, w)
-            with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
-                said = teacher(pixels)
-            answers.update({f"{name}/{tap}": said[tap].map(Tensor.float) for tap in taps})
-        return answers
+    def _run(self, teacher: Teacher, batch: Batch) -> dict[str, Features]:
+        if not len(batch):
+            if isinstance(teacher, FSDPModule):  # another rank may run it now, and needs this rank's shard
+                teacher(torch.zeros(1, 3, *teacher.size, device=teacher.mean.device))
+            return {tap: empty_features(shape, teacher.mean.device) for tap, shape in teacher.taps.items()}
+        pixels = batch.pixels(teacher.size)  # (b, 3, h, w)
+        with torch.no_grad(), torch.autocast(pixels.device.type, torch.bfloat16, enabled=self.bf16):
+            return teacher(pixels)
 
     def __getitem__(self, name: str) -> Teacher:
-        """One teacher, by its name."""
         teacher = self.teachers[f"{name}/"]
         assert isinstance(teacher, Teacher)  # noqa: S101
         return teacher

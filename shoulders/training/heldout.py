@@ -1,4 +1,4 @@
-"""How much of each teacher the student holds, measured on images that it never trains on."""
+"""How much of each teacher's features the student holds, measured on images that are never trained on."""
 
 from __future__ import annotations
 
@@ -10,67 +10,73 @@ import torch
 from torch import Tensor
 
 from shoulders.errors import DataError
-from shoulders.features import Asked, Batch, Features, Skipped, align
+from shoulders.features import Batch, Features, Skipped, align
 from shoulders.model import ShouldersModel
 from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import teacher_name
 
-FEWEST = 4  # images: half of them fit, the others choose and tell
-PLACES = 16  # places per image that are compared: neighbours say nearly the same, memory is not free
+MIN_IMAGES = 4  # half of them fit, the others choose and score
+MAX_TOKENS = 16  # compared per image: neighbours are nearly the same, and memory is limited
 
 
 @dataclass
 class Target:
-    """What a teacher says of the held-out images at one tap and part."""
+    """A teacher's features of the held-out images at one tap and component."""
 
     vectors: Tensor  # (n, P, C)
-    places: Tensor | None  # (n, P) indices into ``grid``; None for a summary
+    tokens: Tensor | None  # (n, P) indices into ``grid``; None for a summary
     grid: tuple[int, int]  # the smaller of the teacher's and the student's
-    first: list[int]  # row of `vectors` where each batch begins
+    starts: list[int]  # index into `vectors` where each batch begins, and their length
 
 
 class HeldOutSet:
-    """Held-out images with their teachers' features, asked once; :meth:`measure` asks the student."""
+    """Held-out images with their teachers' features, computed once; :meth:`measure` runs the student.
+
+    Args:
+        batches: each batch and its {tap: Features}.
+        student: whose grid and taps are used.
+        size: (h, w) of the student's input in px.
+
+    Raises:
+        DataError: a teacher has features of fewer than ``MIN_IMAGES`` images.
+    """
 
     def __init__(
-        self,
-        taught: Iterable[tuple[Batch, Mapping[str, Features], Asked]],
-        student: ShouldersModel,
-        size: tuple[int, int],
+        self, batches: Iterable[tuple[Batch, Mapping[str, Features]]], student: ShouldersModel, size: tuple[int, int]
     ):
         self.size = size
         self.batches: list[Batch] = []
-        self.asked: list[Asked] = []  # of each batch
+        self.rows: list[dict[str, Tensor | None]] = []  # of each batch, by teacher
         self.skipped: list[Skipped] = []
         grid = student.encoder.grid(size)
-        rows: dict[str, list[Tensor]] = {}
+        vectors: dict[str, list[Tensor]] = {}
         grids: dict[str, tuple[int, int]] = {}
-        places: dict[str, list[Tensor]] = {}
-        for number, (batch, features, asked) in enumerate(taught):
+        tokens: dict[str, list[Tensor]] = {}
+        for number, (batch, teacher_features) in enumerate(batches):
             self.skipped += batch.skipped
             self.batches.append(Batch(batch.ids, {size: batch.rendered[size]}))
-            self.asked.append(asked)
-            for tap, said in features.items():
-                if said.summary is not None:
-                    rows.setdefault(f"{tap}/summary", []).append(said.summary.cpu()[:, None])
-                if said.spatial is not None:
+            self.rows.append({teacher_name(tap): features.rows for tap, features in teacher_features.items()})
+            for tap, features in teacher_features.items():
+                if features.summary is not None:
+                    vectors.setdefault(f"{tap}/summary", []).append(features.summary.cpu()[:, None])
+                if features.spatial is not None:
                     name = f"{tap}/spatial"
-                    grids[name] = _smaller(grid, said.grid)
-                    chosen = _choose(len(said.spatial), grids[name], seed=number)
-                    places.setdefault(name, []).append(chosen)
-                    rows.setdefault(name, []).append(_at(align(said, grids[name]), chosen))
+                    grids[name] = _smaller(grid, features.grid)
+                    sampled = _sample_tokens(len(features.spatial), grids[name], seed=number)
+                    tokens.setdefault(name, []).append(sampled)
+                    vectors.setdefault(name, []).append(_gather_tokens(align(features, grids[name]), sampled))
         self.targets = {
             name: Target(
-                torch.cat(parts),
-                torch.cat(places[name]) if name in places else None,
+                torch.cat(by_batch),
+                torch.cat(tokens[name]) if name in tokens else None,
                 grids.get(name, (0, 0)),
-                [0, *accumulate(map(len, parts))],
+                [0, *accumulate(map(len, by_batch))],
             )
-            for name, parts in rows.items()
+            for name, by_batch in vectors.items()
         }
         for name, target in self.targets.items():
-            if len(target.vectors) < FEWEST:
+            if len(target.vectors) < MIN_IMAGES:
                 raise too_few(teacher_name(name), len(target.vectors), len(self))
 
     def __len__(self) -> int:
@@ -79,67 +85,83 @@ class HeldOutSet:
 
     @torch.no_grad()
     def measure(self, student: ShouldersModel, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
-        """fvu per tap and part (``fvu/..``), of the trained projectors (``fvu_projector/..``), and ``fvu_spread``.
+        """fvu per tap and component (``fvu/..``), of the trained projectors (``fvu_projector/..``), and ``fvu_spread``.
 
         Returns:
             numbers: everything by name.
-            per_teacher: {teacher: mean fvu over its taps and parts}.
+            per_teacher: {teacher: mean fvu over its taps and components}.
         """
-        latents, told = self._ask(student, device)
+        latents, predictions = self._run(student, device)
         numbers, per_teacher = {}, {}
         by_teacher: dict[str, list[float]] = {}
         for name, target in self.targets.items():
             numbers[f"fvu/{name}"] = fvu(latents[name], target.vectors)
-            half = len(target.vectors) // 2
-            _, ours, theirs = channel_standardized(
-                *(v.flatten(0, 1).double() for v in (target.vectors[:half], told[name][half:], target.vectors[half:]))
-            )
-            numbers[f"fvu_projector/{name}"] = unexplained(ours, theirs)
+            numbers[f"fvu_projector/{name}"] = _fvu_of_predictions(predictions[name], target.vectors)
             by_teacher.setdefault(teacher_name(name), []).append(numbers[f"fvu/{name}"])
         for teacher, values in by_teacher.items():
             per_teacher[teacher] = numbers[f"fvu/{teacher}"] = sum(values) / len(values)
-        purposeful = [value for teacher, value in per_teacher.items() if teacher != BASE]
-        numbers["fvu_spread"] = max(purposeful) / max(min(purposeful), 1e-6)
+        without_base = [value for teacher, value in per_teacher.items() if teacher != BASE]
+        numbers["fvu_spread"] = max(without_base) / max(min(without_base), 1e-6)
         return numbers, per_teacher
 
-    def _ask(self, student: ShouldersModel, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _run(self, student: ShouldersModel, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's latents and its predictions of teacher features, (n, P, ..) each, by name of the target."""
         latents: dict[str, list[Tensor]] = {name: [] for name in self.targets}
-        told: dict[str, list[Tensor]] = {name: [] for name in self.targets}
-        for number, (batch, asked) in enumerate(zip(self.batches, self.asked, strict=True)):
-            seen = student.forward_features(batch.to(device).pixels(self.size))
-            said = student.project(seen, asked)
-            for name, target in self.targets.items():
-                tap, part = name.rsplit("/", 1)
-                raw = student.standardizer(tap).inverse(said[tap])
-                latent = seen["latent"].take(asked.get(teacher_name(tap))).map(Tensor.float)
-                for features, found in ((latent, latents), (raw, told)):
-                    if target.places is None:
-                        found[name].append(features.parts()[part].cpu()[:, None])
-                    else:
-                        here = target.places[target.first[number] : target.first[number + 1]]
-                        found[name].append(_at(align(features, target.grid), here))
-        return ({name: torch.cat(parts) for name, parts in found.items()} for found in (latents, told))  # type: ignore[return-value]
+        predictions: dict[str, list[Tensor]] = {name: [] for name in self.targets}
+        for number, batch in enumerate(self.batches):
+            student_features = student.forward_features(batch.to(device).pixels(self.size))
+            for teacher, rows in self.rows[number].items():
+                inputs = {layer: features.take(rows) for layer, features in student_features.items()}
+                predicted = student.project_teacher(teacher, inputs)
+                for name, target in self.targets.items():
+                    tap, component = name.rsplit("/", 1)
+                    if tap in predicted:
+                        latent = inputs["latent"].map(Tensor.float)
+                        latents[name].append(_at(target, number, latent, component))
+                        raw = student.standardizer(tap).inverse(predicted[tap])
+                        predictions[name].append(_at(target, number, raw, component))
+        return _concatenated(latents), _concatenated(predictions)
 
 
-def too_few(teacher: str, asked: int, heldout: int) -> DataError:
+def too_few(teacher: str, count: int, heldout: int) -> DataError:
     """The refusal of a teacher that cannot be measured."""
     return DataError(
-        f"images: {teacher} is asked about {asked} of {heldout} held-out images, and {FEWEST} are needed; give more "
+        f"images: {teacher} learns from {count} of {heldout} held-out images, and {MIN_IMAGES} are needed; give more "
         "images"
     )
+
+
+def _concatenated(by_batch: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(tensors) for name, tensors in by_batch.items()}
+
+
+def _fvu_of_predictions(predictions: Tensor, targets: Tensor) -> float:
+    """fvu of predictions (n, P, C) themselves, on the second half of the images."""
+    half = len(targets) // 2
+    fit, x, y = (v.flatten(0, 1).double() for v in (targets[:half], predictions[half:], targets[half:]))
+    _, x, y = channel_standardized(fit, x, y)
+    return unexplained(x, y)
+
+
+def _at(target: Target, batch: int, features: Features, component: str) -> Tensor:
+    """(B, P, C) of the features of one batch, at the tokens of the target."""
+    if target.tokens is None:
+        return features.components()[component].cpu()[:, None]
+    tokens = target.tokens[target.starts[batch] : target.starts[batch + 1]]
+    return _gather_tokens(align(features, target.grid), tokens)
 
 
 def _smaller(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     return one if one[0] * one[1] <= other[0] * other[1] else other
 
 
-def _choose(images: int, grid: tuple[int, int], seed: int) -> Tensor:
-    """(B, P) distinct places per image, the same in every evaluation."""
+def _sample_tokens(images: int, grid: tuple[int, int], seed: int) -> Tensor:
+    """(B, P) distinct tokens per image, the same in every evaluation."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(images, grid[0] * grid[1], generator=generator).argsort(1)[:, :PLACES]
+    return torch.rand(images, grid[0] * grid[1], generator=generator).argsort(1)[:, :MAX_TOKENS]
 
 
-def _at(features: Features, places: Tensor) -> Tensor:
-    """(B, P, C) of the spatial features at ``places`` (B, P)."""
-    spatial = features.parts()["spatial"].cpu()
-    return spatial.gather(1, places[:, :, None].expand(-1, -1, spatial.shape[-1]))
+def _gather_tokens(features: Features, tokens: Tensor) -> Tensor:
+    """(B, P, C) of the spatial features at ``tokens`` (B, P)."""
+    spatial = features.components()["spatial"].cpu()
+    return spatial.gather(1, tokens[:, :, None].expand(-1, -1, spatial.shape[-1]))

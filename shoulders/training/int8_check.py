@@ -53,8 +53,8 @@ def _compare(teacher: Teacher, exact: Teacher, pixels: Tensor) -> tuple[dict[str
     features, exact_features = teacher(pixels), exact(pixels)
     fvu, cosine = {}, {}
     for tap, expected in exact_features.items():
-        for component, y in expected.parts().items():
-            x = features[tap].parts()[component]
+        for component, y in expected.components().items():
+            x = features[tap].components()[component]
             target, prediction = channel_standardized(y.flatten(0, -2).double(), x.flatten(0, -2).double())
             fvu[f"{tap}/{component}"] = unexplained(prediction, target)
             cosine[f"{tap}/{component}"] = float(F.cosine_similarity(x, y, dim=-1).mean())

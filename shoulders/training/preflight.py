@@ -22,7 +22,7 @@ from shoulders.student.base import check_base
 from shoulders.teachers import Teacher, check_teacher
 from shoulders.teachers.heads import check_head
 from shoulders.training.checkpoint import checkpoints
-from shoulders.training.heldout import FEWEST, too_few
+from shoulders.training.heldout import MIN_IMAGES, too_few
 from shoulders.training.int8_check import check_int8
 
 
@@ -122,7 +122,7 @@ def check_sources(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
     if not own and not recipe.transfer.preserve and len(recipe.teacher_sources) == len(recipe.teachers):
         if idle := [name for name in sources if name not in asked]:
             raise RecipeError(
-                f"images.sources: no teacher is asked about {', '.join(idle)}, and transfer.preserve is 0: these "
+                f"images.sources: no teacher learns from {', '.join(idle)}, and transfer.preserve is 0: these "
                 "images would teach nothing; leave them out, or add them to teachers.NAME.sources"
             )
     places = {name: source.path.resolve() for name, source in sources.items() if source.path is not None}
@@ -145,7 +145,7 @@ def check_heldout(recipe: Recipe, images: ImageSet) -> None:
     for name in recipe.teachers:
         home = recipe.teacher_sources.get(name)
         count = len(heldout) if home is None else len(images.collection.indices_from(home, heldout))
-        if count < FEWEST:
+        if count < MIN_IMAGES:
             raise too_few(name, count, len(heldout))
 
 

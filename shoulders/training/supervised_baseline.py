@@ -8,14 +8,13 @@ what it tries first to choose an optimizer and its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -130,32 +129,34 @@ def counted_flops(work: Callable[[], object]) -> int:
 
 
 def _distillation(folder: Path | str, recipe: Recipe) -> float:
-    """Training FLOPs of an image, the mean over the sources: not every teacher is asked about all of them."""
+    """Training FLOPs of an image, the mean over the sources: not every teacher learns from all of them."""
     if not recipe.teacher_sources:
         return counted_flops(_distil(folder, recipe, {})) / COUNTED
-    total = 0.0
-    for source, share in open_images(recipe.images, recipe.train.seed).shares().items():
-        rows = {
-            name: torch.arange(COUNTED if source in sources else 0) for name, sources in recipe.teacher_sources.items()
-        }
-        total += share * counted_flops(_distil(folder, recipe, rows)) / COUNTED
+    images, total = open_images(recipe.images, recipe.train.seed), 0.0
+    sources = {name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()}
+    for source, share in images.shares().items():
+        (index,) = images.collection.source_indices([source])
+        total += share * counted_flops(_distil(folder, recipe, sources, index)) / COUNTED
     return total
 
 
-def _distil(folder: Path | str, recipe: Recipe, asked: Mapping[str, Tensor]) -> Callable[[], None]:
-    """One distillation step on blank images, but for the optimizer."""
+def _distil(
+    folder: Path | str, recipe: Recipe, sources: Mapping[str, Sequence[int]], source: int = 0
+) -> Callable[[], None]:
+    """One distillation step on blank images of one source, without the optimizer."""
     device = this_device()
-    teachers = Teachers({name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}).to(device)
+    teachers = Teachers({name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}, sources=sources).to(
+        device
+    )
     learner = DistillationModule(load(folder), recipe).to(device)
     nowhere = cast(ImageSet, None)  # the step is given its images
     distillation = Run(recipe, learner, teachers, nowhere, DistContext(0, 1, device))
     blank = {size: torch.full((COUNTED, 3, *size), 127, dtype=torch.uint8) for size in distillation.sizes}
-    asked = {name: rows.to(device) for name, rows in asked.items()}
-    batch, coins = Batch(torch.arange(COUNTED), blank).to(device), torch.zeros(COUNTED, len(learner.shares))
+    batch = Batch(torch.arange(COUNTED), blank, sources=torch.full((COUNTED,), source)).to(device)
+    drop_uniforms = torch.zeros(COUNTED, len(learner.weights), device=device)
 
     def step() -> None:
-        taught = distillation.teach(batch, asked)
-        learner(batch.pixels(distillation.size), taught, coins.to(device), asked)[0].backward()
+        learner(batch.pixels(distillation.size), distillation.teach(batch), drop_uniforms)[0].backward()
 
     return step
 

@@ -1,1 +1,1 @@
-"""How knowledge crosses from the teachers to the student: standardize, align, project, compare, balance."""
+"""From teacher features to the student's loss: standardize, align, project, compare, balance."""

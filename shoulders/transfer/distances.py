@@ -1,4 +1,4 @@
-"""Distances between inherited and taught vectors: pure functions (B, ..., C), (B, ..., C) -> (B,)."""
+"""Distances between prediction and target: pure functions (B, ..., C), (B, ..., C) -> (B,)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from torch import Tensor
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
-def cosine(ours: Tensor, theirs: Tensor) -> Tensor:
-    """1 - cosine similarity per vector, averaged over places."""
-    return (1 - F.cosine_similarity(ours, theirs, dim=-1)).reshape(len(ours), math.prod(ours.shape[1:-1])).mean(1)
+def cosine(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine similarity per vector, averaged over tokens."""
+    similarity = F.cosine_similarity(prediction, target, dim=-1)  # (B, ...)
+    return (1 - similarity).reshape(len(prediction), math.prod(prediction.shape[1:-1])).mean(1)
 
 
-def smooth_l1(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Smooth L1 (beta 1), averaged over channels and places."""
-    return F.smooth_l1_loss(ours, theirs, reduction="none").flatten(1).mean(1)
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Smooth L1 (beta 1), averaged over channels and tokens."""
+    return F.smooth_l1_loss(prediction, target, reduction="none").flatten(1).mean(1)
 
 
-def mse(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Squared difference, averaged over channels and places."""
-    return (ours - theirs).square().flatten(1).mean(1)
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared difference, averaged over channels and tokens."""
+    return (prediction - target).square().flatten(1).mean(1)
 
 
-def cosine_smooth_l1(ours: Tensor, theirs: Tensor, a: float) -> Tensor:
+def cosine_smooth_l1(prediction: Tensor, target: Tensor, a: float) -> Tensor:
     """a (1 - cosine) + (1 - a) smooth-L1, per vector (Theia, arXiv 2407.20179, with a = 0.9)."""
-    return a * cosine(ours, theirs) + (1 - a) * smooth_l1(ours, theirs)
+    return a * cosine(prediction, target) + (1 - a) * smooth_l1(prediction, target)
 
 
 def distance(kind: str, cosine_weight: float = 0.9) -> Distance:

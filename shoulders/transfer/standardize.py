@@ -1,6 +1,8 @@
-"""Bring every teacher's features to mean 0 and variance 1, so that none is starved by its magnitude."""
+"""Bring every teacher's features to mean 0 and variance 1, so that no magnitude decides how much a teacher counts."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +21,11 @@ class Moments:
         self.outer = torch.zeros(width, width, dtype=torch.float64)
 
     def update(self, vectors: Tensor) -> None:
-        rows = vectors.detach().flatten(0, -2).double().cpu()  # (n, C)
-        self.count += len(rows)
-        self.total += rows.sum(0)
-        self.outer += rows.T @ rows
+        """Add vectors (..., C)."""
+        x = vectors.detach().flatten(0, -2).double().cpu()  # (n, C)
+        self.count += len(x)
+        self.total += x.sum(0)
+        self.outer += x.T @ x
 
     @property
     def mean(self) -> Tensor:
@@ -72,6 +75,7 @@ class Standardizer(nn.Module):
             self.rotation.copy_(equal_variance_rotation(covariance))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Vectors (..., C) of a teacher -> standardized vectors."""
         with torch.autocast(x.device.type, enabled=False):  # statistics want fp32
             standardized = (x.float() - self.mean.float()) / self.std.float()
             return standardized if self.rotation is None else standardized @ self.rotation.float().T
@@ -92,19 +96,21 @@ class TapStandardizer(nn.Module):
         self.parts = nn.ModuleDict({name: Standardizer(kind, width) for name, width in widths.items() if width})
 
     def fit(self, moments: dict[str, Moments]) -> None:
-        for name, part in self.parts.items():
-            part.fit(moments[name])  # type: ignore[operator]
+        """Fit both components on ``{"summary" or "spatial": Moments}``."""
+        for name, standardizer in self.parts.items():
+            standardizer.fit(moments[name])  # type: ignore[operator]
 
     def forward(self, features: Features) -> Features:
-        return _each_part(features, {name: part.forward for name, part in self.parts.items()})
+        """Teacher features -> standardized features."""
+        return self._map(features, Standardizer.forward)
 
     def inverse(self, features: Features) -> Features:
-        return _each_part(features, {name: part.inverse for name, part in self.parts.items()})
+        """Standardized features -> the teacher's own space."""
+        return self._map(features, Standardizer.inverse)
 
-
-def _each_part(features: Features, change: dict) -> Features:
-    parts = {name: change[name](part) for name, part in features.parts().items()}
-    return Features(parts.get("summary"), parts.get("spatial"), features.grid)
+    def _map(self, features: Features, change: Callable[[Standardizer, Tensor], Tensor]) -> Features:
+        outputs = {name: change(self.parts[name], x) for name, x in features.components().items()}  # type: ignore[arg-type]
+        return Features(outputs.get("summary"), outputs.get("spatial"), features.grid, features.rows)
 
 
 def equal_variance_rotation(covariance: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ class Broken(Colours):
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
         told = super().forward(pixels)
         if len(pixels) > 1:  # not yet when it is loaded
-            told["mean"].parts()["summary"][1] = self.value
+            told["mean"].components()["summary"][1] = self.value
         return told
 
 

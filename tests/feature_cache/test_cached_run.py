@@ -108,7 +108,7 @@ def test_the_student_is_that_of_the_live_run_bit_for_bit(
     summary = distill(cached)
     monkeypatch.undo()
     teach = Run.teach
-    monkeypatch.setattr(Run, "teach", lambda self, batch, asked: live(teach(self, batch, asked)))
+    monkeypatch.setattr(Run, "teach", lambda self, batch: live(teach(self, batch)))
     told = distill(recipe(world, dtype, f"{dtype}-live", mode="off"))
     assert losses(cached.out) == losses(world / "runs" / f"{dtype}-live")
     assert same(weights(cached.out), weights(world / "runs" / f"{dtype}-live"))
@@ -149,8 +149,8 @@ def test_features_are_those_of_live_teachers(world: Path) -> None:
         read, told = cached(batch), live(batch)
         assert read.keys() == {*told, "base/latent"}
         for tap, features in told.items():
-            for part, x in features.parts().items():
-                assert (read[tap].parts()[part] - x).abs().max() == 0
+            for part, x in features.components().items():
+                assert (read[tap].components()[part] - x).abs().max() == 0
 
 
 def test_int8_inherits_as_much_as_live_within_a_hundredth(world: Path) -> None:
@@ -193,8 +193,8 @@ def test_a_batch_says_which_views_it_holds(world: Path) -> None:
     batch = next(batches(images, [(32, 32)], asked.images, batch=8, seed=0, steps=1, decode_sizes=[(64, 64)]))
     assert batch.views is not None
     assert [len(part.views) for part in batch.split(5)] == [5, 3]  # type: ignore[arg-type]
-    parts = [cached(part)["segmenter/stage1"].parts()["spatial"] for part in batch.split(5)]
-    assert torch.equal(torch.cat(parts), cached(batch)["segmenter/stage1"].parts()["spatial"])
+    parts = [cached(part)["segmenter/stage1"].components()["spatial"] for part in batch.split(5)]
+    assert torch.equal(torch.cat(parts), cached(batch)["segmenter/stage1"].components()["spatial"])
     with pytest.raises(DataError, match="does not say which views"):
         cached(Batch(batch.ids, batch.rendered))
     with pytest.raises(DataError, match="asked for view 2, but only 2 of each image"):

@@ -47,7 +47,7 @@ def codec(**how: Any) -> Codec:
     cache = Cache(**how)
     moments: dict[str, Moments] = {}
     for tap, features in Codec(TAPS, cache).pooled(told(256, 1)).items():
-        for part, x in features.parts().items():
+        for part, x in features.components().items():
             moments.setdefault(f"{tap}/{part}", Moments(x.shape[-1])).update(x)
     found = {name: fit_channels(one, cache.pca, cache.dtype == "int8") for name, one in moments.items()}
     return Codec(TAPS, cache, {name: one for name, one in found.items() if one})
@@ -59,8 +59,8 @@ def test_floats_are_the_same_floats(dtype: str) -> None:
     back = codec(dtype=dtype).decode(codec(dtype=dtype).encode(given))
     for tap, features in given.items():
         assert back[tap].grid == features.grid
-        for part, x in features.parts().items():
-            y = back[tap].parts()[part]
+        for part, x in features.components().items():
+            y = back[tap].components()[part]
             assert torch.equal(x, y) and y.dtype == torch.float32 and y.is_contiguous()
 
 
@@ -68,11 +68,11 @@ def test_int8_is_within_half_a_step_of_its_token() -> None:
     made = codec(dtype="int8")
     back = made.decode(made.encode(told()))
     for tap, features in told().items():
-        for part, x in features.parts().items():
+        for part, x in features.components().items():
             channels = made.channels[f"{tap}/{part}"]
             stored = channels.apply(x)
             step = stored.abs().amax(-1, keepdim=True) / 127
-            assert ((channels.apply(back[tap].parts()[part]) - stored).abs() <= 0.505 * step + 1e-6).all()
+            assert ((channels.apply(back[tap].components()[part]) - stored).abs() <= 0.505 * step + 1e-6).all()
     assert max(errors(made, told()).values()) < 2e-3
     plain = Codec(TAPS, Cache(dtype="int8"))  # a scale per token alone is at the mercy of the loudest channel
     assert max(errors(plain, told()).values()) > 0.1
@@ -81,14 +81,14 @@ def test_int8_is_within_half_a_step_of_its_token() -> None:
 def test_a_token_of_zeros_stays_zeros() -> None:
     made = Codec(TAPS, Cache(dtype="int8"))
     nothing = {tap: features.map(torch.zeros_like) for tap, features in told(2).items()}
-    assert all((x == 0).all() for f in made.decode(made.encode(nothing)).values() for x in f.parts().values())
+    assert all((x == 0).all() for f in made.decode(made.encode(nothing)).values() for x in f.components().values())
 
 
 def test_principal_components_are_the_best_that_many() -> None:
     made = codec(dtype="float32", pca=2)
     assert {piece.width for piece in made.pieces} == {2}
-    x = told()["both"].parts()["spatial"]
-    y = made.decode(made.encode(told()))["both"].parts()["spatial"]
+    x = told()["both"].components()["spatial"]
+    y = made.decode(made.encode(told()))["both"].components()["spatial"]
     rows = (x - x.mean((0, 1))).flatten(0, 1).double()
     best = torch.linalg.svdvals(rows)[2:].square().sum() / rows.square().sum()
     assert unexplained(y.flatten(0, 1), x.flatten(0, 1)) == pytest.approx(float(best), rel=0.1)
@@ -117,14 +117,16 @@ def test_records_of_a_batch_are_those_of_its_images() -> None:
     assert sum(made.size_of(piece) for piece in made.pieces) <= made.bytes
     padded = torch.cat([whole, torch.ones(9, 16, dtype=torch.uint8)], 1)
     for tap, features in made.decode(whole).items():
-        assert all(torch.equal(x, made.decode(padded)[tap].parts()[part]) for part, x in features.parts().items())
+        assert all(
+            torch.equal(x, made.decode(padded)[tap].components()[part]) for part, x in features.components().items()
+        )
     assert json.loads(json.dumps(made.to_json()))["bytes"] == made.bytes
 
 
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 1e5), ("bfloat16", float("nan")), ("int8", float("inf"))])
 def test_what_cannot_be_held_is_named(dtype: str, value: float) -> None:
     given = told(4)
-    given["both"].parts()["spatial"][2, 1, 3] = value
+    given["both"].components()["spatial"][2, 1, 3] = value
     with pytest.raises(EncodeError) as refusal:
         codec(dtype=dtype).encode(given)
     assert (refusal.value.part, refusal.value.row) == ("both/spatial", 2)

@@ -130,7 +130,7 @@ def test_every_second_is_of_the_part_that_took_it(world: Path, adapter: dict[str
         FORWARD: lambda: inside.register_forward_hook(slow),
         BACKWARD: lambda: inside.weight.register_hook(slow),
         TRANSFER: lambda: next(run.student.projectors.parameters()).register_hook(slow),
-        OPTIMIZER: lambda: run.optimization.optimizers[0].register_step_pre_hook(slow),
+        OPTIMIZER: lambda: run.optimization.optimizer.optimizers[0].register_step_pre_hook(slow),
     }
     for part, slow_down in slowed.items():
         handle = slow_down()

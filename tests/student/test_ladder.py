@@ -106,7 +106,7 @@ def test_base_features_from_elsewhere_give_the_same_student_features() -> None:
 
 def equal(one: Features, other: Features) -> bool:
     """Whether summary and spatial features are the same bits."""
-    return all(torch.equal(a, b) for a, b in zip(one.parts().values(), other.parts().values(), strict=True))
+    return all(torch.equal(a, b) for a, b in zip(one.components().values(), other.components().values(), strict=True))
 
 
 @pytest.mark.parametrize("preserve", [0.0, 1.0])
@@ -116,7 +116,7 @@ def test_the_layers_needed_of_the_base_are_known_without_its_weights(
 ) -> None:
     going = run(tmp_path, adapter, preserve=preserve, layers=["block1", "latent"])
     how = going.recipe
-    assert base_layers_needed(how.student, how.transfer.layers, preserve > 0) == going.student.asks
+    assert base_layers_needed(how.student, how.transfer.layers, preserve > 0) == going.student.base_layers
 
 
 def test_a_step_runs_the_base_once_and_not_at_all_with_cached_features(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_step_runs_the_base_once_and_not_at_all_with_cached_features(tmp_path:
     told = going.teach(batch())
     going.learner.load_state_dict(before)
     going.optimization = type(going.optimization)(going.learner, going.recipe.train)
-    going.teachers.forward = lambda images, asked: dict(told)  # type: ignore[method-assign, assignment, misc]
+    going.teachers.forward = lambda images: dict(told)  # type: ignore[method-assign, assignment, misc]
     asked.clear()
     again = going.step(1, batch())
     assert not asked and torch.equal(live[0], again[0])

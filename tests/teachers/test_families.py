@@ -187,7 +187,7 @@ def assert_as_declared(teacher: Teacher, features: dict[str, Features], images: 
         assert one.grid == declared.grid
         assert (None if one.summary is None else one.summary.shape[1]) == declared.summary
         assert (None if one.spatial is None else one.spatial.shape[2]) == declared.spatial
-        for part in one.parts().values():
+        for part in one.components().values():
             assert part.shape[0] == images and part.dtype == torch.float32
             assert part.isfinite().all() and not part.requires_grad
             assert part.std() > 0
@@ -214,8 +214,8 @@ def test_a_teacher_computes_the_outputs_of_the_original_model(model_type: str, w
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     again = teacher(pixels)
     for tap, one in features.items():
-        for name, part in one.parts().items():
-            assert torch.equal(part, again[tap].parts()[name])
+        for name, part in one.components().items():
+            assert torch.equal(part, again[tap].components()[name])
 
     architecture = transformers.AutoConfig.from_pretrained(folder).architectures[0]
     original = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32).eval()

@@ -21,7 +21,9 @@ def compute(teacher: Teacher, pixels: torch.Tensor, bf16: bool) -> dict[str, Fea
 
 def largest_difference(features: dict[str, Features], expected: dict[str, Features]) -> float:
     """The largest relative difference of a component of a tap."""
-    pairs = [(features[tap].parts()[part], y) for tap, one in expected.items() for part, y in one.parts().items()]
+    pairs = [
+        (features[tap].components()[part], y) for tap, one in expected.items() for part, y in one.components().items()
+    ]
     return max(float((x.float() - y.float()).norm() / y.float().norm()) for x, y in pairs)
 
 

@@ -73,17 +73,17 @@ def test_chosen_taps() -> None:
     teacher = Teacher(Patches(), size=(4, 4), mean=(0.1, 0.1, 0.1), source="here").with_taps(["colour"])
     assert list(teacher.taps) == list(teacher(torch.rand(1, 3, 4, 4))) == ["colour"]
     assert teacher.source == "here" and teacher.mean.flatten().tolist() == pytest.approx([0.1] * 3)
-    with pytest.raises(RecipeError, match="taps depth: not there; allowed: map, colour"):
+    with pytest.raises(RecipeError, match="taps depth: unknown; allowed: map, colour"):
         Teacher(Patches(), size=(4, 4), taps=["depth"])
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (lambda x: x.mean((2, 3)), "must answer .*got Tensor"),
-        (lambda x: {}, "must answer"),
+        (lambda x: x.mean((2, 3)), "must return .*got Tensor"),
+        (lambda x: {}, "must return"),
         (lambda x: {"a": x.mean((2, 3))}, "got Tensor for tap 'a'"),
-        (lambda x: {1: Features(x.mean((2, 3)), None)}, "must answer"),
+        (lambda x: {1: Features(x.mean((2, 3)), None)}, "must return"),
         (lambda x: {"a": Features(x.mean((2, 3)).repeat(2, 1), None)}, "summary has 2 rows for 1 images"),
         (lambda x: {"a": Features(x.mean((2, 3)) / 0, None)}, "summary is not finite"),
     ],

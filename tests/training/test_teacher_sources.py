@@ -1,9 +1,10 @@
-"""Teachers that are asked about some sources alone: what they are not asked about has no part in anything."""
+"""Teachers that learn from some image sources alone: the other images have no part in their terms."""
 
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,111 +18,143 @@ from shoulders.distillation import distill, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, RecipeError
 from shoulders.feature_cache import build_cache, estimate_cache, verify_cache
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, align
 from shoulders.images import ImageSet, open_source
+from shoulders.teachers import Teachers
 from shoulders.training.preflight import check_training
 from shoulders.training.supervised_baseline import _distillation, counted_flops
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.losses import Settings, kpu
-from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent
+from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent, teacher_name
 from tests.feature_cache.toy import HERE, contents, few_records
 from tests.test_distillation import metrics, same, weights
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
 B, D, GRID = 5, 8, (2, 2)
 STEPS = 6
+WIDTHS = {"one/last": 5, "two/last": 7, "base/latent": D}
+ROWS = {"one": torch.tensor([0, 3]), "two": torch.tensor([1, 3])}  # image 3: both; images 2 and 4: neither
 
 
-def features(images: int, width: int, seed: int) -> Features:
+def random_features(images: int, width: int, seed: int) -> Features:
     generator = torch.Generator().manual_seed(seed)
     return Features(
         torch.randn(images, width, generator=generator), torch.randn(images, 4, width, generator=generator), GRID
     )
 
 
-WIDTHS = {"one/last": 5, "two/last": 7, "base/latent": D}
+def random_taps(first_seed: int) -> dict[str, Features]:
+    return {tap: random_features(B, width, first_seed + i) for i, (tap, width) in enumerate(WIDTHS.items())}
 
 
-ASKED = {"one": torch.tensor([0, 3]), "two": torch.tensor([1, 3])}  # 3: both, 2 and 4: neither
+def of_their_rows(features: dict[str, Features]) -> dict[str, Features]:
+    """The features of each teacher's own images."""
+    return {tap: one.take(ROWS.get(teacher_name(tap))) for tap, one in features.items()}
 
 
-def said(first_seed: int) -> dict[str, Features]:
-    return {tap: features(B, width, first_seed + i) for i, (tap, width) in enumerate(WIDTHS.items())}
-
-
-def of_asked(said: dict[str, Features]) -> dict[str, Features]:
-    return {tap: features.take(ASKED.get(tap.split("/")[0])) for tap, features in said.items()}
+def of_one_image(features: Features, image: int) -> Features:
+    """A batch of one image."""
+    return features.map(lambda x: x[image : image + 1])
 
 
 @pytest.mark.parametrize("kind", ["none", "each"])
-def test_the_loss_is_that_of_images_taken_one_by_one_with_those_who_were_asked(kind: str) -> None:
-    latent, told, taught = features(B, D, 0), said(1), said(11)
+def test_the_loss_is_that_of_each_image_with_the_teachers_that_it_has(kind: str) -> None:
+    latent, predictions, targets = random_features(B, D, 0), random_taps(1), random_taps(11)
     torch.manual_seed(0)
     each = TeacherToStudent(D, {tap: FeatureDims(width, width) for tap, width in WIDTHS.items()}, 16)
     settings = Settings(preserve=0.7, t2s=kind, t2s_weight=0.3, t2s_grad_to="both")
 
-    def loss(latent: Features, told: Any, taught: dict[str, Features], asked: dict[str, Tensor]) -> float:
-        unify = partial(lambda taught, present: each(taught, GRID), taught)
-        return kpu(latent, told, taught, unify, distance("cosine_smooth_l1"), balance.uniform, settings, asked)[
-            0
-        ].item()
+    def loss(latent: Features, predictions: dict[str, Features], targets: dict[str, Features]) -> float:
+        def latent_targets(teacher_mask: Mapping[str, Tensor]) -> dict[str, Features]:
+            return each(targets, GRID)
+
+        compare = distance("cosine_smooth_l1")
+        return kpu(latent, predictions, targets, latent_targets, compare, balance.uniform, settings)[0].item()
 
     expected = 0.0
     for image in range(B):
-        row = torch.tensor([image])
-        here = [tap for tap in WIDTHS if image in ASKED.get(tap.split("/")[0], range(B))]
-        for tap in here:
-            weight = 1 if tap == "base/latent" else 2 / (len(here) - 1)  # those asked speak for the two that there are
-            expected += weight * loss(latent.take(row), {tap: told[tap].take(row)}, {tap: taught[tap].take(row)}, {})
-    assert loss(latent, of_asked(told), of_asked(taught), ASKED) == pytest.approx(expected / B, rel=1e-5)
+        taps = [tap for tap in WIDTHS if image in ROWS.get(teacher_name(tap), range(B))]
+        for tap in taps:
+            weight = 1 if tap == "base/latent" else 2 / (len(taps) - 1)  # the share of a missing teacher goes to others
+            one = ({tap: of_one_image(features[tap], image)} for features in (predictions, targets))
+            expected += weight * loss(of_one_image(latent, image), *one)
+    actual = loss(latent, of_their_rows(predictions), of_their_rows(targets))
+    assert actual == pytest.approx(expected / B, rel=1e-5)
 
 
-def test_the_latent_is_called_for_by_those_who_were_asked() -> None:
-    taught = said(11)
+def test_the_joint_latent_is_predicted_from_the_teachers_that_an_image_has() -> None:
+    targets = random_taps(11)
     torch.manual_seed(0)
     joint = JointToStudent(D, {tap: FeatureDims(width, width) for tap, width in WIDTHS.items()}, 16)
-    present = {tap: torch.zeros(B).index_fill(0, ASKED.get(tap.split("/")[0], torch.arange(B)), 1) for tap in WIDTHS}
-    told = joint(of_asked(taught), GRID, present, ASKED)
+    mask = {tap: torch.zeros(B).index_fill(0, ROWS.get(teacher_name(tap), torch.arange(B)), 1) for tap in WIDTHS}
+    together = joint(of_their_rows(targets), GRID, mask)
     for image in range(B):
-        here = {tap: taught[tap].take(torch.tensor([image])) for tap in WIDTHS if present[tap][image]}
-        alone = joint(here, GRID, dict.fromkeys(here, torch.ones(1)))
-        for part, x in told.parts().items():
-            assert torch.allclose(x[image], alone.parts()[part][0], atol=1e-6)
+        present = {tap: of_one_image(targets[tap], image) for tap in WIDTHS if mask[tap][image]}
+        alone = joint(present, GRID, dict.fromkeys(present, torch.ones(1)))
+        for component, x in together.components().items():
+            assert torch.allclose(x[image], alone.components()[component][0], atol=1e-6)
 
 
-def test_an_image_that_nobody_was_asked_about_teaches_nothing_but_the_base() -> None:
-    latent, told = features(B, D, 0), {"one/last": features(0, 5, 1)}
-    told["one/last"].summary.requires_grad_()  # type: ignore[union-attr]
+def test_a_batch_without_images_of_any_teacher_has_no_loss() -> None:
+    rows = torch.arange(0)
+    prediction, target = (replace(random_features(0, 5, seed), rows=rows) for seed in (1, 2))
+    prediction.summary.requires_grad_()  # type: ignore[union-attr]
     settings = Settings(preserve=0.0, t2s="none", t2s_weight=0.3, t2s_grad_to="both")
     loss, terms = kpu(
-        latent,
-        told,
-        {"one/last": features(0, 5, 2)},
-        lambda present: {},
+        random_features(B, D, 0),
+        {"one/last": prediction},
+        {"one/last": target},
+        lambda teacher_mask: {},
         distance("cosine_smooth_l1"),
         balance.uniform,
         settings,
-        {"one": torch.arange(0)},
     )
     loss.backward()
     assert loss.item() == 0
     assert torch.stack(list(terms.values())).isnan().all()
 
 
-SPOKE = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]])  # (B, T)
+def test_features_take_rows_of_a_batch_once() -> None:
+    features = random_features(B, 3, 0)
+    some = features.take(torch.tensor([4, 1]))
+    assert some.rows is not None and some.rows.tolist() == [4, 1] and some.batch_size == 2
+    assert torch.equal(some.components()["summary"], features.components()["summary"][[4, 1]])
+    assert some.map(torch.neg).rows is some.rows and align(some, (1, 1)).rows is some.rows
+    assert features.take(None) is features
+    with pytest.raises(ValueError, match="of some images of a batch already"):
+        some.take(torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"rows must be \(5,\), one for each image"):
+        replace(features, rows=torch.tensor([0]))
 
 
-def test_an_image_counts_as_much_however_many_speak_of_it() -> None:
+def test_a_batch_knows_which_of_its_images_come_from_a_source() -> None:
+    pixels = torch.arange(4, dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2)
+    batch = Batch(torch.arange(4), {(2, 2): pixels}, sources=torch.tensor([1, 0, 2, 1]))
+    assert batch.rows_of(None) is None
+    assert [batch.rows_of(sources).tolist() for sources in ([1], [0, 2], [3], [])] == [[0, 3], [1, 2], [], []]  # type: ignore[union-attr]
+    rows = batch.rows_of([1])
+    assert rows is not None
+    some = batch.take(rows)
+    assert some.sources is not None and some.sources.tolist() == [1, 1] and some.ids.tolist() == [0, 3]
+    assert some.rendered[2, 2][:, 0, 0, 0].tolist() == [0, 3]
+    with pytest.raises(ValueError, match="does not record the sources of its images"):
+        Batch(torch.arange(4), {(2, 2): pixels}).rows_of([1])
+
+
+TEACHER_MASK = torch.tensor([[1.0, 1, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1], [0, 0, 0]])  # (B, T)
+
+
+def test_an_image_counts_as_much_however_many_teachers_it_has() -> None:
     shared = torch.tensor([[1.5, 1.5, 0], [3, 0, 0], [0, 0, 3], [1, 1, 1], [0, 0, 0]])
-    assert torch.equal(balance.uniform(torch.rand(5, 3), SPOKE), shared)
-    dropped = balance.dropping(torch.rand(5, 3) * SPOKE, SPOKE, torch.rand(5, 3))
+    assert torch.equal(balance.uniform(torch.rand(5, 3), TEACHER_MASK), shared)
+    dropped = balance.dropping(torch.rand(5, 3) * TEACHER_MASK, TEACHER_MASK, torch.rand(5, 3))
     assert torch.allclose(dropped.sum(1), torch.tensor([3.0, 3, 3, 3, 0]))
-    assert not (dropped * (1 - SPOKE)).any()
+    assert not (dropped * (1 - TEACHER_MASK)).any()
 
 
-def test_chosen_weights_count_also_where_teachers_have_images_of_their_own() -> None:
-    weights = balance.fixed(torch.rand(5, 3), SPOKE, [10.0, 1.0, 0.1])
+def test_fixed_weights_count_also_where_teachers_lack_images() -> None:
+    weights = balance.fixed(torch.rand(5, 3), TEACHER_MASK, [10.0, 1.0, 0.1])
     assert weights[1, 0] == 10 * 3
     assert weights[2, 2] == pytest.approx(0.1 * 3)
     assert weights[3].tolist() == pytest.approx([10, 1, 0.1])
@@ -130,7 +163,7 @@ def test_chosen_weights_count_also_where_teachers_have_images_of_their_own() -> 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two teachers, and two sources of 40 images."""
-    root = tmp_path_factory.mktemp("homes")
+    root = tmp_path_factory.mktemp("sources")
     save_base(root / "base")
     save_convnext(root / "classifier")
     save_segformer(root / "segmenter")
@@ -169,27 +202,27 @@ def recipe(world: Path, out: Path, sources: list[str] | None, **changes: Any) ->
 
 @pytest.fixture(scope="module")
 def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose segmenter is asked about streets."""
+    """A run whose segmenter learns from streets."""
     out = tmp_path_factory.mktemp("run") / "run"
     distill(recipe(world, out, ["streets"]))
     return out
 
 
-def test_a_teacher_is_asked_about_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
+def test_a_teacher_runs_on_images_of_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, HERE)
     (batch,) = run._batches(0, 1, 0, 1)
     names = [run.images.collection.name_of_id(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
     assert 0 < len(streets) < len(batch)
-    assert run.asked(batch)["segmenter"].tolist() == streets
-    said = run.teach(batch, run.asked(batch))
-    assert len(said["segmenter/stage0"].spatial) == len(streets)  # type: ignore[arg-type]
-    assert len(said["classifier/stage1"].spatial) == len(batch)  # type: ignore[arg-type]
-    everything = run.teach(batch)["segmenter/stage0"].take(torch.tensor(streets))
-    assert torch.allclose(said["segmenter/stage0"].spatial, everything.spatial, atol=1e-5)  # type: ignore[arg-type]
+    features = run.teach(batch)
+    some = features["segmenter/stage0"]
+    assert some.rows is not None and some.rows.tolist() == streets and some.batch_size == len(streets)
+    assert features["classifier/stage1"].rows is None and features["classifier/stage1"].batch_size == len(batch)
+    every_image = Teachers({"segmenter": run.teachers["segmenter"]})(batch)["segmenter/stage0"]
+    assert torch.allclose(some.spatial, every_image.take(some.rows).spatial, atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_a_run_learns_from_them_and_measures_each_on_its_own(world: Path, streets_only: Path) -> None:
+def test_training_reduces_the_loss_and_measures_each_teacher_on_its_own_images(world: Path, streets_only: Path) -> None:
     assert "fvu/segmenter" in metrics(streets_only, "evaluation")[-1]
     rows = metrics(streets_only)
     assert sum(row["loss"] for row in rows[-2:]) < 0.97 * sum(row["loss"] for row in rows[:2])
@@ -197,7 +230,7 @@ def test_a_run_learns_from_them_and_measures_each_on_its_own(world: Path, street
     assert any("s2t/segmenter/stage0/spatial" in row for row in rows)
 
 
-def test_it_goes_on_bit_for_bit_where_it_was_stopped(world: Path, streets_only: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(world: Path, streets_only: Path, tmp_path: Path) -> None:
     shutil.copytree(streets_only, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:09d}", ignore_errors=True)
     for left in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
@@ -207,19 +240,19 @@ def test_it_goes_on_bit_for_bit_where_it_was_stopped(world: Path, streets_only: 
     assert same(weights(tmp_path / "run"), weights(streets_only))
 
 
-def test_a_source_that_teaches_nothing_is_refused(world: Path, tmp_path: Path) -> None:
+def test_a_source_without_teachers_is_refused(world: Path, tmp_path: Path) -> None:
     both = {"teachers": {"classifier": {"model": str(world / "classifier"), "sources": ["streets"]}}}
-    with pytest.raises(RecipeError, match="no teacher is asked about photos, and transfer.preserve is 0"):
+    with pytest.raises(RecipeError, match="no teacher learns from photos, and transfer.preserve is 0"):
         distill(recipe(world, tmp_path / "run", ["streets"], **both, transfer={"preserve": 0.0}))
 
 
-def test_sources_inside_each_other_are_told(world: Path, tmp_path: Path) -> None:
+def test_nested_sources_give_a_warning(world: Path, tmp_path: Path) -> None:
     nested = {"sources": {"all": {"path": str(world)}, "streets": {"path": str(world / "streets")}}}
     with pytest.warns(UserWarning, match="streets lies in all: .* held-out measures are too good"):
         check_training(recipe(world, tmp_path / "run", ["streets"], images=nested), {}, HERE)
 
 
-def test_statistics_are_of_enough_images_not_of_enough_places(world: Path, tmp_path: Path) -> None:
+def test_statistics_need_enough_images_not_enough_tokens(world: Path, tmp_path: Path) -> None:
     maps = {"segmenter": {"model": str(world / "segmenter"), "taps": ["stage0"], "sources": ["streets"]}}
     shares = {"photos": 0.97, "streets": 0.03}
     sources = {name: {"path": str(world / name), "share": share} for name, share in shares.items()}
@@ -228,12 +261,12 @@ def test_statistics_are_of_enough_images_not_of_enough_places(world: Path, tmp_p
         distill(recipe(world, tmp_path / "run", ["streets"], **changes))
 
 
-def test_naming_all_sources_is_naming_none(world: Path, tmp_path: Path) -> None:
+def test_naming_all_sources_is_the_same_as_naming_none(world: Path, tmp_path: Path) -> None:
     short = {"train": {"steps": 2}}
     distill(recipe(world, tmp_path / "all", ["photos", "streets"], **short))
     distill(recipe(world, tmp_path / "none", None, **short))
     one, other = weights(tmp_path / "all"), weights(tmp_path / "none")
-    # gradients of a place are added in another order
+    # gradients of a token are added in another order
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other)
 
 
@@ -247,7 +280,9 @@ def test_a_cache_gives_the_same_student(world: Path, streets_only: Path, tmp_pat
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "live"))
 
 
-def test_a_cache_holds_what_is_asked(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_holds_images_of_the_sources_alone(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few_records(monkeypatch)
     save_images(tmp_path / "streets", 6)
     bad = sorted((tmp_path / "streets").iterdir())[3]
@@ -283,7 +318,7 @@ def test_a_cache_holds_what_is_asked(world: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler imports what torch warns of
-def test_compiled_once_it_learns_the_same(world: Path, streets_only: Path, tmp_path: Path) -> None:
+def test_a_compiled_run_has_the_same_losses_and_few_graphs(world: Path, streets_only: Path, tmp_path: Path) -> None:
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -294,24 +329,26 @@ def test_compiled_once_it_learns_the_same(world: Path, streets_only: Path, tmp_p
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
 
 
-def test_a_teacher_that_is_asked_less_costs_less(world: Path, streets_only: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_fewer_images_costs_fewer_flops(world: Path, streets_only: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", None), {}, DistContext(0, 1, torch.device("cpu")))
-    blank = Batch(torch.arange(4), {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in run.sizes})
+    blank = {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in run.sizes}
 
-    def flops(**asked: Tensor) -> float:
+    def flops(sources: list[str] | None, batch_sources: list[int]) -> float:
+        run = prepare(recipe(world, tmp_path / "run", sources), {}, DistContext(0, 1, torch.device("cpu")))
+        batch = Batch(torch.arange(4), blank, sources=torch.tensor(batch_sources))
+
         def step() -> None:
-            taught = run.teach(blank, asked)
-            run.learner(blank.pixels(run.size), taught, torch.zeros(4, 2), asked)[0].backward()
+            run.learner(batch.pixels(run.size), run.teach(batch), torch.zeros(4, 2))[0].backward()
 
         return counted_flops(step) / 4
 
-    half, everything = flops(segmenter=torch.tensor([0, 2])), flops()
+    half, everything = flops(["streets"], [1, 0, 1, 0]), flops(None, [1, 0, 1, 0])
     counted = _distillation(streets_only, recipe(world, streets_only, ["streets"]))
     assert counted == pytest.approx(half, rel=1e-6)  # both sources have the same share
     assert half < 0.9 * everything
 
 
-def test_every_source_gives_its_share_of_held_out_images(world: Path) -> None:
+def test_every_source_holds_out_its_share_of_images(world: Path) -> None:
     sources = {"many": open_source(world / "photos", "image"), "few": open_source(world / "streets", "image")}
     images = ImageSet(sources, {"many": 0.75, "few": 0.25}, 0, 12)
     heldout = images.collection.ids[images.heldout]
@@ -322,7 +359,7 @@ def test_every_source_gives_its_share_of_held_out_images(world: Path) -> None:
     assert sorted([*trained.tolist(), *images.heldout.tolist()]) == list(range(80))
 
 
-def test_a_teacher_whose_images_are_not_among_the_first_is_named(world: Path, tmp_path: Path) -> None:
+def test_a_teacher_without_calibration_images_is_named(world: Path, tmp_path: Path) -> None:
     often = {"path": str(world / "photos"), "share": 0.97}
     rare = {"sources": {"photos": often, "streets": {"path": str(world / "streets")}}}
     with pytest.raises(
@@ -331,6 +368,6 @@ def test_a_teacher_whose_images_are_not_among_the_first_is_named(world: Path, tm
         distill(recipe(world, tmp_path / "run", ["streets"], images=rare))
 
 
-def test_an_unknown_source_is_refused_with_those_that_there_are(world: Path, tmp_path: Path) -> None:
+def test_an_unknown_source_is_refused_with_the_known_ones(world: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"teachers.segmenter.sources: roads not in images.sources: photos, streets"):
         recipe(world, tmp_path / "run", ["roads"])

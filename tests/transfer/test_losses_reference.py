@@ -38,7 +38,7 @@ def test_joint_t2s_is_the_mean_over_summary_and_spatial() -> None:
         )
 
     def mse(component: str) -> float:
-        normalized = F.layer_norm(latent.parts()[component], (D,))
-        return float((normalized - joint.parts()[component]).square().mean())
+        normalized = F.layer_norm(latent.components()[component], (D,))
+        return float((normalized - joint.components()[component]).square().mean())
 
     assert loss("joint") - loss("none") == pytest.approx(0.3 * (mse("summary") + mse("spatial")) / 2, rel=1e-5)

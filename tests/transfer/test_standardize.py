@@ -66,8 +66,8 @@ def test_summary_and_spatial_have_their_own_statistics() -> None:
     moments["spatial"].update(spatial)
     tap.fit(moments)
     out = tap(Features(summary, spatial, (2, 2)))
-    assert out.parts()["summary"].std(0, correction=0).tolist() == pytest.approx([1] * 3, abs=1e-2)
-    assert out.parts()["spatial"].flatten(0, 1).std(0, correction=0).tolist() == pytest.approx([1] * 4, abs=1e-2)
+    assert out.components()["summary"].std(0, correction=0).tolist() == pytest.approx([1] * 3, abs=1e-2)
+    assert out.components()["spatial"].flatten(0, 1).std(0, correction=0).tolist() == pytest.approx([1] * 4, abs=1e-2)
 
 
 def test_an_unknown_kind_is_refused_with_the_list() -> None:

@@ -20,13 +20,13 @@ Inject = Callable[[TapFeatures, Any], Any]
 
 def inject_pooled(taps: TapFeatures, stub: Any) -> Any:
     """The pooled vector alone, in the shape in which the family gives it."""
-    summary = _last(taps).parts()["summary"]
+    summary = _last(taps).components()["summary"]
     return _replace_fields(stub, pooler_output=summary.view(len(summary), *stub.pooler_output.shape[1:]))
 
 
 def inject_tokens(taps: TapFeatures, stub: Any) -> Any:
     """Tokens (B, P + N, C): CLS first, patch tokens last; the tokens between, which no head uses, stay the stub's."""
-    parts, tokens = _last(taps).parts(), stub.last_hidden_state.clone()
+    parts, tokens = _last(taps).components(), stub.last_hidden_state.clone()
     tokens[:, 0] = parts["summary"]
     if "spatial" in parts:
         tokens[:, -parts["spatial"].shape[1] :] = parts["spatial"]
@@ -60,7 +60,7 @@ def inject_feature_tokens(taps: TapFeatures, stub: Any) -> Any:
 
 def inject_sequence(taps: TapFeatures, stub: Any) -> Any:
     """The tokens of all levels in one sequence (B, N, C), finest level first."""
-    return _replace_fields(stub, last_hidden_state=torch.cat([tap.parts()["spatial"] for tap in taps.values()], 1))
+    return _replace_fields(stub, last_hidden_state=torch.cat([tap.components()["spatial"] for tap in taps.values()], 1))
 
 
 def inject_pyramid(taps: TapFeatures, stub: Any) -> Any:
@@ -75,7 +75,7 @@ def inject_map(taps: TapFeatures, stub: Any) -> Any:
 
 def inject_patch_tokens(taps: TapFeatures, stub: Any) -> Any:
     """The patch tokens (B, N, C) alone, as the output of a submodule that returns one tensor."""
-    return _last(taps).parts()["spatial"]
+    return _last(taps).components()["spatial"]
 
 
 def inject_masked_map(taps: TapFeatures, stub: Any) -> Any:
@@ -99,7 +99,7 @@ def _replace_fields(stub: Any, **fields: Any) -> Any:
 
 def _with_summary(features: Features) -> Tensor:
     """(B, 1 + N, C), the summary first."""
-    parts = features.parts()
+    parts = features.components()
     return torch.cat([parts["summary"][:, None], parts["spatial"]], 1)
 
 

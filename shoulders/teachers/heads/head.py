@@ -90,7 +90,7 @@ class TeacherHead(nn.Module):
             prompts: further inputs of the head, such as points and boxes.
         """
         inputs = {name: align(taps[name], tap.grid) if tap.spatial else taps[name] for name, tap in self.taps.items()}
-        first = next(part for features in inputs.values() for part in features.parts().values())
+        first = next(part for features in inputs.values() for part in features.components().values())
         for stub in self.stubs.values():
             stub.output = stub.expand_blank_output(len(first), first.device)
         encoder = self.stubs[self.encoder_path]

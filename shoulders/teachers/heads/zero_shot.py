@@ -98,7 +98,7 @@ class ZeroShot(nn.Module):
         Raises:
             RecipeError: there are new names, and the teacher's checkpoint is missing.
         """
-        summary = taps[list(self.taps)[-1]].parts()["summary"]
+        summary = taps[list(self.taps)[-1]].components()["summary"]
         names = self.names.classes if classes is None else tuple(classes)
         self.image_tower.output = BaseModelOutputWithPooling(pooler_output=summary)
         self.text_tower.output = BaseModelOutputWithPooling(pooler_output=self._embed(names).to(summary.device))

@@ -1,0 +1,79 @@
+"""The student before training: the base, a fresh adapter, and a projector for every tap that it learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from shoulders.config.recipe import Recipe, as_size
+from shoulders.errors import RecipeError
+from shoulders.model import ShouldersConfig, ShouldersModel, build_student
+from shoulders.student.base import Base, load_base
+from shoulders.teachers import AnyTeachers, Tap
+from shoulders.transfer.losses import BASE
+from shoulders.transfer.projectors import (
+    FeatureDims,
+    downsample_factors,
+    module_name,
+    teacher_name,
+    upsample_factors,
+)
+
+
+def init_student(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
+    """The base with a fresh adapter, and a projector and standardizer for every tap that the student learns from.
+
+    Raises:
+        RecipeError: two taps would have the same name in the student's weights.
+    """
+    base = load_base(recipe.student)
+    check_tap_names(teachers.taps)
+    return build_student(base.model, student_config(recipe, base, teachers))
+
+
+def student_config(recipe: Recipe, base: Base, teachers: AnyTeachers) -> ShouldersConfig:
+    """The config of a run's student; the preserved base is one of its teachers."""
+    config = base.model.config
+    dims = {tap: FeatureDims(shape.summary, shape.spatial) for tap, shape in teachers.taps.items()}
+    if recipe.transfer.preserve:
+        dims[f"{BASE}/latent"] = FeatureDims(config.hidden_size, config.hidden_size)
+    provenance: dict[str, dict[str, Any]] = {name: dict(origin) for name, origin in teachers.provenance().items()}
+    provenance[BASE] = {"source": recipe.student.base, "revision": base.revision, "license": base.license}
+    return ShouldersConfig(
+        base=config.to_dict(),
+        adapter=recipe.student.adapter.model_dump(),
+        mean=list(base.preprocessing.mean),
+        std=list(base.preprocessing.std),
+        image_size=list(as_size(recipe.images.size)),
+        taps={tap: one._asdict() for tap, one in dims.items()},
+        **grid_factors(recipe, teachers.taps, config.patch_size),
+        layers=list(recipe.transfer.layers),
+        projector_width=recipe.transfer.projector_width or 2 * config.hidden_size,
+        standardize=recipe.transfer.standardize,
+        teachers=provenance,
+    )
+
+
+def grid_factors(recipe: Recipe, taps: Mapping[str, Tap], patch_size: int) -> dict[str, dict[str, int]]:
+    """``upsample`` and ``downsample`` of each tap: how its grid differs from the student's.
+
+    Only the taps that a kept head reads are upsampled; the others are compared on the student's coarser grid.
+    """
+    height, width = as_size(recipe.images.size)
+    grid = (height // patch_size, width // patch_size)
+    grids = {tap: shape.grid for tap, shape in taps.items() if shape.spatial}
+    kept = recipe.keep_heads if recipe.transfer.match_teacher_grid else []
+    read_by_heads = {tap: tap_grid for tap, tap_grid in grids.items() if teacher_name(tap) in kept}
+    return {"upsample": upsample_factors(grid, read_by_heads), "downsample": downsample_factors(grid, grids)}
+
+
+def check_tap_names(taps: Mapping[str, Tap]) -> None:
+    """Refuse taps whose names are the same as names of submodules.
+
+    Raises:
+        RecipeError: naming them.
+    """
+    names = [module_name(tap) for tap in taps]
+    twins = [tap for tap in taps if names.count(module_name(tap)) > 1]
+    if twins:
+        raise RecipeError(f"{', '.join(twins)}: these names differ by a point or an underscore alone; rename one")
