@@ -1,8 +1,9 @@
 """Train the general-purpose base: a small DINOv2-shaped vision transformer, self-supervised, no labels.
 
-The loss is contrastive. Several cheap views of each image (random crop, flip, colours, most tokens left out) are
-positives by their summary (SimCLR, Chen et al. 2020, with several views); tokens of two views that show the same
-point are positives by their features (DenseCL, Wang et al. 2021).
+Several cheap views are made of each image (random crop, flip, colours, most tokens left out). A contrastive loss on
+summaries separates the views of an image from those of all other images (SimCLR, Chen et al. 2020, with several
+views); another on patch tokens separates tokens of two views that show the same spot from all other tokens (DenseCL,
+Wang et al. 2021).
 
     python benchmarks/teachers/base.py --data DATA --out benchmarks/teachers/base
 """
@@ -26,18 +27,18 @@ VIEWS, BATCH, SEED = 4, 128, 0
 
 
 @dataclass(frozen=True)
-class ViewBatch:
-    """The batch of a step: V views of B images, view by view.
+class Views:
+    """The input of one step: V views of B images, view by view.
 
     Args:
         images: (V*B, 3, h, w), normalized.
-        points: (V, B, N, 2), centre of each token, in image coordinates from -1 to 1.
+        spots: (V, B, N, 2), the position in the image that each token shows, in coordinates from -1 to 1.
         keep: (V*B, k), indices of the tokens that are kept.
-        more: further arguments of the encoder.
+        more: further inputs of the encoder.
     """
 
     images: Tensor
-    points: Tensor
+    spots: Tensor
     keep: Tensor
     more: tuple[Tensor, ...] = ()
 
@@ -70,7 +71,7 @@ class Heads(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The model on the CLS token and the tokens `keep` (B, k) alone: (B, 1 + k, C)."""
+    """The model on the CLS token and the patch tokens `keep` (B, k) alone: tokens (B, 1 + k, C)."""
 
     def __init__(self, model: Dinov2Model) -> None:
         super().__init__()
@@ -83,15 +84,15 @@ class Encoder(nn.Module):
         return self.model.layernorm(self.model.encoder(tokens).last_hidden_state)
 
 
-def encode(encoder: nn.Module, *args: Tensor) -> Tensor:
-    """Run in bf16, with weights cast from fp32: 1.5 times as fast as autocast on a CPU."""
-    reading = {name: weight.bfloat16() for name, weight in encoder.named_parameters()}
-    images, *more = args
-    return functional_call(encoder, reading, (images.bfloat16(), *more)).float()
+def encode(encoder: nn.Module, *inputs: Tensor) -> Tensor:
+    """Run in bf16 throughout, on a bf16 copy of the fp32 weights: 1.5 times as fast as autocast on this CPU."""
+    weights = {name: weight.bfloat16() for name, weight in encoder.named_parameters()}
+    images, *more = inputs
+    return functional_call(encoder, weights, (images.bfloat16(), *more)).float()
 
 
 def summary_term(latent: Tensor, views: int, temperature: float) -> Tensor:
-    """Cross entropy of finding the other views of an image among all; latent (V*B, D), view by view."""
+    """Cross entropy of identifying the other views of an image among all views; latent (V*B, D), view by view."""
     unit = F.normalize(latent, dim=1)
     logits = unit @ unit.T / temperature
     count = len(latent)
@@ -104,10 +105,10 @@ def summary_term(latent: Tensor, views: int, temperature: float) -> Tensor:
 
 
 def matching_tokens(
-    points: Tensor, other: Tensor, keep: Tensor, limit: int, generator: torch.Generator
+    spots: Tensor, other: Tensor, keep: Tensor, limit: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Flat indices of pairs of kept tokens of two views at the same point, `limit` of them at random."""
-    first = points.gather(1, keep[0][..., None].expand(-1, -1, 2))
+    """Flat indices of pairs of kept tokens of two views that show the same spot, `limit` of them at random."""
+    first = spots.gather(1, keep[0][..., None].expand(-1, -1, 2))
     second = other.gather(1, keep[1][..., None].expand(-1, -1, 2))
     distance, nearest = torch.cdist(first, second).min(2)  # (B, k)
     close = (distance < 0.6 / GRID).flatten().nonzero()[:, 0]
@@ -119,23 +120,21 @@ def matching_tokens(
 def spatial_term(
     head: nn.Module,
     tokens: Tensor,
-    points: Tensor,
+    spots: Tensor,
     keep: Tensor,
     temperature: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Cross entropy of matching the points of view 2i with the tokens of view 2i + 1, in both directions."""
+    """Cross entropy of identifying the tokens of view 2i + 1 that show the same spot as those of view 2i, and back."""
     views = len(tokens)
     losses = []
     for first in range(0, views, 2):
-        first_index, second_index = matching_tokens(
-            points[first], points[first + 1], keep[first : first + 2], 768, generator
-        )
-        a = F.normalize(head(tokens[first].flatten(0, 1)[first_index]).float(), dim=1)
-        b = F.normalize(head(tokens[first + 1].flatten(0, 1)[second_index]).float(), dim=1)
+        i, j = matching_tokens(spots[first], spots[first + 1], keep[first : first + 2], 768, generator)
+        a = F.normalize(head(tokens[first].flatten(0, 1)[i]).float(), dim=1)
+        b = F.normalize(head(tokens[first + 1].flatten(0, 1)[j]).float(), dim=1)
         logits = a @ b.T / temperature
-        truth = torch.arange(len(logits))
-        losses.append((F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2)
+        target = torch.arange(len(logits))
+        losses.append((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2)
     return torch.stack(losses).mean()
 
 
@@ -143,21 +142,21 @@ def spatial_term(
 def summaries(model: nn.Module, pixels: Tensor, side: int = SIZE) -> Tensor:
     """The summary (B, C) of each image, rendered as at inference."""
     with torch.autocast("cpu", torch.bfloat16):
-        chunks = [model(pixel_values=common.render(chunk, side, side)).pooler_output for chunk in pixels.split(500)]
-    return torch.cat(chunks).float()
+        parts = [model(pixel_values=common.render(part, side, side)).pooler_output for part in pixels.split(500)]
+    return torch.cat(parts).float()
 
 
-def knn_top1(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor, k: int = 20) -> float:
-    """Top-1 in percent by the k nearest training summaries, votes weighted by exp(cosine / 0.07)."""
+def knn_top1(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20) -> float:
+    """Top-1 in percent by the k nearest training summaries (n, C), votes weighted by exp(cosine / 0.07)."""
     bank, hits = F.normalize(train, dim=1), 0
-    for chunk, right in zip(F.normalize(test, dim=1).split(1000), truth.split(1000), strict=True):
-        close, index = (chunk @ bank.T).topk(k)
-        votes = torch.zeros(len(chunk), int(labels.max()) + 1).scatter_add_(1, labels[index], (close / 0.07).exp())
-        hits += int((votes.argmax(1) == right).sum())
-    return 100 * hits / len(truth)
+    for part, part_labels in zip(F.normalize(test, dim=1).split(1000), test_labels.split(1000), strict=True):
+        close, index = (part @ bank.T).topk(k)
+        votes = torch.zeros(len(part), int(labels.max()) + 1).scatter_add_(1, labels[index], (close / 0.07).exp())
+        hits += int((votes.argmax(1) == part_labels).sum())
+    return 100 * hits / len(test_labels)
 
 
-def linear_top1(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+def linear_top1(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Top-1 in percent of a linear map fitted on frozen, standardized summaries (L-BFGS, light decay)."""
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-4)
     train, test = (train - mean) / deviation, (test - mean) / deviation
@@ -172,22 +171,22 @@ def linear_top1(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> f
         return loss
 
     optimizer.step(closure)
-    return 100 * float((layer(test).argmax(1) == truth).float().mean())
+    return 100 * float((layer(test).argmax(1) == test_labels).float().mean())
 
 
 def hold_then_cool(step: int, steps: int, warmup: int = 100, cool: float = 0.4) -> float:
-    """Share of the peak learning rate: up, constant, then linearly to zero over the last `cool` of the run.
+    """Factor of the peak learning rate: up, constant, then linearly to zero over the last `cool` of the run.
 
-    The constant part does not depend on `steps`, so that a run may be resumed with another length before the decay.
+    The constant part does not depend on `steps`, so a run may be resumed with another length before it cools.
     """
     return min(1.0, (step + 1) / warmup, (steps - step) / (cool * steps))
 
 
-def take_views(pixels: Tensor, keep_tokens: int, generator: torch.Generator) -> ViewBatch:
+def take_views(pixels: Tensor, keep_tokens: int, generator: torch.Generator) -> Views:
     """Views of uint8 images (B, 3, 64, 64), each with `keep_tokens` tokens at random."""
     pairs = [make_views(pixels, generator) for _ in range(VIEWS)]
     keep = torch.rand(VIEWS * len(pixels), GRID**2, generator=generator).argsort(1)[:, :keep_tokens]
-    return ViewBatch(torch.cat([view for view, _ in pairs]), torch.stack([points for _, points in pairs]), keep)
+    return Views(torch.cat([view for view, _ in pairs]), torch.stack([spots for _, spots in pairs]), keep)
 
 
 def train(
@@ -196,13 +195,13 @@ def train(
     images: Tensor,
     steps: int,
     work: Path,
-    look: Callable[[Tensor, int, torch.Generator], ViewBatch],
-    watch: Callable[[], None],
+    make: Callable[[Tensor, int, torch.Generator], Views],
+    evaluate: Callable[[], None],
     spatial_weight: float = 0.3,
     run: Callable[..., Tensor] = encode,
     matrix_dims: tuple[int, ...] = (2,),
 ) -> float:
-    """Train an encoder (images, kept tokens, ...) -> tokens (B, 1 + k, width) in token. Minutes spent."""
+    """Train an encoder (images, kept tokens, ...) -> tokens (B, 1 + k, width) in place; returns the minutes spent."""
     heads = Heads(width)
     both = nn.ModuleDict({"model": encoder.get_submodule("model"), "heads": heads})
     matrices = [
@@ -214,16 +213,16 @@ def train(
     progress = common.Progress(work, steps, 20, {"model": both, "optimizers": optimizers})
     for step, batch in common.epoch_batches(len(images), BATCH, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
-        looks = look(images[batch], step, generator)
-        tokens = run(encoder, looks.images, looks.keep, *looks.more)
-        views = looks.points.shape[:2]
+        views = make(images[batch], step, generator)
+        tokens = run(encoder, views.images, views.keep, *views.more)
+        shape = views.spots.shape[:2]
         with torch.autocast("cpu", torch.bfloat16):
-            summary = summary_term(heads.summary(tokens[:, 0]).float(), views[0], 0.2)
+            summary = summary_term(heads.summary(tokens[:, 0]).float(), shape[0], 0.2)
             spatial = spatial_term(
                 heads.spatial,
-                tokens[:, 1:].unflatten(0, views),
-                looks.points,
-                looks.keep.unflatten(0, views),
+                tokens[:, 1:].unflatten(0, shape),
+                views.spots,
+                views.keep.unflatten(0, shape),
                 0.2,
                 generator,
             )
@@ -231,7 +230,7 @@ def train(
         optimizers.step(hold_then_cool(step, steps))
         progress.line(step, summary=float(summary.detach()), spatial=float(spatial.detach()))
         if (step + 1) % 100 == 0:
-            watch()
+            evaluate()
         progress.save(step, 100)
     return progress.minutes()
 
@@ -248,25 +247,24 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = build_model().train()
     images = load_images(args.data, SEED)
-    pixels, labels = common.load_cifar10(args.data, "train")  # labels only measure, they never train
+    pixels, labels = common.load_cifar10(args.data, "train")  # the labels are for evaluation alone
 
-    def look(images: Tensor, step: int, generator: torch.Generator) -> ViewBatch:
+    def make(images: Tensor, step: int, generator: torch.Generator) -> Views:
         return take_views(images, args.keep, generator)
 
-    def watch() -> None:
-        known = summaries(model, pixels[:4000])
-        score = knn_top1(known[:3000], labels[:3000], known[3000:], labels[3000:4000])
+    def evaluate() -> None:
+        features = summaries(model, pixels[:4000])
+        score = knn_top1(features[:3000], labels[:3000], features[3000:], labels[3000:4000])
         print(f"k-NN top-1 with 3,000 neighbours {score:.1f} %", flush=True)
 
     model.set_attn_implementation("eager")  # twice as fast as sdpa's backward on so few tokens
-    minutes = train(Encoder(model), model.config.hidden_size, images, args.steps, args.work, look, watch)
+    minutes = train(Encoder(model), model.config.hidden_size, images, args.steps, args.work, make, evaluate)
     common.save_teacher(model, args.out, SIZE, SIZE, "ViTImageProcessor")
     saved = AutoModel.from_pretrained(args.out, dtype=torch.float32).eval()
-    test, truth = common.load_cifar10(args.data, "test")
-    train_summaries, test_summaries = summaries(saved, pixels), summaries(saved, test)
-    features = train_summaries, labels, test_summaries, truth
+    test_pixels, test_labels = common.load_cifar10(args.data, "test")
+    features = summaries(saved, pixels), labels, summaries(saved, test_pixels), test_labels
     knn, linear = knn_top1(*features), linear_top1(*features)
-    card = {
+    entries = {
         "architecture": f"Dinov2Model, 6 layers, 192 wide, 3 heads, patches of {PATCH} px, {SIZE}x{SIZE} px, "
         f"grid {GRID}x{GRID}, {common.count_parameters(saved)} parameters",
         "data": f"{len(images):,} images, no labels: CIFAR-10 train (50,000), random boxes of CamVid train, "
@@ -281,7 +279,7 @@ def main() -> None:
         "CIFAR-10 (Krizhevsky 2009), CamVid (Brostow 2008), Penn-Fudan (Wang 2007) and the photos (ImageNet "
         "samples) are distributed for research, BCCD under MIT"
     )
-    common.write_card(args.out, "base: a small vision transformer, no labels", minutes, SEED, terms, card)
+    common.write_card(args.out, "base: a small vision transformer, no labels", minutes, SEED, terms, entries)
     print(f"test: linear probe {linear:.2f} %, k-NN {knn:.2f} %", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Training pixels of the base: tiles of every source, and random views with the points that their tokens cover."""
+"""The training pixels of the base: tiles of every source, and random views with the spots they show."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def cut_tiles(file: Path, count: int, generator: torch.Generator) -> Tensor:
     pixels = common.to_pixels(Image.open(file))[None]
     height, width = pixels.shape[2:]
     tiles = []
-    for share, stretch, at_y, at_x in torch.rand(count, 4, generator=generator).tolist():
-        side, ratio = (0.1 + 0.9 * share) ** 0.5, (4 / 3) ** (stretch - 0.5)
+    for area, stretch, at_y, at_x in torch.rand(count, 4, generator=generator).tolist():
+        side, ratio = (0.1 + 0.9 * area) ** 0.5, (4 / 3) ** (stretch - 0.5)
         tall, wide = int(height * min(1, side * ratio)), int(width * min(1, side / ratio))
         top, left = int(at_y * (height - tall + 1)), int(at_x * (width - wide + 1))
         box = pixels[:, :, top : top + tall, left : left + wide]
@@ -32,12 +32,12 @@ def cut_tiles(file: Path, count: int, generator: torch.Generator) -> Tensor:
 def load_images(data: Path, seed: int) -> Tensor:
     """All training pixels as uint8 (B, 3, 64, 64): CIFAR-10 enlarged, tiles of everything else."""
     small = common.load_cifar10(data, "train")[0]
-    tiles = [F.interpolate(chunk, size=(SIZE, SIZE), mode="bicubic", antialias=True) for chunk in small.split(5000)]
+    parts = [F.interpolate(part, size=(SIZE, SIZE), mode="bicubic", antialias=True) for part in small.split(5000)]
     generator = torch.Generator().manual_seed(seed)
     for folder, count in TILES.items():
         files = sorted(file for file in (data / folder).iterdir() if file.suffix.lower() in {".jpg", ".jpeg", ".png"})
-        tiles.extend(cut_tiles(file, count, generator) for file in files)
-    return torch.cat(tiles)
+        parts.extend(cut_tiles(file, count, generator) for file in files)
+    return torch.cat(parts)
 
 
 def colour_matrices(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def colour_matrices(count: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def make_views(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, 64, 64) to one random view each (B, 3, 64, 64) and the point (B, N, 2) of each of its tokens.
+    """uint8 (B, 3, 64, 64) to one random view each (B, 3, 64, 64) and the spots (B, N, 2) that its tokens show.
 
     Spots are in image coordinates from -1 to 1.
     """
@@ -70,9 +70,9 @@ def make_views(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = half[:, 0] * flip, half[:, 1]
     theta[:, :, 2] = (2 * draw[:, 3:5] - 1) * (1 - half)
-    sampling = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
-    unit = F.grid_sample(pixels.float() / 255, sampling, mode="bilinear", padding_mode="border", align_corners=False)
+    positions = F.affine_grid(theta, [count, 3, SIZE, SIZE], align_corners=False)
+    unit = F.grid_sample(pixels.float() / 255, positions, mode="bilinear", padding_mode="border", align_corners=False)
     matrix, offset = colour_matrices(count, generator)
     unit = (torch.bmm(matrix, unit.flatten(2)) + offset[..., None]).clamp(0, 1).view_as(unit)
-    points = F.affine_grid(theta, [count, 3, GRID, GRID], align_corners=False).flatten(1, 2)
-    return common.normalize(unit), points
+    spots = F.affine_grid(theta, [count, 3, GRID, GRID], align_corners=False).flatten(1, 2)
+    return common.normalize(unit), spots

@@ -1,4 +1,4 @@
-"""Shared by all trainings: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
+"""Shared code of the training scripts: pixels in memory, optimizer, schedule, scratch state, the saved folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def normalize(unit: Tensor) -> Tensor:
 
 
 def one_cycle(step: int, steps: int, warmup: float = 0.15) -> float:
-    """Fraction of the peak learning rate: linear up over `warmup` of the run, then linear down to zero."""
+    """Factor of the peak learning rate: linear up over `warmup` of the run, then linear down to zero."""
     at = (step + 0.5) / steps
     return at / warmup if at < warmup else (1 - at) / (1 - warmup)
 
@@ -126,48 +126,48 @@ class Optimizers:
 
 
 class Progress:
-    """Prints a line every `every` steps, measures the time, and saves the scratch state of a run."""
+    """Prints a line every `every` steps, adds up the time spent, and saves the scratch state of a run."""
 
-    def __init__(self, work: Path, steps: int, every: int, states: dict[str, Any]) -> None:
-        self.file, self.steps, self.every, self.states = work / "state.pt", steps, every, states
+    def __init__(self, work: Path, steps: int, every: int, stateful: dict[str, Any]) -> None:
+        self.file, self.steps, self.every, self.stateful = work / "state.pt", steps, every, stateful
         self.start, self.seconds = 0, 0.0
         work.mkdir(parents=True, exist_ok=True)
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
             self.start, self.seconds = state.pop("start"), state.pop("seconds")
-            for name, part in states.items():
-                part.load_state_dict(state[name])
+            for name, one in stateful.items():
+                one.load_state_dict(state[name])
             print(f"resumed at step {self.start}", flush=True)
-        self.began = time.time()
+        self.started_at = time.time()
 
     def minutes(self) -> float:
-        return (self.seconds + time.time() - self.began) / 60
+        return (self.seconds + time.time() - self.started_at) / 60
 
     def line(self, step: int, **values: float) -> None:
         if step % self.every == 0 or step + 1 == self.steps:
-            told = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            print(f"step {step}/{self.steps}  {told}  {self.minutes():.1f} min", flush=True)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+            print(f"step {step}/{self.steps}  {shown}  {self.minutes():.1f} min", flush=True)
 
     def save(self, step: int, every: int) -> None:
         """Write the scratch state after every `every` steps and after the last."""
         if (step + 1) % every and step + 1 != self.steps:
             return
-        state = {name: part.state_dict() for name, part in self.states.items()}
+        state = {name: one.state_dict() for name, one in self.stateful.items()}
         partial = self.file.with_suffix(".tmp")
         torch.save({"start": step + 1, "seconds": self.minutes() * 60, **state}, partial)
         os.replace(partial, self.file)
 
 
 class Best:
-    """The best score so far of a run; `keep` is called whenever a score beats it."""
+    """The best score of a run so far; `save` is called whenever a score exceeds it."""
 
-    def __init__(self, keep: Callable[[], None]) -> None:
-        self.keep, self.score = keep, float("-inf")
+    def __init__(self, save: Callable[[], None]) -> None:
+        self.save, self.score = save, float("-inf")
 
-    def offer(self, score: float) -> None:
+    def update(self, score: float) -> None:
         if score > self.score:
             self.score = score
-            self.keep()
+            self.save()
 
     def state_dict(self) -> dict[str, float]:
         return {"score": self.score}
@@ -179,7 +179,7 @@ class Best:
 def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, processor: str) -> None:
     """Write config.json, model.safetensors (fp16) and preprocessor_config.json.
 
-    The configuration keeps saying float32, so that a plain `from_pretrained` computes in fp32.
+    The configuration still names float32, so that a plain `from_pretrained` computes in fp32.
     """
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights)
@@ -198,12 +198,12 @@ def save_teacher(model: PreTrainedModel, folder: Path, height: int, width: int, 
 
 
 def write_card(
-    folder: Path, title: str, minutes: float, seed: int, terms: str, card: dict[str, str], command: str = ""
+    folder: Path, title: str, minutes: float, seed: int, terms: str, entries: dict[str, str], command: str = ""
 ) -> None:
-    """Write README.md: the model card of the teacher; folder and training script have its name."""
+    """Write README.md, the model card; the teacher and its training script have the name of the folder."""
     script = f"benchmarks/teachers/{folder.name}"
     rows = {
-        **card,
+        **entries,
         "measured on": "the saved fp16 weights, read back as fp32",
         "command": f"`{command or f'python {script}.py --data DATA --out {script}'}`",
         "time": f"{minutes:.0f} minutes, one CPU thread of a busy machine",

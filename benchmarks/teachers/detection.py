@@ -1,4 +1,4 @@
-"""Shared by the two detectors: a small RT-DETR v2 (arXiv 2407.17140), its training, and its detections."""
+"""Shared code of the two detectors: a small RT-DETR v2 (arXiv 2407.17140), its training and its detections."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Labelled:
     Args:
         pixels: uint8 (B, 3, H, W).
         classes: int64 (B, M), -1 past the last object.
-        boxes: float32 (B, M, 4), left, top, right, bottom as fractions of the image.
+        boxes: float32 (B, M, 4), left, top, right, bottom in fractions of the image.
     """
 
     pixels: Tensor
@@ -76,14 +76,14 @@ def build_model(classes: list[str], **changes: Any) -> RTDetrV2ForObjectDetectio
     )
     model = RTDetrV2ForObjectDetection(config)
     heads = model.model.decoder
-    model.class_embed, model.bbox_embed = heads.class_embed, heads.bbox_embed  # a copy that the family does not use
+    model.class_embed, model.bbox_embed = heads.class_embed, heads.bbox_embed  # the family keeps an unused copy
     start_weights(model)
     return model
 
 
 @torch.no_grad()
 def start_weights(model: RTDetrV2ForObjectDetection) -> None:
-    """Usual initial values: those of the family expect a pretrained backbone and start its norms near zero."""
+    """Usual initial values: those of the family are for a pretrained backbone, with norms near zero."""
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             module.weight.fill_(1.0)
@@ -108,7 +108,7 @@ def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
 
 
 def forward(model: RTDetrV2ForObjectDetection, images: Tensor, classes: Tensor, truth: Tensor) -> Any:
-    """The forward pass of the model in training, maps in bf16, queries and boxes in fp32."""
+    """The model's own forward in training, maps in bf16, queries and boxes in fp32."""
     core = model.model
     with torch.autocast("cpu", torch.bfloat16):
         stages = core.backbone.model(images.contiguous(memory_format=torch.channels_last)).feature_maps
@@ -121,35 +121,38 @@ def forward(model: RTDetrV2ForObjectDetection, images: Tensor, classes: Tensor, 
 
 def train(
     model: RTDetrV2ForObjectDetection,
-    data: Labelled,
+    train_set: Labelled,
     steps: int,
     batch_size: int,
     lr: float,
     anchors: int,
     work: Path,
     view: Callable[[Labelled, Tensor, torch.Generator], tuple[Tensor, Tensor, Tensor]],
-    watch: Callable[[], float],
+    evaluate: Callable[[], float],
     best: common.Best,
 ) -> float:
-    """Train in place; `view` gives images, classes and boxes of a batch, `watch` the AP. Returns minutes.
+    """Train in place; returns the minutes spent.
 
-    `anchors` of the encoder are assigned to each object.
+    Args:
+        anchors: how many anchors of the encoder are assigned to each object.
+        view: (training set, indices, generator) -> images, classes and boxes of a batch.
+        evaluate: computes the AP, every 500 steps.
     """
     optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=lr / 10, decay=0.02)
     progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
-    for step, batch in common.epoch_batches(len(data.pixels), batch_size, SEED, progress.start, steps):
+    for step, batch in common.epoch_batches(len(train_set.pixels), batch_size, SEED, progress.start, steps):
         generator = torch.Generator().manual_seed(SEED * 10**6 + step)
         torch.manual_seed(SEED * 10**6 + step)  # noise of the denoising queries
-        images, classes, boxes = view(data, batch, generator)
+        images, classes, boxes = view(train_set, batch, generator)
         truth = to_centre(boxes)
         loss = detection_loss(forward(model, images, classes, truth), classes, truth, anchors)
         loss.backward()
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, loss=float(loss.detach()))
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            score = watch()
+            score = evaluate()
             print(f"val AP {score:.3f}", flush=True)
-            best.offer(score)
+            best.update(score)
         progress.save(step, 500)
     return progress.minutes()
 
@@ -159,16 +162,16 @@ def detect(model: nn.Module, pixels: Tensor, height: int, width: int) -> list[De
     """The Q best pairs of query and class in each of the images uint8 (B, 3, H, W), boxes in their px."""
     model.eval()
     scale = torch.tensor([pixels.shape[3], pixels.shape[2]]).repeat(2)
-    found = []
+    detections = []
     for part in pixels.split(50):
         output = model(pixel_values=common.render(part, height, width))
         queries, kinds = output.logits.shape[1:]
         scores, flat = output.logits.sigmoid().flatten(1).topk(queries)
         boxes = to_corners(output.pred_boxes).gather(1, (flat // kinds)[..., None].expand(-1, -1, 4)) * scale
         for each in zip(flat % kinds, scores.double(), boxes.double(), strict=True):
-            found.append(Detections(*(part.numpy() for part in each)))
+            detections.append(Detections(*(part.numpy() for part in each)))
     model.train()
-    return found
+    return detections
 
 
 def scene_objects(scenes: world_data.Scenes) -> Labelled:
@@ -178,7 +181,7 @@ def scene_objects(scenes: world_data.Scenes) -> Labelled:
 
 
 def scene_truth(scenes: world_data.Scenes) -> Annotations:
-    """Scenes in the format of the average precision."""
+    """The annotations of scenes, for the average precision."""
     pictures = []
     for index, (classes, boxes) in enumerate(zip(scenes.each_classes(), scenes.each_boxes(), strict=True)):
         areas = scenes.masks(index).sum((1, 2)).double().numpy()
@@ -188,15 +191,15 @@ def scene_truth(scenes: world_data.Scenes) -> Annotations:
 
 
 def mirrored(boxes: Tensor, axis: int) -> Tensor:
-    """Corners as fractions of the image after a flip from left to right (axis 0) or upside down (axis 1)."""
+    """Corners in fractions of the image after a flip from left to right (axis 0) or upside down (axis 1)."""
     boxes = boxes.clone()
     boxes[..., [axis, axis + 2]] = 1 - boxes[..., [axis + 2, axis]]
     return boxes
 
 
-def turn(data: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalized images, classes and boxes of a batch, flipped and turned as one."""
-    images, boxes = data.pixels[batch], data.boxes[batch]
+def turn(train_set: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalized images, classes and boxes of a batch, all flipped and turned in the same way."""
+    images, boxes = train_set.pixels[batch], train_set.boxes[batch]
     left_right, up_down, turned = torch.rand(3, generator=generator) < 0.5
     if left_right:
         images, boxes = images.flip(3), mirrored(boxes, 0)
@@ -204,28 +207,28 @@ def turn(data: Labelled, batch: Tensor, generator: torch.Generator) -> tuple[Ten
         images, boxes = images.flip(2), mirrored(boxes, 1)
     if turned:
         images, boxes = images.transpose(2, 3), boxes[..., [1, 0, 3, 2]]
-    return common.normalize(images.float() / 255), data.classes[batch], boxes
+    return common.normalize(images.float() / 255), train_set.classes[batch], boxes
 
 
 def train_world(out: Path, work: Path, steps: int | None = None) -> None:
-    """Train and save the small world's detector in the folder `out`; its scratch state and its scenes lie in `work`."""
+    """Train and save the small world's detector in the folder `out`; its scratch state and its scenes are in `work`."""
     steps = steps or STEPS
     torch.manual_seed(SEED)
     model = build_model(list(CLASSES)).train()
-    seen, kept, asked = (
+    train_set, val_set, test_set = (
         world_data.load_scenes(STYLE, split, count, work)
         for split, count in (("train", SCENES), ("val", 300), ("test", 1000))
     )
 
-    def watch() -> float:
-        return average_precision(match(scene_truth(kept), detect(model, kept.images, SIZE, SIZE)))["AP"]
+    def evaluate() -> float:
+        return average_precision(match(scene_truth(val_set), detect(model, val_set.images, SIZE, SIZE)))["AP"]
 
     best = common.Best(lambda: common.save_teacher(model, out, SIZE, SIZE, PROCESSOR))
-    minutes = train(model, scene_objects(seen), steps, BATCH, 0.01, 6, work, turn, watch, best)
+    minutes = train(model, scene_objects(train_set), steps, BATCH, 0.01, 6, work, turn, evaluate, best)
     saved = AutoModelForObjectDetection.from_pretrained(out, dtype=torch.float32)
-    matched = match(scene_truth(asked), detect(saved, asked.images, SIZE, SIZE))
+    matched = match(scene_truth(test_set), detect(saved, test_set.images, SIZE, SIZE))
     scores, (low, high) = average_precision(matched), interval(matched)
-    card = {
+    entries = {
         "architecture": f"RTDetrV2ForObjectDetection, ResNet of 3 stages, maps at strides 8 and 16, 96 wide, 3 decoder "
         f"layers, {SHAPE['num_queries']} queries, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
         "data": f"{SCENES:,} scenes of the small world, style {STYLE}, with their boxes",
@@ -234,5 +237,5 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         "score": f"{scores['AP']:.3f} box AP (.50:.95) on 1,000 scenes of the test split, 95 % interval over images "
         f"{low:.3f} to {high:.3f}; AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f}",
     }
-    world_data.write_card(out, "detector: a small RT-DETR v2, ten shapes in neon", minutes, SEED, card)
+    world_data.write_card(out, "detector: a small RT-DETR v2, ten shapes in neon", minutes, SEED, entries)
     print(f"test AP {scores['AP']:.3f} ({low:.3f} to {high:.3f})", flush=True)

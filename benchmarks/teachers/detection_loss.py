@@ -1,8 +1,8 @@
 """The loss of a detector of the RT-DETR family, for all its layers at once.
 
-Varifocal, L1 and GIoU losses as in the family: one query of each decoder layer answers for each object, and denoising
-queries for the object that they were made from. Also, several anchors of the encoder are assigned to each object (as in
-arXiv 2211.12860), which lets the backbone learn from nothing in minutes.
+Varifocal, L1 and GIoU losses as in the family: one query of each decoder layer is assigned to each object, and each
+denoising query to the object that it was made from. In addition several anchors of the encoder are assigned to each
+object (as in arXiv 2211.12860), so that the backbone can be trained from scratch in minutes.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def overlaps(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assign_one(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """The object that each query is assigned to, or -1: the cheapest assignment with one query per object.
+    """The object that each query is assigned to, or -1: the assignment of least cost with one query per object.
 
     logits (B, L, Q, K), boxes (B, L, Q, 4), classes (B, M), truth (B, M, 4) -> (B, L, Q)
     """
     score = logits.sigmoid()
     focal = 0.75 * score**2 * (1e-8 + 1 - score).log() - 0.25 * (1 - score) ** 2 * (1e-8 + score).log()
     index = classes.clamp(min=0)[:, None, None].expand(*score.shape[:3], -1)  # (B, L, Q, M)
-    predicted, target_boxes = boxes[..., None, :], truth[:, None, None]
-    cost = 2 * focal.gather(-1, index) + 5 * (predicted - target_boxes).abs().sum(-1)
-    cost -= 2 * overlaps(to_corners(predicted), to_corners(target_boxes))[1]
+    ours, target_boxes = boxes[..., None, :], truth[:, None, None]
+    cost = 2 * focal.gather(-1, index) + 5 * (ours - target_boxes).abs().sum(-1)
+    cost -= 2 * overlaps(to_corners(ours), to_corners(target_boxes))[1]
     table, counts = cost.numpy(), (classes >= 0).sum(1).tolist()
     chosen = torch.full(score.shape[:3], -1)
     for image, count in enumerate(counts):
@@ -59,7 +59,7 @@ def assign_one(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor) ->
 
 @torch.no_grad()
 def assign_many(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor, anchors: int) -> Tensor:
-    """The object of each anchor, or -1: each object gets the `anchors` that fit best (arXiv 2108.07755).
+    """The object that each anchor is assigned to, or -1: the `anchors` that fit each object best (arXiv 2108.07755).
 
     logits (B, N, K), boxes (B, N, 4), classes (B, M), truth (B, M, 4) -> (B, N)
     """
@@ -72,17 +72,17 @@ def assign_many(logits: Tensor, boxes: Tensor, classes: Tensor, truth: Tensor, a
 
 
 def set_loss(logits: Tensor, boxes: Tensor, assigned: Tensor, classes: Tensor, truth: Tensor) -> Tensor:
-    """Sum of varifocal, L1 and GIoU losses of predictions (B, X, .) that are assigned to objects (B, X) or to none."""
+    """Sum of varifocal, L1 and GIoU losses of predictions (B, X, .), assigned to objects (B, X) or to none (-1)."""
     image, anchor = (assigned >= 0).nonzero(as_tuple=True)
     target = assigned[image, anchor]
-    predicted, target_boxes = boxes[image, anchor], truth[image, target]
-    iou, giou = overlaps(to_corners(predicted), to_corners(target_boxes))
-    quality = torch.zeros_like(logits)
-    quality[image, anchor, classes[image, target]] = iou.detach()
-    weight = quality + 0.75 * logits.detach().sigmoid() ** 2 * (quality == 0)
-    named = F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="sum")
+    ours, target_boxes = boxes[image, anchor], truth[image, target]
+    iou, giou = overlaps(to_corners(ours), to_corners(target_boxes))
+    target_scores = torch.zeros_like(logits)
+    target_scores[image, anchor, classes[image, target]] = iou.detach()
+    weight = target_scores + 0.75 * logits.detach().sigmoid() ** 2 * (target_scores == 0)
+    class_loss = F.binary_cross_entropy_with_logits(logits, target_scores, weight, reduction="sum")
     return (
-        CLASS_WEIGHT * named + SIDE_WEIGHT * (predicted - target_boxes).abs().sum() + OVERLAP_WEIGHT * (1 - giou).sum()
+        CLASS_WEIGHT * class_loss + SIDE_WEIGHT * (ours - target_boxes).abs().sum() + OVERLAP_WEIGHT * (1 - giou).sum()
     )
 
 
@@ -91,7 +91,7 @@ def detection_loss(output: Any, classes: Tensor, truth: Tensor, anchors: int) ->
     logits, boxes = output.intermediate_logits, output.intermediate_reference_points  # (B, L, Q, .)
     noise = output.denoising_meta_values
     (noisy, logits), (noisy_boxes, boxes) = (part.split(noise["dn_num_split"], 2) for part in (logits, boxes))
-    most = noisy.shape[2] // (2 * noise["dn_num_group"])  # each group: boxes near the truth, then boxes off it
+    most = noisy.shape[2] // (2 * noise["dn_num_group"])  # each group: boxes near the objects, then boxes far from them
     near = torch.where(classes[:, :most] >= 0, torch.arange(most), -1)
     groups = torch.cat([near, torch.full_like(near, -1)], 1).repeat(1, noise["dn_num_group"] * noisy.shape[1])
     chosen = assign_one(logits.detach(), boxes.detach(), classes, truth)

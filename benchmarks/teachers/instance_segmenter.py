@@ -1,4 +1,4 @@
-"""Train the instance segmenter teacher: the small world's Mask2Former, taught pedestrians on Penn-Fudan.
+"""Train the instance segmenter teacher: the small world's Mask2Former, fine-tuned on pedestrians (Penn-Fudan).
 
 python benchmarks/teachers/instance_segmenter.py --data DATA --out benchmarks/teachers/instance_segmenter
 """
@@ -23,8 +23,8 @@ from transformers import AutoModelForUniversalSegmentation, Mask2FormerForUniver
 from shoulders.tasks.average_precision import Matched, average_precision, interval, match
 from shoulders.tasks.data.coco import Annotations, decode, read_annotations
 
-SIDE, BATCH, MOST = 192, 8, 12
-HELD = 6  # each sixth training photo is held aside, to choose among the steps of a run
+SIDE, BATCH, MAX_OBJECTS = 192, 8, 12
+HELD_OUT_EVERY = 6  # each sixth training photo is held out, to select the step
 WORLD = Path(__file__).parents[2] / "shoulders" / "world" / "teachers" / "instances"
 
 
@@ -63,31 +63,31 @@ def view(pixels: Tensor, owner: Tensor, generator: torch.Generator) -> tuple[Ten
     """A random part of a photo and its map at the size of the model: crop, stretch, flip."""
     draw = torch.rand(5, generator=generator).tolist()
     height, width = owner.shape
-    share = 1 - 0.6 * draw[0] ** 1.5
-    tall, wide = (min(1.0, share * 1.3 ** (sign * (2 * draw[1] - 1))) for sign in (1, -1))
+    side = 1 - 0.6 * draw[0] ** 1.5
+    tall, wide = (min(1.0, side * 1.3 ** (sign * (2 * draw[1] - 1))) for sign in (1, -1))
     tall, wide = int(tall * height), int(wide * width)
     top, left = int(draw[2] * (height - tall + 1)), int(draw[3] * (width - wide + 1))
-    part, things = pixels[:, top : top + tall, left : left + wide], owner[top : top + tall, left : left + wide]
+    part, part_owner = pixels[:, top : top + tall, left : left + wide], owner[top : top + tall, left : left + wide]
     part = F.interpolate(part[None], size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
-    things = F.interpolate(things[None, None], size=(SIDE, SIDE), mode="nearest-exact")[0, 0]
-    return (part.flip(-1), things.flip(-1)) if draw[4] < 0.5 else (part, things)
+    part_owner = F.interpolate(part_owner[None, None], size=(SIDE, SIDE), mode="nearest-exact")[0, 0]
+    return (part.flip(-1), part_owner.flip(-1)) if draw[4] < 0.5 else (part, part_owner)
 
 
 def paste(images: Tensor, owners: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Some objects of each view laid over its neighbour in the batch (Ghiasi et al., Copy-Paste, 2021)."""
+    """Paste some objects of each view over the next one of the batch (Ghiasi et al., Copy-Paste, 2021)."""
     from_images, from_owners = images.roll(1, 0), owners.roll(1, 0)
-    chance = torch.rand(len(images), 1, generator=generator).sub(0.3).clamp(min=0)  # of an object to be laid
-    laid = torch.rand(len(images), 256, generator=generator) < chance
-    laid[:, 0] = False
-    over = laid.gather(1, from_owners.flatten(1).long()).view_as(owners)
+    chance = torch.rand(len(images), 1, generator=generator).sub(0.3).clamp(min=0)  # that an object is pasted
+    is_pasted = torch.rand(len(images), 256, generator=generator) < chance
+    is_pasted[:, 0] = False
+    over = is_pasted.gather(1, from_owners.flatten(1).long()).view_as(owners)
     return torch.where(over[:, None], from_images, images), torch.where(over, from_owners + 100, owners)
 
 
 def number_objects(owner: Tensor, smallest: int = 60) -> Tensor:
-    """The map with its objects numbered from 1, the largest first; those too small become background."""
+    """The map with its objects numbered from 1, the largest first; those that are too small become background."""
     sizes = torch.bincount(owner.flatten().long(), minlength=256)
     sizes[0] = 0
-    kept = [number for number in sizes.argsort(descending=True).tolist()[:MOST] if sizes[number] >= smallest]
+    kept = [number for number in sizes.argsort(descending=True).tolist()[:MAX_OBJECTS] if sizes[number] >= smallest]
     names = torch.zeros(256, dtype=torch.uint8)
     names[kept] = torch.arange(1, len(kept) + 1, dtype=torch.uint8)
     return names[owner.long()]
@@ -106,34 +106,34 @@ def start_from(world: Path, classes: Sequence[str]) -> Mask2FormerForUniversalSe
 
 
 def score(model: Mask2FormerForUniversalSegmentation, photos: Photos) -> tuple[Matched, Matched]:
-    """What the model finds against what is there: boxes and masks."""
-    found = instances.find(model, photos.pixels, (SIDE, SIDE), part=10)
-    return match(photos.truth, found, "boxes"), match(photos.truth, found, "masks")
+    """The model's detections matched with the annotations: boxes and masks."""
+    detections = instances.detect(model, photos.pixels, (SIDE, SIDE), part=10)
+    return match(photos.truth, detections, "boxes"), match(photos.truth, detections, "masks")
 
 
 def train(model: Mask2FormerForUniversalSegmentation, photos: Photos, steps: int, work: Path, out: Path) -> float:
-    """Train in place; five sixths of the photos teach, the rest chooses the step. Minutes spent."""
+    """Train in place on five sixths of the photos, select the step on the rest; returns the minutes spent."""
     numbers = range(len(photos.pixels))
-    taught = photos.at([number for number in numbers if number % HELD])
-    held = photos.at([number for number in numbers if number % HELD == 0])
+    train_set = photos.at([number for number in numbers if number % HELD_OUT_EVERY])
+    held_out = photos.at([number for number in numbers if number % HELD_OUT_EVERY == 0])
 
     def make(index: Tensor, generator: torch.Generator) -> instances.Batch:
-        views = [view(taught.pixels[number], taught.owners[number], generator) for number in index.tolist()]
+        views = [view(train_set.pixels[number], train_set.owners[number], generator) for number in index.tolist()]
         images = segmenter.jitter(torch.stack([image for image, _ in views]).float() / 255, generator)
         images, owners = paste(images, torch.stack([owner for _, owner in views]), generator)
         owners = torch.stack([number_objects(owner) for owner in owners])
-        present = torch.arange(1, MOST + 1) <= owners.flatten(1).amax(1)[:, None]  # (B, n)
+        present = torch.arange(1, MAX_OBJECTS + 1) <= owners.flatten(1).amax(1)[:, None]  # (B, n)
         labels = torch.where(present, 0, -1)
-        return common.normalize(images), labels, instances.to_covered(owners, MOST)
+        return common.normalize(images), labels, instances.to_covered(owners, MAX_OBJECTS)
 
     return instances.train(
         model,
-        len(taught.pixels),
+        len(train_set.pixels),
         BATCH,
         steps,
         work,
         make,
-        lambda: average_precision(score(model, held)[1])["AP"],
+        lambda: average_precision(score(model, held_out)[1])["AP"],
         common.Best(lambda: common.save_teacher(model, out, SIDE, SIDE, "Mask2FormerImageProcessor")),
     )
 
@@ -144,31 +144,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/teachers/instance_segmenter"))
     parser.add_argument("--steps", type=int, default=2000)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(instances.SEED)
-    photos = load_pennfudan(given.data, "train")
+    photos = load_pennfudan(args.data, "train")
     model = start_from(WORLD, photos.truth.classes).train()
-    minutes = train(model, photos, given.steps, given.work, given.out)
-    saved = AutoModelForUniversalSegmentation.from_pretrained(given.out, dtype=torch.float32)
-    asked = load_pennfudan(given.data, "val")
-    told = []
-    for kind, result in zip(("box", "mask"), score(saved, asked), strict=True):
+    minutes = train(model, photos, args.steps, args.work, args.out)
+    saved = AutoModelForUniversalSegmentation.from_pretrained(args.out, dtype=torch.float32)
+    test_set = load_pennfudan(args.data, "val")
+    summaries = []
+    for kind, result in zip(("box", "mask"), score(saved, test_set), strict=True):
         scores, (low, high) = average_precision(result), interval(result, draws=1000)
-        told.append(f"{kind} AP {scores['AP']:.3f} ({low:.3f} to {high:.3f}), AP50 {scores['AP50']:.3f}")
-    facts = {
+        summaries.append(f"{kind} AP {scores['AP']:.3f} ({low:.3f} to {high:.3f}), AP50 {scores['AP50']:.3f}")
+    entries = {
         "architecture": f"{instances.describe(saved)}, {SIDE}x{SIDE} px",
-        "data": f"Penn-Fudan train: {len(photos.pixels)} photos with masks, each sixth held aside to choose the step; "
+        "data": f"Penn-Fudan train: {len(photos.pixels)} photos with masks, each sixth held out to choose the step; "
         "started from the instance segmenter of the small world (drawn scenes)",
-        "recipe": f"{given.steps} steps, batch {BATCH}, Muon on matrices and convolutions, AdamW on the rest, one "
+        "recipe": f"{args.steps} steps, batch {BATCH}, Muon on matrices and convolutions, AdamW on the rest, one "
         "cycle; crop, stretch, flip, colours, copy and paste; set loss over whole masks; bf16 autocast",
-        "score": "; ".join(told) + f" on Penn-Fudan val ({len(asked.pixels)} photos, COCO AP over IoU .50 to .95; 95 "
-        "% of 1,000 resamplings; boxes are those of the masks)",
+        "score": "; ".join(summaries)
+        + f" on Penn-Fudan val ({len(test_set.pixels)} photos, COCO AP over IoU .50 to .95; "
+        "95 % of 1,000 resamplings; boxes are those of the masks)",
     }
     terms = "Penn-Fudan (Wang 2007) is distributed for research"
     title = "instance_segmenter: a small Mask2Former, pedestrians"
-    common.write_card(given.out, title, minutes, instances.SEED, terms, facts)
-    print("val " + "; ".join(told), flush=True)
+    common.write_card(args.out, title, minutes, instances.SEED, terms, entries)
+    print("val " + "; ".join(summaries), flush=True)
 
 
 if __name__ == "__main__":

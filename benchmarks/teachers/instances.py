@@ -1,4 +1,4 @@
-"""What the two instance segmenters share: model, set loss, loop, the objects found; and the one of the small world."""
+"""Shared code of the two instance segmenters: model, set loss, loop, detections; and training for the small world."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shoulders.world import CLASSES, SIZE
 Batch = tuple[Tensor, Tensor, Tensor]  # images (B, 3, H, W), classes (B, n) with -1 for none, covered (B, n, h, w)
 
 STYLE, SCENES, STEPS, BATCH, SEED = "ink", 12_000, 2000, 32, 0
-MOST = 6  # objects in a scene
+MAX_OBJECTS = 6  # in a scene
 CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT, NO_OBJECT = 2.0, 5.0, 5.0, 0.1
 BY_ADAMW = ("class_predictor", "queries_", "level_embed", "sampling_offsets", "attention_weights")
 
@@ -60,7 +60,7 @@ def build_model(classes: Sequence[str]) -> Mask2FormerForUniversalSegmentation:
     model = Mask2FormerForUniversalSegmentation(config)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # the family's own start, 0.02, is meant for a pretrained backbone
+            nn.init.ones_(module.weight)  # the family's initial value, 0.02, is meant for a pretrained backbone
     return model
 
 
@@ -84,13 +84,13 @@ def predict(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def assign(classes: Tensor, masks: Tensor, labels: Tensor, covered: Tensor) -> Tensor:
-    """The query of each object at the least total cost (Cheng et al., Mask2Former, 2022), over all places.
+    """The query of each object at the least total cost (Cheng et al., Mask2Former, 2022), over all pixels of the masks.
 
     Args:
         classes: (L, B, Q, K + 1) logits.
         masks: (L, B, Q, h, w) logits.
         labels: (B, n) classes, -1 for none.
-        covered: (B, n, h, w) share of each place that an object covers.
+        covered: (B, n, h, w) fraction of each mask pixel that an object covers.
 
     Returns:
         (L, B, n) query indices, 0 where there is no object.
@@ -103,30 +103,30 @@ def assign(classes: Tensor, masks: Tensor, labels: Tensor, covered: Tensor) -> T
     kind = labels.clamp(min=0)[None, :, None].expand(*dice.shape)
     likely = classes.softmax(-1).gather(-1, kind)
     costs = (DICE_WEIGHT * dice + MASK_WEIGHT * entropy - CLASS_WEIGHT * likely).numpy()
-    counts, found = (labels >= 0).sum(1).tolist(), np.zeros((len(classes), *labels.shape), dtype=np.int64)
+    counts, queries = (labels >= 0).sum(1).tolist(), np.zeros((len(classes), *labels.shape), dtype=np.int64)
     for layer, image in np.ndindex(*costs.shape[:2]):
-        query, thing = linear_sum_assignment(costs[layer, image, :, : counts[image]])
-        found[layer, image, thing] = query
-    return torch.from_numpy(found)
+        query, obj = linear_sum_assignment(costs[layer, image, :, : counts[image]])
+        queries[layer, image, obj] = query
+    return torch.from_numpy(queries)
 
 
 def set_loss(classes: Tensor, masks: Tensor, labels: Tensor, covered: Tensor) -> tuple[Tensor, Tensor]:
     """Loss of the classes and of the masks, summed over the decoder layers.
 
-    `covered` may be finer than the mask logits, which are then enlarged as when they are read.
+    `covered` may be finer than the mask logits, which are then upsampled as in `to_detections`.
     """
     layers = len(classes)
     query = assign(classes, masks, labels, F.interpolate(covered, size=masks.shape[-2:], mode="area"))
-    layer, image, thing = (labels >= 0).expand(layers, *labels.shape).nonzero(as_tuple=True)  # (M,) each
-    chosen = query[layer, image, thing]
-    wanted = torch.full(classes.shape[:3], classes.shape[-1] - 1)
-    wanted[layer, image, chosen] = labels[image, thing]
+    layer, image, obj = (labels >= 0).expand(layers, *labels.shape).nonzero(as_tuple=True)  # (M,) each
+    chosen = query[layer, image, obj]
+    targets = torch.full(classes.shape[:3], classes.shape[-1] - 1)
+    targets[layer, image, chosen] = labels[image, obj]
     weight = torch.ones(classes.shape[-1])
     weight[-1] = NO_OBJECT
-    class_loss = F.cross_entropy(classes.flatten(0, 2), wanted.flatten(), weight)
+    class_loss = F.cross_entropy(classes.flatten(0, 2), targets.flatten(), weight)
     logits = masks[layer, image, chosen][:, None]
     logits = F.interpolate(logits, size=covered.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-    truth, inside = covered[image, thing].flatten(1), logits.sigmoid()  # (M, h * w)
+    truth, inside = covered[image, obj].flatten(1), logits.sigmoid()  # (M, h * w)
     dice = 1 - (2 * (inside * truth).sum(1) + 1) / (inside.sum(1) + truth.sum(1) + 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1)
     mask_loss = (MASK_WEIGHT * entropy + DICE_WEIGHT * dice).mean()
@@ -144,7 +144,7 @@ def train(
     best: common.Best,
     lr: float = 0.01,
 ) -> float:
-    """Train in place on batches that `make` builds of shuffled indices below `count`. Minutes spent."""
+    """Train in place on batches that `make` builds from shuffled indices below `count`; returns the minutes spent."""
     optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=lr / 10, decay=0.05)
     progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
     for step, index in common.epoch_batches(count, batch, SEED, progress.start, steps):
@@ -154,17 +154,17 @@ def train(
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, classes=float(class_loss.detach()), masks=float(mask_loss.detach()))
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            told = score()
-            print(f"val mask AP {told:.3f}", flush=True)
-            best.offer(told)
+            value = score()
+            print(f"val mask AP {value:.3f}", flush=True)
+            best.update(value)
         progress.save(step, 250)
     return progress.minutes()
 
 
-def read(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Detections:
+def to_detections(classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Detections:
     """The objects of one image of `size` (H, W), of class logits (Q, K + 1) and mask logits (Q, h, w).
 
-    As the family's image processor reads them: the Q best pairs of query and class; the score is the
+    As in the family's image processor: the Q best pairs of query and class; the score is the
     probability of the class times the mean probability of the mask's pixels. Boxes are tight around the masks.
     """
     likely = classes.float().softmax(-1)[:, :-1]
@@ -188,21 +188,21 @@ def tight(masks: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 @torch.no_grad()
-def find(model: PreTrainedModel, pixels: Sequence[Tensor], size: tuple[int, int], part: int = 50) -> list[Detections]:
-    """The objects of images (3, H, W) uint8 of any size, each looked at as `size` (H, W) px."""
+def detect(model: PreTrainedModel, pixels: Sequence[Tensor], size: tuple[int, int], part: int = 50) -> list[Detections]:
+    """The objects of images (3, H, W) uint8 of any size, each resized to `size` (H, W) px for the model."""
     model.eval()
-    found = []
+    detections = []
     for start in range(0, len(pixels), part):
         these = pixels[start : start + part]
         output = model(pixel_values=torch.cat([common.render(image[None], *size) for image in these]))
         for image, classes, masks in zip(these, output.class_queries_logits, output.masks_queries_logits, strict=True):
-            found.append(read(classes, masks, (image.shape[1], image.shape[2])))
+            detections.append(to_detections(classes, masks, (image.shape[1], image.shape[2])))
     model.train()
-    return found
+    return detections
 
 
 def to_pictures(scenes: world_data.Scenes) -> list[AnnotatedImage]:
-    """Scenes in the words of an annotation file."""
+    """Scenes as annotated images."""
     pictures = []
     for index, (classes, boxes) in enumerate(zip(scenes.each_classes(), scenes.each_boxes(), strict=True)):
         masks = scenes.masks(index).numpy()
@@ -220,9 +220,9 @@ def pad(classes: Sequence[Tensor], most: int) -> Tensor:
 
 
 def to_covered(owner: Tensor, most: int) -> Tensor:
-    """Maps (B, H, W), 0 background, i + 1 where object i is seen, to shares (B, most, H / 2, W / 2)."""
-    things = torch.arange(1, most + 1)[:, None, None]
-    return F.avg_pool2d((owner[:, None] == things).float(), 2)
+    """Maps (B, H, W), 0 background, i + 1 where object i is visible, to fractions (B, most, H / 2, W / 2)."""
+    numbers = torch.arange(1, most + 1)[:, None, None]
+    return F.avg_pool2d((owner[:, None] == numbers).float(), 2)
 
 
 def turn(pixels: Tensor, owner: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -234,49 +234,49 @@ def turn(pixels: Tensor, owner: Tensor, generator: torch.Generator) -> tuple[Ten
 
 
 def train_world(out: Path, work: Path, steps: int | None = None) -> None:
-    """Train and save the small world's instance segmenter in the folder `out`; its scratch state lies in `work`."""
+    """Train and save the small world's instance segmenter in the folder `out`; its scratch state is in `work`."""
     steps = steps or STEPS
     torch.manual_seed(SEED)
     model = build_model(CLASSES).train()
-    seen, kept, asked = (
+    train_set, val_set, test_set = (
         world_data.load_scenes(STYLE, split, count, work)
         for split, count in (("train", SCENES), ("val", 300), ("test", 1000))
     )
-    classes = pad(seen.each_classes(), MOST)
+    classes = pad(train_set.each_classes(), MAX_OBJECTS)
 
     def make(index: Tensor, generator: torch.Generator) -> Batch:
-        pixels, owner = turn(seen.images[index], seen.instances[index], generator)
-        return common.normalize(pixels.float() / 255), classes[index], to_covered(owner, MOST)
+        pixels, owner = turn(train_set.images[index], train_set.instances[index], generator)
+        return common.normalize(pixels.float() / 255), classes[index], to_covered(owner, MAX_OBJECTS)
 
     def matched(model: PreTrainedModel, scenes: world_data.Scenes) -> Matched:
         truth = Annotations(CLASSES, tuple(to_pictures(scenes)))
-        return match(truth, find(model, list(scenes.images), (SIZE, SIZE)), "masks")
+        return match(truth, detect(model, list(scenes.images), (SIZE, SIZE)), "masks")
 
     minutes = train(
         model,
-        len(seen),
+        len(train_set),
         BATCH,
         steps,
         work,
         make,
-        lambda: average_precision(matched(model, kept))["AP"],
+        lambda: average_precision(matched(model, val_set))["AP"],
         common.Best(lambda: common.save_teacher(model, out, SIZE, SIZE, "Mask2FormerImageProcessor")),
     )
     saved = AutoModelForUniversalSegmentation.from_pretrained(out, dtype=torch.float32)
-    result = matched(saved, asked)
+    result = matched(saved, test_set)
     scores, (low, high) = average_precision(result), interval(result)
-    told = f"{scores['AP']:.3f} mask AP (95 % of resamplings {low:.3f} to {high:.3f}), AP50 {scores['AP50']:.3f}"
-    facts = {
+    summary = f"{scores['AP']:.3f} mask AP (95 % of resamplings {low:.3f} to {high:.3f}), AP50 {scores['AP50']:.3f}"
+    entries = {
         "architecture": f"{describe(saved)}, {SIZE}x{SIZE} px",
-        "data": f"{len(seen):,} scenes of the small world, style {STYLE}, with the masks of their objects",
+        "data": f"{len(train_set):,} scenes of the small world, style {STYLE}, with the masks of their objects",
         "recipe": f"{steps} steps, batch {BATCH}, Muon on matrices and convolutions, AdamW on the rest, one cycle; "
         "quarter turns, flips; set loss over whole masks; bf16 autocast; the best weights on 300 other scenes are "
         "selected",
-        "score": f"{told}, on {len(asked):,} scenes of the test split (COCO AP over IoU .50 to .95, {len(CLASSES)} "
-        "classes)",
+        "score": f"{summary}, on {len(test_set):,} scenes of the test split (COCO AP over IoU .50 to .95, "
+        f"{len(CLASSES)} classes)",
     }
-    world_data.write_card(out, "instances: a small Mask2Former, ten shapes", minutes, SEED, facts)
-    print(f"test {told}", flush=True)
+    world_data.write_card(out, "instances: a small Mask2Former, ten shapes", minutes, SEED, entries)
+    print(f"test {summary}", flush=True)
 
 
 def describe(model: PreTrainedModel) -> str:

@@ -47,9 +47,9 @@ def load_camvid(data: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def class_weights(truth: Tensor, classes: int) -> Tensor:
-    """Square root of median over frequency, so that rare classes count more without taking over."""
-    share = torch.bincount(truth.flatten().long(), minlength=256)[:classes].double()
-    return (share.median() / share).sqrt().clamp(0.3, 3.0).float()
+    """Square root of median over frequency, so that rare classes count more, but not most."""
+    frequency = torch.bincount(truth.flatten().long(), minlength=256)[:classes].double()
+    return (frequency.median() / frequency).sqrt().clamp(0.3, 3.0).float()
 
 
 def augment(pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -90,11 +90,11 @@ def intersection_over_union(
     """IoU in percent of each class over the whole set, at annotation resolution, without unlabelled pixels."""
     model.eval()
     confusion = torch.zeros(classes * classes, dtype=torch.int64)
-    for chunk, label in zip(pixels.split(8), truth.split(8), strict=True):
-        logits = model(pixel_values=common.render(chunk, *size)).logits  # (B, K, h / 4, w / 4)
-        predicted = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
+    for part, label in zip(pixels.split(8), truth.split(8), strict=True):
+        logits = model(pixel_values=common.render(part, *size)).logits  # (B, K, h / 4, w / 4)
+        prediction = F.interpolate(logits, size=label.shape[1:], mode="bilinear", align_corners=False).argmax(1)
         counted = label != IGNORE
-        confusion += torch.bincount(label[counted].long() * classes + predicted[counted], minlength=classes**2)
+        confusion += torch.bincount(label[counted].long() * classes + prediction[counted], minlength=classes**2)
     model.train()
     table = confusion.view(classes, classes)
     both = table.diagonal()
@@ -116,17 +116,17 @@ def split_weights(
 
 def train(
     model: SegformerForSemanticSegmentation,
-    data: tuple[Tensor, Tensor],
+    train_set: tuple[Tensor, Tensor],
     steps: int,
     batch_size: int,
     work: Path,
     view: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]],
-    watch: Callable[[], Tensor],
+    evaluate: Callable[[], Tensor],
     best: common.Best,
     lr: float = 0.01,
 ) -> float:
-    """Train in place on images and maps; `watch` measures the IoU of each class. Returns minutes."""
-    pixels, truth = data
+    """Train in place on images and maps; `evaluate` gives the IoU by class every 300 steps. Returns the minutes."""
+    pixels, truth = train_set
     weights = class_weights(truth, model.config.num_labels)
     optimizers = common.Optimizers(*split_weights(model), lr=lr, rest_lr=1e-3, decay=0.05)
     progress = common.Progress(work, steps, 50, {"model": model, "optimizers": optimizers, "best": best})
@@ -142,9 +142,9 @@ def train(
         optimizers.step(common.one_cycle(step, steps, warmup=0.1))
         progress.line(step, loss=float(loss.detach()))
         if (step + 1) % 300 == 0 or step + 1 == steps:
-            scores = watch()
+            scores = evaluate()
             print(f"val mIoU {scores.mean():.1f} %  " + " ".join(f"{value:.0f}" for value in scores), flush=True)
-            best.offer(float(scores.mean()))
+            best.update(float(scores.mean()))
         progress.save(step, 300)
     return progress.minutes()
 
@@ -160,7 +160,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     classes = json.loads((args.data / "camvid" / "classes.json").read_text())
     model = build_model(classes).train()
-    watched = load_camvid(args.data, "val")
+    val_set = load_camvid(args.data, "val")
     minutes = train(
         model,
         load_camvid(args.data, "train"),
@@ -168,14 +168,14 @@ def main() -> None:
         BATCH,
         args.work,
         crops,
-        lambda: intersection_over_union(model, *watched, len(classes)),
+        lambda: intersection_over_union(model, *val_set, len(classes)),
         common.Best(lambda: None),
     )
     common.save_teacher(model, args.out, HEIGHT, WIDTH, "SegformerImageProcessor")
     saved = AutoModelForSemanticSegmentation.from_pretrained(args.out, dtype=torch.float32)
     scores = intersection_over_union(saved, *load_camvid(args.data, "test"), len(classes))
     by_class = ", ".join(f"{name} {value:.1f}" for name, value in zip(classes, scores.tolist(), strict=True))
-    card = {
+    entries = {
         "architecture": f"SegformerForSemanticSegmentation, MiT-b0, decoder 128 wide, {WIDTH}x{HEIGHT} px "
         f"(width x height), {common.count_parameters(saved)} parameters",
         "data": "CamVid train (367 images and maps), no pretraining; index 11 (not labelled) ignored",
@@ -186,7 +186,7 @@ def main() -> None:
         "IoU of each class": by_class,
     }
     terms = "CamVid (Brostow 2008) is distributed for research"
-    common.write_card(args.out, "segmenter: a slim SegFormer, street scenes", minutes, SEED, terms, card)
+    common.write_card(args.out, "segmenter: a slim SegFormer, street scenes", minutes, SEED, terms, entries)
     print(f"test mIoU {scores.mean():.2f} %  {by_class}", flush=True)
 
 

@@ -1,8 +1,8 @@
 """Train the five small teachers of the small world from scratch, on one CPU thread.
 
-Each is trained on scenes that are drawn during training; nothing is downloaded. A teacher whose folder has its card is
-finished and is left alone: remove the folder, or give another --out, to train it again. An interrupted training
-goes on from its scratch state in --work. All seeds are fixed: two runs on one machine give the same weights.
+Their images are scenes drawn by the project; nothing is downloaded. A teacher whose folder has a model card is
+finished and is skipped: remove the folder, or give another --out, to train it again. An interrupted training
+resumes from its scratch state in --work. All seeds are fixed: two runs on one machine give the same weights.
 
     python benchmarks/teachers/world.py --out shoulders/world/teachers --work runs/world [--only detector segmenter]
 """
@@ -30,17 +30,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("shoulders/world/teachers"))
     parser.add_argument("--work", type=Path, default=Path("runs/world"), help="scratch states and drawn scenes")
     parser.add_argument("--only", nargs="+", choices=TEACHERS, default=list(TEACHERS), metavar="NAME")
-    parser.add_argument("--steps", type=int, help="steps of each training; default: its own")
-    given = parser.parse_args()
+    parser.add_argument("--steps", type=int, help="of each training; default: the number in its script")
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in given.only:
-        out = given.out / name
+    for name in args.only:
+        out = args.out / name
         if (out / "README.md").exists():
             print(f"{name}: finished, see {out / 'README.md'}", flush=True)
             continue
-        print(f"{name}: training, scratch state in {given.work / name}", flush=True)
-        # imported only when it is trained: a detector needs scipy, a classifier does not
-        importlib.import_module(TEACHERS[name]).train_world(out, given.work / name, given.steps)
+        print(f"{name}: training, scratch state in {args.work / name}", flush=True)
+        # imported when it is needed: a detector needs scipy, a classifier does not
+        importlib.import_module(TEACHERS[name]).train_world(out, args.work / name, args.steps)
 
 
 if __name__ == "__main__":

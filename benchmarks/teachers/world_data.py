@@ -1,4 +1,4 @@
-"""Scenes of the small world in memory: pixels, labels, maps and objects, drawn once and saved on disk."""
+"""Scenes of the small world in memory: pixels, labels, maps and objects, drawn once and stored on disk."""
 
 from __future__ import annotations
 
@@ -57,10 +57,8 @@ class Scenes:
 
 def load_scenes(style: str, split: str, count: int, work: Path) -> Scenes:
     """The first `count` scenes of a split, drawn (4 ms each) or read back from the folder `work`."""
-    known = hashlib.sha256(b"".join(draw(style, SPLITS[split], i, SIZE).image.tobytes() for i in range(8))).hexdigest()
-    file = (
-        work / f"scenes-{style}-{split}-{count}-{known[:8]}.pt"
-    )  # scenes of another version of the code have another name
+    digest = hashlib.sha256(b"".join(draw(style, SPLITS[split], i, SIZE).image.tobytes() for i in range(8))).hexdigest()
+    file = work / f"scenes-{style}-{split}-{count}-{digest[:8]}.pt"  # other scenes have another name
     if file.exists():
         return Scenes(**torch.load(file, weights_only=True))
     scenes = _draw_all(style, SPLITS[split], count)
@@ -96,8 +94,8 @@ def _draw_all(style: str, seed: int, count: int) -> Scenes:
     )
 
 
-def write_card(folder: Path, title: str, minutes: float, seed: int, card: dict[str, str]) -> None:
+def write_card(folder: Path, title: str, minutes: float, seed: int, entries: dict[str, str]) -> None:
     """The model card of a teacher of the small world."""
     command = f"python benchmarks/teachers/world.py --only {folder.name}"
     terms = "trained on images drawn by the project's own code"
-    common.write_card(folder, title, minutes, seed, terms, card, command)
+    common.write_card(folder, title, minutes, seed, terms, entries, command)

@@ -1,4 +1,4 @@
-"""Train the small world's segmenter: a slim SegFormer that names every pixel of scenes in one style."""
+"""Train the small world's segmenter: a slim SegFormer for the classes of all pixels in scenes of one style."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def turn(pixels: Tensor, truth: Tensor, generator: torch.Generator) -> tuple[Ten
 
 
 def train_world(out: Path, work: Path, steps: int | None = None) -> None:
-    """Train and save the segmenter in the folder `out`; its scratch state and its scenes lie in `work`."""
+    """Train and save the segmenter in the folder `out`; its scratch state and its scenes are in `work`."""
     steps = steps or STEPS
     torch.manual_seed(segmenter.SEED)
     model = segmenter.build_model(NAMES, **SHAPE).train()
-    train, val, test = (
+    train_set, val_set, test_set = (
         world_data.load_scenes(STYLE, split, count, work)
         for split, count in (("train", SCENES), ("val", 400), ("test", 2000))
     )
@@ -49,27 +49,27 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
 
     minutes = segmenter.train(
         model,
-        (train.images, train.semantic),
+        (train_set.images, train_set.semantic),
         steps,
         BATCH,
         work,
         turn,
-        lambda: score(model, val),
+        lambda: score(model, val_set),
         common.Best(lambda: common.save_teacher(model, out, SIZE, SIZE, "SegformerImageProcessor")),
         lr=0.02,
     )
     saved = AutoModelForSemanticSegmentation.from_pretrained(out, dtype=torch.float32)
-    each = score(saved, test)
+    each = score(saved, test_set)
     by_class = ", ".join(f"{name} {value:.1f}" for name, value in zip(NAMES, each.tolist(), strict=True))
-    card = {
+    entries = {
         "architecture": f"SegformerForSemanticSegmentation, {'/'.join(map(str, SHAPE['hidden_sizes']))} wide, "
         f"decoder 128 wide, {SIZE}x{SIZE} px, {common.count_parameters(saved)} parameters",
-        "data": f"{len(train):,} scenes of the small world, style {STYLE}, with their class maps",
+        "data": f"{len(train_set):,} scenes of the small world, style {STYLE}, with their class maps",
         "recipe": f"{steps} steps, batch {BATCH}, Muon on matrices, AdamW on the rest, one cycle; quarter turns, flip, "
         "colours; weighted cross entropy; bf16 autocast; the best weights on 400 other scenes are selected",
-        "score": f"{each.mean():.1f} % mIoU on {len(test):,} scenes of the test split ({len(NAMES)} classes, one "
+        "score": f"{each.mean():.1f} % mIoU on {len(test_set):,} scenes of the test split ({len(NAMES)} classes, one "
         "confusion matrix over all)",
         "IoU of each class": by_class,
     }
-    world_data.write_card(out, "segmenter: a slim SegFormer, ten shapes", minutes, segmenter.SEED, card)
+    world_data.write_card(out, "segmenter: a slim SegFormer, ten shapes", minutes, segmenter.SEED, entries)
     print(f"test mIoU {each.mean():.2f} %  {by_class}", flush=True)

@@ -10,15 +10,14 @@ from torch import Tensor
 
 
 def tiles(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """One square of each scene (B, 3, H, W), a third to nine tenths as wide, at a point of high contrast.
+    """One square of each scene (B, 3, H, W), a third to nine tenths as wide: centre and half side (B, 3).
 
-    As centre and half side (B, 3) in image coordinates from -1 to 1. Its centre is drawn from points with
-    high contrast at a scale larger than that of the grain.
+    In image coordinates from -1 to 1. Centres are drawn where the contrast is high, at a scale above that of the noise.
     """
     grey = F.avg_pool2d(pixels.float().mean(1, keepdim=True), 4)  # (B, 1, H / 4, W / 4)
-    lively = F.pad(grey.diff(dim=2).abs(), (0, 0, 0, 1)) + F.pad(grey.diff(dim=3).abs(), (0, 1))
-    lively = F.avg_pool2d(lively, 2).flatten(2)[:, 0]
-    cell = torch.multinomial(lively.square() + 1e-3, 1, generator=generator)
+    contrast = F.pad(grey.diff(dim=2).abs(), (0, 0, 0, 1)) + F.pad(grey.diff(dim=3).abs(), (0, 1))
+    contrast = F.avg_pool2d(contrast, 2).flatten(2)[:, 0]
+    cell = torch.multinomial(contrast.square() + 1e-3, 1, generator=generator)
     grid = pixels.shape[2] // 8
     draw = torch.rand(len(pixels), 3, generator=generator)
     centre = 2 * (torch.cat([cell % grid, cell // grid], 1) + draw[:, :2]) / grid - 1
@@ -26,7 +25,7 @@ def tiles(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return torch.cat([centre.clamp(half - 1, 1 - half), half], 1)
 
 
-def full_tiles(count: int) -> Tensor:
+def whole(count: int) -> Tensor:
     """The whole of each scene as a tile (B, 3)."""
     return torch.tensor([0.0, 0.0, 1.0]).expand(count, -1)
 
@@ -48,7 +47,7 @@ def any_colour(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def frames(tile: Tensor, generator: torch.Generator) -> Tensor:
-    """Where a view of each tile lies (B, 2, 3): 40 to 100 % of the tile's area, at any angle, some mirrored."""
+    """The affine map of a view of each tile (B, 2, 3): 40 to 100 % of the tile's area, at any angle, some mirrored."""
     draw = torch.rand(len(tile), 5, generator=generator)
     half = (0.4 + 0.6 * draw[:, 0]).sqrt()
     angle, flip = 2 * math.pi * draw[:, 1], torch.where(draw[:, 2] < 0.5, -1.0, 1.0)
@@ -59,16 +58,16 @@ def frames(tile: Tensor, generator: torch.Generator) -> Tensor:
     return torch.stack([across, down], 1)
 
 
-def show(pixels: Tensor, frame: Tensor, side: int) -> Tensor:
-    """The part of uint8 (B, 3, H, W) inside each frame, as floats in [0, 1] (B, 3, side, side)."""
-    sampling = F.affine_grid(frame, [len(pixels), 3, side, side], align_corners=False)
+def render(pixels: Tensor, frame: Tensor, side: int) -> Tensor:
+    """The part of uint8 images (B, 3, H, W) in each frame, as floats in [0, 1] (B, 3, side, side)."""
+    positions = F.affine_grid(frame, [len(pixels), 3, side, side], align_corners=False)
     return F.grid_sample(
-        pixels.float() / 255, sampling, mode="bilinear", padding_mode="reflection", align_corners=False
+        pixels.float() / 255, positions, mode="bilinear", padding_mode="reflection", align_corners=False
     )
 
 
-def disguise(unit: Tensor, generator: torch.Generator) -> Tensor:
-    """Change colours and add grain: those of a scene would identify it."""
+def recolour(unit: Tensor, generator: torch.Generator) -> Tensor:
+    """Other colours and noise, so that views of a scene cannot be matched by them."""
     matrix, offset = any_colour(len(unit), generator)
     noise = torch.randn(unit.shape, generator=generator)
     strength = 0.06 * torch.rand(len(unit), 1, 1, 1, generator=generator)
@@ -76,6 +75,6 @@ def disguise(unit: Tensor, generator: torch.Generator) -> Tensor:
     return (recoloured + strength * noise).clamp(0, 1)
 
 
-def token_points(frame: Tensor, grid: int) -> Tensor:
-    """The centres of the tokens of each frame (B, grid**2, 2), in image coordinates from -1 to 1."""
+def spots(frame: Tensor, grid: int) -> Tensor:
+    """The position that each token of a frame shows (B, grid**2, 2), in image coordinates from -1 to 1."""
     return F.affine_grid(frame, [len(frame), 3, grid, grid], align_corners=False).flatten(1, 2)
