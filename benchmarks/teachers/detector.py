@@ -114,8 +114,8 @@ def main() -> None:
         f"layers, {QUERIES} queries, {WIDTH}x{HEIGHT} px (width x height), {common.count_parameters(saved)} parameters",
         "data": f"BCCD train ({len(train_set.pixels)} images, 3 classes); started from the detector of the small world",
         "recipe": f"{args.steps} steps, batch {BATCH}, crops, flips, colours, Muon on matrices, AdamW on the rest, "
-        "one cycle; maps in bf16, queries and boxes in fp32; the best on BCCD val "
-        f"({len(val_set.pixels)} images) is kept",
+        "one cycle; maps in bf16, queries and boxes in fp32; the best weights on BCCD val "
+        f"({len(val_set.pixels)} images) are selected",
         "score": f"{scores['AP']:.3f} box AP (.50:.95) on BCCD test ({len(test_set.pixels)} images), 95 % interval "
         f"over images {low:.3f} to {high:.3f}; AP50 {scores['AP50']:.3f}, AP75 {scores['AP75']:.3f}",
     }
