@@ -1,6 +1,7 @@
 """All one-place mutations of a module's syntax tree.
 
-Not mutated: annotations and type aliases (they compute nothing), docstrings, strings, messages of errors, imports.
+Not mutated is what computes nothing: annotations, type aliases, docstrings, strings, messages of errors, imports, and
+``strict=`` of zip, which asserts that lengths are equal.
 """
 
 from __future__ import annotations
@@ -107,12 +108,13 @@ def _nodes(parent: ast.AST, function: str) -> Iterator[tuple[ast.AST, _Place]]:
 
 
 def _computes_nothing(node: ast.AST) -> bool:
-    """Imports, docstrings, texts and type aliases."""
+    """Imports, docstrings, texts, type aliases, and ``strict=`` of zip."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant)
     value = node.value if isinstance(node, ast.Assign) else None
     alias = isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name) and value.value.id in ALIASES
-    return alias or isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr)
+    strict = isinstance(node, ast.keyword) and node.arg == "strict"
+    return alias or strict or isinstance(node, ast.Import | ast.ImportFrom | ast.JoinedStr)
 
 
 def _variants(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
