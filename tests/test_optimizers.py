@@ -27,6 +27,8 @@ def test_the_schedule_rises_linearly_and_falls_by_half_a_cosine(ends_at_zero: bo
 def test_a_schedule_without_room_for_a_cosine_is_all_warm_up() -> None:
     assert [warmup_cosine(step, 2, 2) for step in (1, 2)] == [0.5, 1.0]
     assert warmup_cosine(1, 1, 1) == 1.0
+    assert [warmup_cosine(step, 2, 1) for step in (1, 2)] == [1.0, 0.0]  # by default the last step has rate 0
+    assert [warmup_cosine(step, 3, 1, ends_at_zero=False) for step in (2, 3)] == [1.0, 0.5]
 
 
 def test_parameters_are_split_by_their_dimensions() -> None:
@@ -63,6 +65,16 @@ def test_every_parameter_is_updated_as_by_torch_itself() -> None:
         assert all(p.grad is None for p in (kernel, matrix, bias))
     assert torch.equal(kernel.flatten(1), as_matrix)
     assert torch.equal(matrix, theirs[0]) and torch.equal(bias, theirs[1])
+
+
+def test_a_parameter_without_gradient_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(3, 2)) for _ in range(4)]
+    before = [p.detach().clone() for p in parameters]
+    optimizer = MuonAdamW(parameters[:2], parameters[2:], [], 0.1, 0.1)
+    gradients(parameters[::2], 0)
+    optimizer.step(0.1)
+    assert [torch.equal(p, old) for p, old in zip(parameters, before, strict=True)] == [False, True, False, True]
 
 
 def test_each_parameter_has_one_owner() -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 # Module below shoulders/ -> the tests of its arithmetic, the fastest first.
 TESTS: dict[str, tuple[str, ...]] = {
     "optimizers.py": ("tests/test_optimizers.py",),
-    "student/adapters.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
+    "student/adapters.py": (
+        "tests/student/test_initial_weights.py",
+        "tests/student/test_adapters.py",
+        "tests/student/test_encoder.py",
+    ),
     "student/base.py": ("tests/student/test_base.py", "tests/student/test_ladder.py"),
     "student/config.py": ("tests/student/test_encoder.py", "tests/test_model.py"),
     "student/convolutions.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
@@ -13,7 +17,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "student/families.py": ("tests/student/test_encoder.py", "tests/student/test_base.py"),
     "student/kinds.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
     "student/ladder.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
-    "tasks/average_precision.py": ("tests/tasks/data/test_coco.py",),
+    "tasks/average_precision.py": ("tests/tasks/test_average_precision.py", "tests/tasks/data/test_coco.py"),
     "training/optimizers.py": ("tests/training/test_optimizers.py",),
     "transfer/balance.py": ("tests/transfer/test_balance_reference.py", "tests/transfer/test_losses.py"),
     "transfer/distances.py": ("tests/transfer/test_losses.py",),
@@ -24,7 +28,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/transfer/test_projectors.py",
         "tests/transfer/test_losses.py",
     ),
-    "transfer/standardize.py": ("tests/transfer/test_standardize.py",),
+    "transfer/standardize.py": ("tests/transfer/test_standardize_reference.py", "tests/transfer/test_standardize.py"),
 }
 
 # (module, function, before, after) -> why no test can kill it.

@@ -200,3 +200,12 @@ def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str
     capfd.readouterr()
     load_base(Student(base=str(tmp_path)))
     assert capfd.readouterr() == ("", "")
+
+
+def test_layers_of_the_projectors_are_those_that_the_base_has(tmp_path: Path) -> None:
+    spec = Student(base=str(save_base(tmp_path)))
+    check_base(spec, (32, 32), ["block0", "latent", "block1"])
+    with pytest.raises(
+        RecipeError, match=r"^transfer\.layers: .* has no layer 'block2'; it has latent, block0 .. block1$"
+    ):
+        check_base(spec, (32, 32), ["block0", "block2"])

@@ -89,6 +89,7 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up() -> None:
 def test_averages_have_a_short_memory_at_first() -> None:
     """The decay of step n is (1 + n) / (10 + n), at most ``ema``."""
     learner, optimizers = build(optimizer="adamw", ema=0.5)
+    assert not any(x.requires_grad for x in optimizers.ema.values())
     average = learner.linear.bias.detach().clone()
     for step, decay in ((1, 2 / 11), (2, 3 / 12), (8, 0.5), (20, 0.5)):
         backward(learner, scale=step)
