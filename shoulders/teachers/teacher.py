@@ -25,16 +25,16 @@ class Tap:
 
 
 class Teacher(nn.Module):
-    """A frozen module with its own input size and normalisation: pixels in [0, 1] to ``{tap: Features}``.
+    """A frozen module with its own input size and normalization: pixels in [0, 1] to ``{tap: Features}``.
 
-    This is also the contract for your own model. ``module: package.module:function`` in the recipe names
-    a function without arguments that returns a ``Teacher``::
+    A model of your own is a ``Teacher`` too: ``module: package.module:function`` in the recipe names a function without
+    arguments that returns one::
 
         def teacher() -> Teacher:
             return Teacher(MyNet(), size=(224, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), license="mit")
 
     Args:
-        module: maps normalised pixels (B, 3, h, w) to ``{tap: Features}``, with B first everywhere.
+        module: maps normalized pixels (B, 3, h, w) to ``{tap: Features}``, with B first everywhere.
         size: (h, w) in px; images are rendered at this size and no other.
         mean, std: per channel, of pixels in [0, 1].
         license: as the weights' owner names it.
@@ -130,7 +130,7 @@ def check_output(output: Any, images: int) -> None:
             if x.shape[0] != images:
                 raise RecipeError(f"tap {tap!r}: {name} has {x.shape[0]} rows for {images} images; B comes first")
             if not torch.isfinite(x).all():
-                raise RecipeError(f"tap {tap!r}: {name} is not finite; check weights and normalisation")
+                raise RecipeError(f"tap {tap!r}: {name} is not finite; check weights and normalization")
 
 
 class AnyTeachers(nn.Module, ABC):
@@ -163,7 +163,7 @@ class AnyTeachers(nn.Module, ABC):
 
     @abstractmethod
     def preprocessing(self) -> dict[str, list[list[float]]]:
-        """The pixel normalisation of each live teacher: ``{name: [mean, std]}``."""
+        """The pixel normalization of each live teacher: ``{name: [mean, std]}``."""
 
     @abstractmethod
     def provenance(self) -> dict[str, dict[str, str | None]]:
@@ -203,7 +203,7 @@ class Teachers(AnyTeachers):
         sources: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(bf16, sources)
-        # with a slash: a bare name such as "type" could be one of ModuleDict's own
+        # the slash keeps names such as "type" apart from attributes of ModuleDict
         self.teachers = nn.ModuleDict({f"{name}/": teacher for name, teacher in teachers.items()})
         selected = taps or {}
         self.selected = {name: tuple(selected.get(name) or teacher.taps) for name, teacher in teachers.items()}
