@@ -116,7 +116,9 @@ def measure_in_child(args: argparse.Namespace, variant: str, batch: int, gflop: 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure images per second, peak memory, arithmetic, and the rate of matrix products, in this process."""
     import torch
-    from variants import count_arithmetic, job
+    from variants import job
+
+    from shoulders.hub.flops import count_flops
 
     torch.set_num_threads(args.threads)
     (batch,) = args.batch
@@ -143,7 +145,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     a @ b
     gemm = 2 * 2048**3 / statistics.median(timed(lambda: a @ b) for _ in range(5))
     images_per_s = batch / statistics.median(taken)
-    arithmetic = count_arithmetic(step) / batch if args.gflop is None else args.gflop * 1e9
+    arithmetic = count_flops(step) / batch if args.gflop is None else args.gflop * 1e9
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "images_per_s": images_per_s,

@@ -12,8 +12,6 @@ import torch
 import transformers
 from PIL import Image
 from plain import Plain
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from shoulders.config.recipe import Recipe, check_recipe
 from shoulders.distillation import Run, prepare
@@ -141,10 +139,3 @@ def learn_all(run: Run) -> None:
     encoder.adapter.requires_grad_(False).enabled = False
     encoder.base.requires_grad_(True)
     run.optimization = type(run.optimization)(run.learner, run.recipe.train)
-
-
-def count_arithmetic(step: Callable[[], object]) -> int:
-    """FLOP of one step: matrix products, convolutions and attention."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step()
-    return int(counter.get_total_flops())

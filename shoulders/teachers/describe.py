@@ -6,9 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from shoulders.hub.flops import count_flops
 from shoulders.teachers.teacher import Teacher
 
 
@@ -21,15 +20,12 @@ def describe(name: str, teacher: Teacher) -> dict[str, Any]:
         "license": teacher.license,
         "size": teacher.size,
         "parameters": sum(parameter.numel() for parameter in teacher.parameters()),
-        "gflop_per_image": round(count_flop(teacher) / 1e9, 3),
+        "gflop_per_image": round(flops_per_image(teacher) / 1e9, 3),
         "taps": {tap: asdict(shape) for tap, shape in teacher.taps.items()},
     }
 
 
-def count_flop(teacher: Teacher) -> int:
-    """Floating-point operations of one image: matrix products, convolutions and attention."""
+def flops_per_image(teacher: Teacher) -> int:
+    """FLOPs of a teacher for one image: matrix products, convolutions and attention."""
     blank = torch.zeros(1, 3, *teacher.size, device=teacher.mean.device)
-    # the counter does not count the fused attention of CPUs, so attention runs as two matrix products
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        teacher(blank)
-    return int(counter.get_total_flops())
+    return count_flops(lambda: teacher(blank))

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from shoulders.config.recipe import Recipe, as_size, read_recipe
 from shoulders.distillation import Run
@@ -25,6 +23,7 @@ from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.evaluation.finetune_models import init_from_scratch
 from shoulders.features import Batch
+from shoulders.hub.flops import count_flops
 from shoulders.images import ImageSet, open_images
 from shoulders.model import ShouldersConfig, load
 from shoulders.tasks import TASKS, FinetuneTask, Row
@@ -100,7 +99,7 @@ def equal_flops(folder: Path | str, goal: FinetuneTask, size: tuple[int, int]) -
     recipe = check_countable(folder)
     per_image = _distillation(folder, recipe)
     step, images = _supervise(load(folder).config, goal, size)
-    supervised = counted_flops(step) / images
+    supervised = count_flops(step) / images
     return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
 
@@ -120,23 +119,15 @@ def check_countable(folder: Path | str) -> Recipe:
     return recipe
 
 
-def counted_flops(work: Callable[[], object]) -> int:
-    """FLOPs of some work, twice the multiplications; attention as two products."""
-    # the counter does not know the fused attention of CPUs
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def _distillation(folder: Path | str, recipe: Recipe) -> float:
     """Training FLOPs of an image, the mean over the sources: not every teacher learns from all of them."""
     if not recipe.teacher_sources:
-        return counted_flops(_distil(folder, recipe, {})) / COUNTED
+        return count_flops(_distil(folder, recipe, {})) / COUNTED
     images, total = open_images(recipe.images, recipe.train.seed), 0.0
     sources = {name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()}
     for source, share in images.shares().items():
         (index,) = images.collection.source_indices([source])
-        total += share * counted_flops(_distil(folder, recipe, sources, index)) / COUNTED
+        total += share * count_flops(_distil(folder, recipe, sources, index)) / COUNTED
     return total
 
 

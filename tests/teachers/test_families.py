@@ -15,7 +15,7 @@ from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, list_families, load_teacher
-from shoulders.teachers.describe import count_flop
+from shoulders.teachers.describe import flops_per_image
 
 WriteTiny = Callable[..., Path]
 Components = tuple[Tensor | None, Tensor]
@@ -243,4 +243,4 @@ def test_all_taps_at_another_size(model_type: str, write_tiny: WriteTiny) -> Non
     if family.fixed_size:
         with pytest.raises(RecipeError, match=r"teachers\.t\.size: .* takes only"):
             load_teacher("t", TeacherSpec(model=str(folder), size=96))
-    assert count_flop(teacher) > 0
+    assert flops_per_image(teacher) > 0

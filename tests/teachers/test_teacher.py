@@ -15,7 +15,7 @@ from shoulders.config.recipe import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features, in_order
 from shoulders.teachers import Tap, Teacher, Teachers, describe, load_teacher
-from shoulders.teachers.describe import count_flop
+from shoulders.teachers.describe import flops_per_image
 
 WriteTiny = Callable[..., Path]
 
@@ -142,7 +142,7 @@ def test_description(write_tiny: WriteTiny) -> None:
     length = tokens + 1
     attention = 4 * length * width * width + 2 * length * length * width
     products = blocks * (attention + 2 * length * width * hidden) + tokens * 3 * patch * patch * width
-    assert count_flop(teacher) == 2 * products
+    assert flops_per_image(teacher) == 2 * products
     assert described["gflop_per_image"] == round(2 * products / 1e9, 3)
     assert described["taps"] == {"last": {"summary": 16, "spatial": 16, "grid": (4, 4)}}
     assert (described["license"], described["size"], described["revision"]) == ("apache-2.0", (32, 32), None)

@@ -19,10 +19,11 @@ from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, RecipeError
 from shoulders.feature_cache import build_cache, estimate_cache, verify_cache
 from shoulders.features import Batch, Features, align
+from shoulders.hub.flops import count_flops
 from shoulders.images import ImageSet, open_source
 from shoulders.teachers import Teachers
 from shoulders.training.preflight import check_training
-from shoulders.training.supervised_baseline import _distillation, counted_flops
+from shoulders.training.supervised_baseline import _distillation
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.losses import Settings, kpu
@@ -340,7 +341,7 @@ def test_a_teacher_of_fewer_images_costs_fewer_flops(world: Path, streets_only: 
         def step() -> None:
             run.learner(batch.pixels(run.size), run.teach(batch), torch.zeros(4, 2))[0].backward()
 
-        return counted_flops(step) / 4
+        return count_flops(step) / 4
 
     half, everything = flops(["streets"], [1, 0, 1, 0]), flops(None, [1, 0, 1, 0])
     counted = _distillation(streets_only, recipe(world, streets_only, ["streets"]))
