@@ -23,7 +23,7 @@ def cache(
     info: Annotated[bool, typer.Option("--info", help="Only list what it holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Precompute teacher features, so that runs read them instead of running the teachers."""
+    """Precompute teacher features. Runs then read them instead of running the teachers."""
     if estimate + verify + info > 1:
         raise RecipeError("give one of --estimate, --verify and --info, or none of them to build the cache")
     from shoulders.config.recipe import read_recipe

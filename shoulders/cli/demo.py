@@ -18,7 +18,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="About a minute; the scores mean nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the method in minutes: four tiny teachers, one student, four tasks, one page."""
+    """Run the method in minutes. Four tiny teachers, one student, four tasks, one page."""
     from shoulders.demo import KINDS, demo
 
     rows = demo(out, quick)

@@ -11,7 +11,7 @@ from shoulders.storage.atomic import size_text
 
 
 def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Estimate a run's time, memory and disk, and suggest how to reduce them."""
+    """Estimate a run's time, memory and disk. Also suggest how to reduce them."""
     from shoulders.config.recipe import read_recipe
 
     checked = read_recipe(recipe, overrides or ())
@@ -54,8 +54,8 @@ def _decode(decode: dict[str, Any], step_s: float) -> list[str]:
         return []
     busy = decode["s_per_batch"] / workers / step_s
     return [
-        f"decode  {1000 * decode['s_per_batch']:.1f} ms per batch in one worker; {workers} work during the step, "
-        f"each busy for {busy:.0%} of it"
+        f"decode  {1000 * decode['s_per_batch']:.1f} ms per batch in one worker; with {workers} at work, each is "
+        f"busy for {busy:.0%} of the step"
     ]
 
 
@@ -69,7 +69,7 @@ def _memory(memory: dict[str, Any]) -> str:
 
 def _disk(disk: dict[str, Any]) -> str:
     text = (
-        f"disk    {size_text(disk['run_bytes'])}: {disk['checkpoints']} checkpoints of "
+        f"disk    {size_text(disk['run_bytes'])}: checkpoints {disk['checkpoints']} x "
         f"{size_text(disk['checkpoint_bytes'])}, the student {size_text(disk['student_bytes'])}; "
         f"{size_text(disk['free_bytes'])} free"
     )

@@ -18,7 +18,7 @@ def teachers(
     families: Annotated[bool, typer.Option("--families", help="List the supported model families.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Describe the teachers of a recipe, or list the model families that can be teachers."""
+    """Describe the teachers of a recipe, or list model families."""
     if families == (recipe is not None):
         raise RecipeError("give a recipe, or --families")
     if recipe is None:

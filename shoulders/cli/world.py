@@ -21,7 +21,7 @@ def world(
     seed: Annotated[int, typer.Option(help="Each seed gives other scenes.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write the small world as ordinary files: drawn scenes with labels for all four tasks."""
+    """Write the small world as files. It has drawn scenes with labels for all four tasks."""
     from tqdm import tqdm
 
     from shoulders.world import STYLES, write_world
