@@ -239,7 +239,7 @@ def test_the_world_is_written_once(tmp_path: Path) -> None:
     assert listed == [{"style": "ink", "path": str(tmp_path / "ink"), "written": False}]
     refused = run_cli(*command, "--seed", 1)
     assert refused.returncode == 2
-    assert refused.stderr.startswith(f"shoulders: {tmp_path / 'ink'}: holds the world")
+    assert refused.stderr.startswith(f"shoulders: {tmp_path / 'ink'}: is the world")
 
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

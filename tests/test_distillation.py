@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 import shoulders
-from shoulders.config.recipe import Train, check_recipe
+from shoulders.config.recipe import check_recipe
+from shoulders.config.sections import Train
 from shoulders.distillation import distill
 from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Features

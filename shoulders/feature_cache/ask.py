@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from shoulders.config.recipe import Recipe, as_size
+from shoulders.config.recipe import Recipe
+from shoulders.config.section import as_size
 from shoulders.errors import NumericError
 from shoulders.feature_cache.codec import EncodeError
 from shoulders.features import Batch, Features

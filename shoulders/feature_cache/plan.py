@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from shoulders.config.recipe import Cache
+from shoulders.config.sections import Cache
 from shoulders.errors import DataError
 from shoulders.feature_cache import store
 from shoulders.feature_cache.ask import TeacherRunner, refusal, together

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shoulders.config import recipe
+from shoulders.config import sections
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Skipped
 from shoulders.images.image_set import Collection, ImageSet
@@ -20,7 +20,7 @@ from shoulders.images.workers import prefetch
 def batches(
     image_set: ImageSet,
     sizes: list[Size],
-    settings: recipe.Images,
+    settings: sections.Images,
     *,
     batch: int,
     seed: int,
@@ -120,7 +120,7 @@ def listed_batches(
     image_set: ImageSet,
     views: Iterable[NDArray[np.int64]],
     sizes: list[Size],
-    settings: recipe.Images,
+    settings: sections.Images,
     seed: int,
 ) -> Iterator[Batch]:
     """Batches of the listed views, with the same pixels as in `batches` and `evaluation_batches`.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from shoulders.config.recipe import Images
+from shoulders.config.sections import Images
 from shoulders.config.user_code import call_function
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.folder import Folder, walk

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shoulders.config import recipe
+from shoulders.config import sections
+from shoulders.config.section import as_size
 from shoulders.errors import DataError
 from shoulders.features import CENTRAL, Skipped
 from shoulders.images.decode import Undecodable
@@ -33,7 +34,7 @@ class TrainingViews(Views):
     """
 
     def __init__(
-        self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int, decode_sizes: list[Size]
+        self, image_set: ImageSet, sizes: list[Size], settings: sections.Images, seed: int, decode_sizes: list[Size]
     ) -> None:
         self.image_set, self.sizes, self.settings, self.seed = image_set, sizes, settings, seed
         self.min_side = min_decode_side(decode_sizes, settings.scale)
@@ -116,9 +117,9 @@ class ListedViews(Views):
         seed: of the views.
     """
 
-    def __init__(self, image_set: ImageSet, sizes: list[Size], settings: recipe.Images, seed: int) -> None:
+    def __init__(self, image_set: ImageSet, sizes: list[Size], settings: sections.Images, seed: int) -> None:
         self.images, self.sizes, self.settings, self.seed = image_set.collection, sizes, settings, seed
-        self.shape = recipe.as_size(settings.size)  # central views have the aspect ratio of the student's input
+        self.shape = as_size(settings.size)  # central views have the aspect ratio of the student's input
 
     def __getitem__(self, views: NDArray[np.int64]) -> Rendered | DataError:
         """A batch of at most B views."""

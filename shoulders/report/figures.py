@@ -10,7 +10,8 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from shoulders.config.recipe import TeacherSpec, as_size
+from shoulders.config.section import as_size
+from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.errors import ShouldersError
 from shoulders.features import Features

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import transformers
 
-from shoulders.config.recipe import as_size
+from shoulders.config.section import as_size
 from shoulders.config.student import Conv, Side, Student
 from shoulders.errors import RecipeError
 from shoulders.hub import (

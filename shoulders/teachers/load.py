@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.config.user_code import call_function, check_function
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoulders.config.recipe import Images
+from shoulders.config.sections import Images
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch
 from shoulders.images import (

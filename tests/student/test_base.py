@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from shoulders.config.recipe import Student
+from shoulders.config.student import Student
 from shoulders.errors import DataError, RecipeError
 from shoulders.student.base import check_base, load_base
 from shoulders.student.families import BASES, IMAGE_CONFIGS

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from shoulders.config.recipe import Student, check_recipe
+from shoulders.config.recipe import check_recipe
+from shoulders.config.student import Student
 from shoulders.distillation import Run, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, list_families, load_teacher

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
 

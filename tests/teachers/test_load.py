@@ -16,7 +16,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import DataError, RecipeError
 from shoulders.teachers import check_teacher, load_teacher
 from tests.teachers.conftest import VIT
@@ -147,7 +147,7 @@ def test_classification_checkpoints_of_image_towers(tmp_path: Path) -> None:
 
 
 HUB = """
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.teachers import load_teacher
 
 for revision in (None, "main", "{commit}"):

@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 
 import shoulders
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.teachers import FAMILIES, Tap, load_teacher
 from shoulders.teachers.families import Family, HeadSpec, Taps

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features, in_order
 from shoulders.teachers import Tap, Teacher, Teachers, describe, load_teacher

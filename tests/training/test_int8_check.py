@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shoulders.config.recipe import Recipe, TeacherSpec, check_recipe
+from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.hub.fast import Int8Linear, int8_available
 from shoulders.teachers import check_teacher, load_teacher

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shoulders.config.recipe import Train
+from shoulders.config.sections import Train
 from shoulders.errors import DataError
 from shoulders.training.optimizers import Optimizers
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.hub import Pretrained, load_strict, quiet, read_json
 from shoulders.teachers import Teacher
 from shoulders.teachers.checkpoint import Checkpoint, read_checkpoint, teacher_error

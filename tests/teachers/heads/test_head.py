@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.features import Features
 from shoulders.teachers import FAMILIES, Teacher, load_teacher

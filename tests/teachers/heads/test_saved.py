@@ -14,7 +14,8 @@ import transformers as hf
 from PIL import Image
 
 import shoulders
-from shoulders.config.recipe import Recipe, TeacherSpec
+from shoulders.config.recipe import Recipe
+from shoulders.config.sections import TeacherSpec
 from shoulders.distillation import distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.teachers import load_teacher
