@@ -1,12 +1,12 @@
-"""What a cache costs and saves: bytes per view, how fast it is read, and a step with and without it.
+"""The cost and the benefit of a cache: bytes per view, reading speed, and a training step with and without it.
 
     python benchmarks/cache/run.py [--views 1024] [--rounds 5] [--steps 2]
 
-Reading: random batches of 64 views out of the page cache, for the teachers and the base of recipes/world.yaml, each as
-far as it is asked about them, and for three ViT-B-sized teachers (a summary and 14 x 14 places of 768 channels each). A
-step: recipes/world.yaml as it is, teachers asked live and out of the cache. One thread; CPU seconds, medians of
-interleaved rounds: other work on the machine counts less against them than against the clock. Writes results.json and
-table.md here.
+Reading: random batches of 64 views from the page cache. For the teachers and the base of recipes/world.yaml, each reads
+the images of its sources; three teachers of the size of ViT-B have a summary and 14 x 14 tokens of 768 channels each.
+Step: recipes/world.yaml as it is, with live teachers and with the cache. One thread; medians of CPU seconds over
+interleaved rounds, which depend less on other work on the machine than the clock does. Writes results.json and table.md
+to this folder.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
-from shoulders.config.recipe import Cache, Recipe, read_recipe
+from shoulders.config.recipe import Recipe, check_recipe, read_recipe
+from shoulders.config.sections import Cache
 from shoulders.distillation import Run, prepare
 from shoulders.distributed.context import DistContext
-from shoulders.feature_cache import build_cache, store
-from shoulders.feature_cache.build import Builder
-from shoulders.feature_cache.codec import Codec
-from shoulders.feature_cache.index import Index
-from shoulders.feature_cache.read import TeacherStore
+from shoulders.feature_cache import build_cache
+from shoulders.feature_cache.spec import CacheSpec
+from shoulders.feature_cache.teacher_store import TeacherStore
 from shoulders.features import Features
 from shoulders.storage.atomic import write_text
-from shoulders.teachers import Tap
+from shoulders.teachers import Teacher
+from shoulders.world import TEACHERS
 
 HERE = Path(__file__).resolve().parent
 RECIPE = HERE.parents[1] / "recipes" / "world.yaml"
 BATCH = 64
+VIT_VIEWS = 512
 Seconds = dict[str, float]
 
 
@@ -46,39 +49,36 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="steps in each round")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        caches: dict[str, Recipe] = {}
+        recipes = {dtype: world_recipe(Path(scratch), args.views, dtype) for dtype in ("int8", "float16")}
         rows: list[dict[str, Any]] = []
         jobs: dict[str, Callable[[], None]] = {}
-        for dtype in ("int8", "float16"):
-            caches[dtype] = recipe(Path(scratch), asked.views, dtype)
-            made = build_cache(caches[dtype])
-            builder = Builder(caches[dtype], {}, lambda line: None)
-            world = [builder.shelf(name) for name in builder.prints]
-            lost = [tap["reconstruction_fvu"] for row in made["teachers"] for tap in row["taps"]]
-            rows.append({"what": "world", "dtype": dtype, "fvu_lost_most": max(lost)})
-            jobs |= reading(f"world {dtype}", world)
-            vit = three_vits(Path(scratch) / f"vit-{dtype}", dtype)
-            rows.append({"what": "three ViT-B", "dtype": dtype})
-            jobs |= reading(f"three ViT-B {dtype}", vit)
-            for row, shelves in zip(rows[-2:], (world, vit), strict=True):
-                asked_about = zip(shelves, shares(shelves), strict=True)
-                row["bytes_per_view"] = round(sum(shelf.shards.record * share for shelf, share in asked_about))
-        seconds = interleaved(jobs, asked.rounds)
+        for dtype, recipe in recipes.items():
+            info = build_cache(recipe)
+            fvu = [tap["reconstruction_fvu"] for row in info["teachers"] for tap in row["taps"]]
+            world, vits = open_stores(recipe, {}), three_vits(Path(scratch), dtype)
+            rows.append({"teachers": "world", "dtype": dtype, "max_reconstruction_fvu": max(fvu)})
+            rows.append({"teachers": "three ViT-B", "dtype": dtype})
+            for row, stores in zip(rows[-2:], (world, vits), strict=True):
+                weighted = zip(stores, fractions(stores), strict=True)
+                row["bytes_per_view"] = round(sum(store.shards.record_bytes * part for store, part in weighted))
+                jobs |= reading(f"{row['teachers']} {dtype}", stores)
+        seconds = interleaved(jobs, args.rounds)
         for row in rows:
-            name = f"{row['what']} {row['dtype']}"
-            row |= {"views_per_s": BATCH / seconds[name], "views_per_s_unchecked": BATCH / seconds[f"{name} unchecked"]}
-        steps = step_seconds(caches, asked.rounds, asked.steps)
-    result = {"threads": 1, "views": asked.views, "rounds": asked.rounds}
-    result |= {"batch": caches["int8"].train.batch, "reading": rows, "step_s": steps}
+            name = f"{row['teachers']} {row['dtype']}"
+            row["views_per_s"] = BATCH / seconds[name]
+            row["views_per_s_unverified"] = BATCH / seconds[f"{name} unverified"]
+        steps = step_seconds(recipes, args.rounds, args.steps)
+    result = {"threads": 1, "views": args.views, "rounds": args.rounds}
+    result |= {"batch": recipes["int8"].train.batch, "reading": rows, "step_s": steps}
     write_text(HERE / "results.json", json.dumps(result, indent=1) + "\n")
     write_text(HERE / "table.md", table(result))
     print(table(result))
 
 
-def recipe(scratch: Path, views: int, dtype: str) -> Recipe:
+def world_recipe(scratch: Path, views: int, dtype: str) -> Recipe:
     """recipes/world.yaml with fewer images and a cache."""
     styles = ("studio", "neon", "paper", "ink")
     counts = [f"images.sources.{style}.args.count={views // len(styles)}" for style in styles]
@@ -98,111 +98,115 @@ def recipe(scratch: Path, views: int, dtype: str) -> Recipe:
     )
 
 
-class Numbered:
-    """Records that belong to no image but their number."""
+class RandomFeatures(nn.Module):
+    """A teacher of the size of ViT-B; its features are random numbers."""
 
-    def keys(self, numbers: np.ndarray) -> list[tuple[int, int]]:
-        """As that of `Index`."""
-        return [(int(number), 0) for number in numbers]
+    summary: Tensor
+    spatial: Tensor
 
-    def __len__(self) -> int:
-        return 512
-
-
-def three_vits(folder: Path, dtype: str) -> list[TeacherStore]:
-    """512 views of random features, as three ViT-B-sized teachers would say."""
-    shelves = []
-    taps = {"last": Tap(768, 768, (14, 14))}
-    for name in ("one", "two", "three"):
+    def __init__(self) -> None:
+        super().__init__()
         generator = torch.Generator().manual_seed(0)
-        told = {
-            "last": Features(
-                torch.randn(64, 768, generator=generator), torch.randn(64, 196, 768, generator=generator), (14, 14)
-            )
+        self.register_buffer("summary", torch.randn(BATCH, 768, generator=generator))
+        self.register_buffer("spatial", torch.randn(BATCH, 14 * 14, 768, generator=generator))
+
+    def forward(self, pixels: Tensor) -> dict[str, Features]:
+        """The same features for every batch of at most 64 images."""
+        return {"last": Features(self.summary[: len(pixels)], self.spatial[: len(pixels)], (14, 14))}
+
+
+def three_vits(scratch: Path, dtype: str) -> list[TeacherStore]:
+    """The stores of three teachers of the size of ViT-B, with 512 views."""
+    source = {"module": "shoulders.world:unlabelled", "args": {"styles": ["studio"], "count": VIT_VIEWS}}
+    recipe = check_recipe(
+        {
+            "student": {"base": str(TEACHERS / "base")},
+            "images": {"sources": {"world": source}, "size": 96, "views": 1, "workers": 0},
+            "transfer": {"preserve": 0.0},
+            "cache": {"path": str(scratch / f"vit-{dtype}"), "dtype": dtype},
+            "out": str(scratch / "run"),
         }
-        codec = Codec(taps, Cache(dtype=dtype))
-        payload = codec.encode(told).numpy()
-        (folder / name).mkdir(parents=True)
-        for shard in range(2):
-            keys = [[(shard * 256 + 64 * part + i, 0) for i in range(64)] for part in range(4)]
-            sealed = (store.seal(payload, [0] * 64, part, 7) for part in keys)
-            store.write_shard(folder / name / store.SHARD.format(shard), sealed, 0)
-        shelf = TeacherStore.__new__(TeacherStore)  # without a plan: there is no teacher that it could be of
-        shelf.folder, shelf.command, shelf.codec, shelf.salt = folder / name, "", codec, 7
-        shelf.index = cast(Index, Numbered())
-        shelf.shards = store.Shards(folder / name, codec.bytes + store.TRAILER, [256, 256])
-        shelves.append(shelf)
-    return shelves
+    )
+    # the teachers receive batches of 64 images at this size
+    teachers = {name: Teacher(RandomFeatures(), size=(256, 512)) for name in ("one", "two", "three")}
+    build_cache(recipe, extra_teachers=teachers)
+    return open_stores(recipe, teachers)
 
 
-def shares(shelves: list[TeacherStore]) -> list[float]:
-    """Of all views, those that each teacher is asked about."""
-    most = max(len(shelf.index) for shelf in shelves)
-    return [len(shelf.index) / most for shelf in shelves]
+def open_stores(recipe: Recipe, extra_teachers: dict[str, Teacher]) -> list[TeacherStore]:
+    """The stores of a complete cache."""
+    spec = CacheSpec(recipe, extra_teachers)
+    return [spec.store(name) for name in spec.fingerprints]
 
 
-def reading(name: str, shelves: list[TeacherStore]) -> dict[str, Callable[[], None]]:
-    """Reading a batch of all teachers to float32, with checksums and without."""
-    dice = np.random.default_rng(0)
+def fractions(stores: list[TeacherStore]) -> list[float]:
+    """The fraction of all views that each teacher has."""
+    largest = max(len(store.index) for store in stores)
+    return [len(store.index) / largest for store in stores]
 
-    def read() -> None:
-        for shelf, share in zip(shelves, shares(shelves), strict=True):
-            numbers = dice.choice(len(shelf.index), round(BATCH * share), replace=False)
-            shelf.told(numbers, torch.device("cpu"))
 
-    def unchecked() -> None:
-        sound, store.is_sound = store.is_sound, lambda *args: True
-        try:
-            read()
-        finally:
-            store.is_sound = sound
+def reading(name: str, stores: list[TeacherStore]) -> dict[str, Callable[[], None]]:
+    """Jobs that read a batch of all teachers as float32: with and without verifying the records."""
+    rng = np.random.default_rng(0)
 
-    return {name: read, f"{name} unchecked": unchecked}
+    def read(stores: list[TeacherStore]) -> None:
+        for store, fraction in zip(stores, fractions(stores), strict=True):
+            numbers = rng.choice(len(store.index), round(BATCH * fraction), replace=False)
+            store.features(numbers, torch.device("cpu"))
+
+    unverified = [
+        TeacherStore(one.index, one.codec, one.shards, one.salt, one.size, one.command, verify=False) for one in stores
+    ]
+    return {name: partial(read, stores), f"{name} unverified": partial(read, unverified)}
 
 
 def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> Seconds:
-    """Median CPU seconds of each job, which is run twice before it counts."""
+    """Median CPU seconds of each job, after two runs for warm-up."""
     for job in jobs.values():
         job()
         job()
-    told: dict[str, list[float]] = {name: [] for name in jobs}
+    times: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(4 * rounds):
         for name, job in jobs.items():
             started = time.process_time()
             job()
-            told[name].append(time.process_time() - started)
-    return {name: statistics.median(seconds) for name, seconds in told.items()}
+            times[name].append(time.process_time() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def step_seconds(caches: dict[str, Recipe], rounds: int, steps: int) -> Seconds:
-    """Median CPU seconds of a training step, decoding included, asked live and out of each cache."""
-    live = caches["int8"].model_copy(update={"cache": Cache()})
+def step_seconds(recipes: dict[str, Recipe], rounds: int, steps: int) -> Seconds:
+    """Median CPU seconds of a training step with decoding, with live teachers and with each cache."""
+    live = recipes["int8"].model_copy(update={"cache": Cache()})
     runs: dict[str, Run] = {}
-    for name, one in {"live": live, **caches}.items():
+    for name, one in {"live": live, **recipes}.items():
         runs[name] = prepare(one, {}, DistContext(0, 1, torch.device("cpu")))
         runs[name].calibrate()
-    told: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
             started = time.process_time()
             for step, batch in enumerate(run._batches(turn * steps, (turn + 1) * steps, 0, 1), turn * steps + 1):
                 run.step(step, batch)
-            told[name].append((time.process_time() - started) / steps)
-    return {name: statistics.median(seconds[1:]) for name, seconds in told.items()}
+            times[name].append((time.process_time() - started) / steps)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results in Markdown."""
+    """The results as Markdown."""
     lines = [
-        "| teachers | stored as | bytes per view | views/s on one core | the same unchecked |",
+        "| teachers | stored as | bytes per view | views/s on one core | the same unverified |",
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['what']} | {row['dtype']} | {row['bytes_per_view']:,} | {row['views_per_s']:,.0f} | "
-        f"{row['views_per_s_unchecked']:,.0f} |"
+        f"| {row['teachers']} | {row['dtype']} | {row['bytes_per_view']:,} | {row['views_per_s']:,.0f} | "
+        f"{row['views_per_s_unverified']:,.0f} |"
         for row in result["reading"]
     ]
-    lines += ["", f"| recipes/world.yaml, batch {result['batch']} | CPU seconds per step | of live |", "|---|---|---|"]
+    lines += [
+        "",
+        f"| recipes/world.yaml, batch {result['batch']} | CPU seconds per step | of live teachers |",
+        "|---|---|---|",
+    ]
     live = result["step_s"]["live"]
     lines += [f"| {name} | {seconds:.2f} | {seconds / live:.2f} |" for name, seconds in result["step_s"].items()]
     return "\n".join(lines) + "\n"

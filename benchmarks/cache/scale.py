@@ -1,10 +1,10 @@
-"""What more images cost: making a cache of them, and training from it.
+"""The cost of more images: building their cache, and training with it.
 
     python benchmarks/cache/scale.py [--images 1000 4000 16000 50000] [--steps 200]
 
-The classifier of the small world and its scenes of one style, each count in processes of their own: one makes the
-cache, another one trains from it. CPU seconds on one thread; memory is resident, with Python and torch in it. Linear
-time and flat memory are what it should say. Writes scale.json and scale.md here.
+The classifier of the small world and its scenes of one style. For each number of images, one process builds the cache
+and another one trains with it. CPU seconds of one thread; memory is resident memory, including Python and torch. The
+time should grow linearly and the memory should stay the same. Writes scale.json and scale.md to this folder.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 4000, 16000, 50000])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--child", nargs=2, metavar=("JOB", "FOLDER"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        job, folder = asked.child
-        print(json.dumps(JOBS[job](Path(folder), asked.images[0], asked.steps)))
+    args = parser.parse_args()
+    if args.child:
+        job, folder = args.child
+        print(json.dumps(JOBS[job](Path(folder), args.images[0], args.steps)))
         return
     rows = []
-    for images in asked.images:
+    for images in args.images:
         with tempfile.TemporaryDirectory() as folder:
-            row: dict[str, Any] = {"images": images, "steps": asked.steps}
+            row: dict[str, Any] = {"images": images, "steps": args.steps}
             for job in JOBS:
-                row |= child(job, folder, images, asked.steps)
+                row |= child(job, folder, images, args.steps)
             rows.append(row)
     from shoulders.storage.atomic import write_text
 
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def child(job: str, folder: str, images: int, steps: int) -> dict[str, Any]:
-    """The figures of a job in a process of its own."""
+    """The figures of a job, measured in a child process."""
     command = [sys.executable, __file__, "--child", job, folder, "--images", str(images), "--steps", str(steps)]
     threads = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads)  # noqa: S603
     if done.returncode:
         raise SystemExit(f"{job} of {images} images failed:\n{done.stderr[-2000:]}")
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def recipe(folder: Path, images: int) -> Any:
@@ -83,46 +83,46 @@ def recipe(folder: Path, images: int) -> Any:
     )
 
 
-def make(folder: Path, images: int, steps: int) -> dict[str, float]:
-    """Make the cache."""
+def build(folder: Path, images: int, steps: int) -> dict[str, float]:
+    """Build the cache."""
     from shoulders.feature_cache import build_cache
 
-    begun = time.process_time()
+    started = time.process_time()
     build_cache(recipe(folder, images))
     size = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
-    return {"make_s": time.process_time() - begun, "make_peak_mb": most(), "disk_mb": size / 1e6}
+    return {"build_s": time.process_time() - started, "build_peak_mb": peak_mb(), "disk_mb": size / 1e6}
 
 
 def train(folder: Path, images: int, steps: int) -> dict[str, float]:
-    """Open the run and take some steps from views all over the cache."""
+    """Open the run and train for some steps on views of the whole cache."""
     import torch
 
     from shoulders.distillation import prepare
     from shoulders.distributed.context import DistContext
 
-    begun = time.process_time()
+    started = time.process_time()
     run = prepare(recipe(folder, images), {}, DistContext(0, 1, torch.device("cpu")))
-    opened = time.process_time() - begun
+    open_s = time.process_time() - started
     run.calibrate()
-    begun = time.process_time()
+    started = time.process_time()
     for step, batch in enumerate(run._batches(0, steps, 0, 1), 1):
         run.step(step, batch)
-    return {"open_s": opened, "step_ms": (time.process_time() - begun) / steps * 1000, "train_peak_mb": most()}
+    return {"open_s": open_s, "step_ms": (time.process_time() - started) / steps * 1000, "train_peak_mb": peak_mb()}
 
 
-def most() -> float:
-    """Peak of this process's resident memory in MB."""
+def peak_mb() -> float:
+    """Peak resident memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
-JOBS = {"make": make, "train": train}
+JOBS = {"build": build, "train": train}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows as Markdown."""
     titles = (
         "images",
-        "making it: ms per image",
+        "build: ms per image",
         "peak MB",
         "MB on disk",
         "opening a run: s",
@@ -131,11 +131,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
-        each = 1000 * row["make_s"] / row["images"]
+        each = 1000 * row["build_s"] / row["images"]
         cells = [
             f"{row['images']:,}",
             f"{each:.2f}",
-            f"{row['make_peak_mb']:.0f}",
+            f"{row['build_peak_mb']:.0f}",
             f"{row['disk_mb']:.0f}",
             f"{row['open_s']:.2f}",
             f"{row['step_ms']:.0f}",

@@ -56,7 +56,7 @@ def contents_table(contents: dict[str, Any]) -> Table:
     """The result of `shoulders.feature_cache.info_cache`, and of the functions that return the same."""
     rows = [
         [
-            f"{row['teacher']}/{tap['tap']}/{tap['part']}",
+            f"{row['teacher']}/{tap['tap']}/{tap['component']}",
             f"{tap['tokens']} x {tap['width']} {row['dtype']}",
             str(tap["bytes_per_view"]),
             f"{tap['reconstruction_fvu']:.1e}",

@@ -1,17 +1,17 @@
-"""Making a cache: images are decoded once for all teachers, teachers are loaded one after another.
+"""Building a cache: images are decoded once for all teachers, and the teachers are loaded one after another.
 
-A builder claims as many shards as their pixels fit into memory, decodes their images, and takes one teacher after the
-other through them. Any number of builders may work on one cache, ranks of torchrun or programs started by hand: claims
-are locks on disk that fall with the process that holds them, and what a killed one left undone is taken up.
+A builder locks as many shards as fit into memory as pixels, decodes their images, and runs one teacher after the other
+on them. Any number of builders can work on one cache, whether started by torchrun or by hand. A lock ends with the
+process that holds it, so the shards of a killed builder are computed by the others.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, tee
 
@@ -20,256 +20,220 @@ from torch import Tensor
 from tqdm import tqdm
 from zlib_ng import zlib_ng
 
-from shoulders.config.recipe import Recipe
-from shoulders.distributed.device import this_device, use_bf16
 from shoulders.distributed.signals import catch_signals
-from shoulders.errors import Interrupted
-from shoulders.feature_cache import store
-from shoulders.feature_cache.ask import TeacherRunner, refusal
+from shoulders.errors import DataError, Interrupted
 from shoulders.feature_cache.codec import Codec, EncodeError
-from shoulders.feature_cache.fingerprint import asked_of, fingerprints, sizes_of
-from shoulders.feature_cache.index import Index, Numbers
-from shoulders.feature_cache.plan import write_plan
-from shoulders.feature_cache.read import TeacherStore, check_fingerprint, command, folder_of, indices_of, views_of
-from shoulders.feature_cache.verify import finish
+from shoulders.feature_cache.index import Numbers, RecordIndex
+from shoulders.feature_cache.layout import write_layout
+from shoulders.feature_cache.metadata import MANIFEST, SHARD
+from shoulders.feature_cache.records import Bytes, pack
+from shoulders.feature_cache.shard_files import write_shard
+from shoulders.feature_cache.spec import SHARD_RECORDS, CacheSpec
+from shoulders.feature_cache.teacher_runner import TeacherRunner, numeric_error
+from shoulders.feature_cache.teacher_store import TeacherStore
+from shoulders.feature_cache.verify import write_manifest
 from shoulders.features import Batch
-from shoulders.images import SkipReport, listed_batches, open_images
+from shoulders.images import SkipReport
 from shoulders.storage.locks import FileLocks
-from shoulders.teachers import Teacher
-from shoulders.training.preflight import check_teaching
 
-SHARD_RECORDS = 256
-BATCH = 128  # images that are decoded at a time: divides a shard
-BLOCK_BYTES = 2**30  # of decoded pixels in memory
-BLOCK_SHARDS = 64  # at most, so that several builders have something to share
-WAIT_S = 0.5
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How the work of a build is divided.
+
+    Args:
+        shard_records: number of records in a shard.
+        batch: number of images to decode at a time; divides ``shard_records``.
+        block_bytes: of decoded pixels in memory, unless one shard has more.
+        max_block_shards: number of shards that one builder locks at a time; the others are left to other builders.
+        poll_s: seconds between two attempts to lock a shard that another builder holds.
+    """
+
+    shard_records: int = SHARD_RECORDS
+    batch: int = 128
+    block_bytes: int = 2**30
+    max_block_shards: int = 64
+    poll_s: float = 0.5
+
+
+DEFAULT_SETTINGS = BuildSettings()
 
 
 class Builder:
-    """One process at work on a cache.
+    """One process that computes shards of a cache.
 
     Args:
-        recipe: with a cache.path and a number of views.
-        extra_teachers: teachers beside those of the recipe.
-        say: for one line at a time.
+        spec: of the cache.
+        settings: how the work is divided.
+        log: prints one line.
 
     Raises:
-        RecipeError: the recipe cannot be cached.
-        DataError: the folder holds a cache of something else; it is left as it is.
+        DataError: the cache has shards of another number of records.
     """
 
-    def __init__(self, recipe: Recipe, extra_teachers: Mapping[str, Teacher], say: Callable[[str], None]) -> None:
-        self.recipe, self.extra_teachers, self.say = recipe, dict(extra_teachers), say
-        check_teaching(recipe, self.extra_teachers)
-        self.path, views = folder_of(recipe), views_of(recipe)
-        self.images = open_images(recipe.images, recipe.train.seed)
-        asked = asked_of(recipe, self.extra_teachers)
-        self.device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
-        self.bf16 = use_bf16(recipe.train.precision, self.device)
-        self.prints = fingerprints(recipe, asked, self.images, self.bf16)
-        self.folders = {name: self.path / one.folder for name, one in asked.items()}
-        self.sizes = sizes_of(recipe, asked)
-        self.indices = indices_of(recipe, asked, self.images, views)
-        self.index = Index(self.images, views)  # of all images: what its shards hold is drawn together
-        self.shards = -(-len(self.index) // SHARD_RECORDS)
-        self.counts = {name: self._counts(index) for name, index in self.indices.items()}
-        for name, fields in self.prints.items():
-            if (plan := self.folders[name] / store.PLAN).exists():
-                check_fingerprint(plan.parent, store.read_json(plan).get("fingerprint", {}), fields)
-        self.claims = FileLocks(self.path / ".locks")
-        self.skipped = SkipReport(
-            self.path / "skipped.jsonl", len(self.images.collection), recipe.images.max_unreadable
-        )
-        self.asked_to_stop: list[int] = []
+    def __init__(self, spec: CacheSpec, settings: BuildSettings, log: Callable[[str], None]) -> None:
+        self.spec, self.settings, self.log = spec, settings, log
+        self.locks = FileLocks(spec.path / ".locks")
+        images, max_unreadable = spec.images.collection, spec.recipe.images.max_unreadable
+        self.skipped = SkipReport(spec.path / "skipped.jsonl", len(images), max_unreadable)
+        self.signals: list[int] = []
+        for name in filter(spec.has_layout, spec.fingerprints):
+            store = spec.store(name)
+            if store.shards.counts != spec.counts[name]:
+                raise DataError(f"{store.folder}: has shards of another size; remove it, or build another cache")
 
-    def _counts(self, index: Index) -> list[int]:
-        """The records of a teacher in each shard: of one that is asked about some sources alone, fewer."""
-        rows = np.arange(len(self.index))
-        if index.home is not None:
-            rows, _ = index.counting(self.index.wanted(rows))
-        return np.bincount(rows // SHARD_RECORDS, minlength=self.shards).tolist()
-
-    def unfinished(self) -> list[str]:
-        """The teachers whose cache is not whole."""
-        return [name for name in self.prints if not (self.folders[name] / store.MANIFEST).exists() or self.lacks(name)]
-
-    def shelf(self, name: str) -> TeacherStore:
-        """What there is of a teacher, once it is planned."""
-        return TeacherStore(
-            self.folders[name], self.prints[name], command(self.recipe), self.indices[name], whole=False
-        )
-
-    def load(self, name: str) -> TeacherRunner:
-        """A live teacher."""
-        return TeacherRunner(name, self.recipe, self.extra_teachers, self.bf16, self.device)
-
-    def draw(self, index: Index, parts: list[Numbers]) -> Iterator[Batch]:
-        """The views of records, at the sizes of all teachers."""
-        wanted = (index.wanted(numbers) for numbers in parts)
-        return listed_batches(self.images, wanted, self.sizes, self.recipe.images, self.recipe.train.seed)
-
-    def work(self) -> None:
-        """Until every shard of every teacher is there, by this process or another.
+    def compute_shards(self) -> None:
+        """Return when every shard of every teacher exists, computed by this process or by another one.
 
         Raises:
             Interrupted: after SIGTERM or SIGINT.
-            DataError: more images are unreadable than ``images.max_unreadable`` allows; what is made is kept.
+            DataError: more images are unreadable than ``images.max_unreadable`` allows; complete shards are kept.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        names, told = self.unfinished(), False
-        views = sum(map(self.missing, names))
-        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, catch_signals() as self.asked_to_stop:
-            while left := self._shards_left(names):
-                with ExitStack() as held:
-                    ours = self._claim(left, held)
-                    if ours:
-                        self._fill(ours, bar)
+        self.spec.path.mkdir(parents=True, exist_ok=True)
+        names, has_logged = self.spec.unfinished(), False
+        views = sum(map(self.spec.missing_records, names))
+        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, catch_signals() as self.signals:
+            while missing := self.spec.missing_by_shard(names):
+                with ExitStack() as locks:
+                    block = self._lock_block(missing, locks)
+                    if block:
+                        self._compute_block(block, bar)
                         continue
-                if self.asked_to_stop:
-                    raise Interrupted(self.asked_to_stop[0])
-                if not told:
-                    self.say(f"waiting for {self.claims.holder(store.SHARD.format(min(left)))}")
-                    told = True
-                time.sleep(WAIT_S)
+                if self.signals:
+                    raise Interrupted(self.signals[0])
+                if not has_logged:
+                    self.log(f"waiting for {self.locks.holder(SHARD.format(min(missing)))}")
+                    has_logged = True
+                time.sleep(self.settings.poll_s)
 
-    def _shards_left(self, names: list[str]) -> dict[int, list[str]]:
-        """Shards that some teacher lacks, with those teachers."""
-        left: dict[int, list[str]] = {}
-        for name in names:
-            for shard in self.lacks(name):
-                left.setdefault(shard, []).append(name)
-        return dict(sorted(left.items()))
+    def write_manifests(self) -> None:
+        """Verify all shards and write the manifests; one process does it, and the others wait."""
+        while names := self.spec.unfinished():
+            with self.locks.claim("finish") as is_ours:
+                if is_ours:
+                    views = sum(len(self.spec.indices[name]) for name in names)
+                    with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:
+                        for name in names:
+                            write_manifest(self.spec.store(name), bar.update)
+            if not is_ours:
+                time.sleep(self.settings.poll_s)
 
-    def lacks(self, name: str) -> list[int]:
-        """The shards of a teacher that are not there."""
-        if not (self.folders[name] / store.PLAN).exists():
-            return [shard for shard, count in enumerate(self.counts[name]) if count]
-        shards = self.shelf(name).shards
-        return [shard for shard in range(self.shards) if not shards.has(shard)]
-
-    def to_draw(self, names: list[str]) -> int:
-        """Views in the shards that some of the teachers lack."""
-        return sum(len(part) for shard in self._shards_left(names) for part in self._parts(shard))
-
-    def missing(self, name: str) -> int:
-        """Records of the shards that a teacher lacks."""
-        return sum(self.counts[name][shard] for shard in self.lacks(name))
-
-    def block_shards(self) -> int:
-        """How many shards are worked on together."""
-        pixels = sum(3 * h * w for h, w in self.sizes)
-        return max(1, min(BLOCK_SHARDS, BLOCK_BYTES // (pixels * SHARD_RECORDS)))
+    def views_to_draw(self, names: Iterable[str]) -> int:
+        """Number of views in the missing shards of some teachers."""
+        return sum(len(self.spec.shard_range(shard)) for shard in self.spec.missing_by_shard(names))
 
     def block_views(self) -> int:
-        """How many views wait in memory, decoded, for the next teacher."""
-        return min(len(self.index), self.block_shards() * SHARD_RECORDS)
+        """Number of views whose pixels are in memory at a time."""
+        return min(len(self.spec.index), self._block_shards() * self.spec.shard_records)
 
-    def _claim(self, left: dict[int, list[str]], held: ExitStack) -> dict[int, list[str]]:
-        """As many of the shards as fit into memory and nobody else is at work on."""
-        most = self.block_shards()
-        ours: list[int] = []
-        for shard in left:
-            if len(ours) < most and held.enter_context(self.claims.claim(store.SHARD.format(shard))):
-                ours.append(shard)
-        now = self._shards_left(_in_order(left))
-        return {shard: now[shard] for shard in ours if shard in now}  # some may have been finished before the claim
+    def _block_shards(self) -> int:
+        """Number of shards that this process computes at a time."""
+        bytes_per_view = sum(3 * h * w for h, w in self.spec.sizes)
+        fits = self.settings.block_bytes // (bytes_per_view * self.spec.shard_records)
+        return max(1, min(self.settings.max_block_shards, fits))
 
-    def _fill(self, ours: dict[int, list[str]], bar: tqdm) -> None:
-        """Write the shards: decode once, and take one teacher after the other through what was decoded."""
-        parts = [(shard, part) for shard in ours for part in self._parts(shard)]
-        decoded = zip(parts, self._counted(self.draw(self.index, [part for _, part in parts])), strict=True)
-        names = _in_order(ours)
+    def _lock_block(self, missing: dict[int, list[str]], locks: ExitStack) -> dict[int, list[str]]:
+        """Lock as many missing shards as fit into memory, among those that no other process has locked."""
+        limit = self._block_shards()
+        block: list[int] = []
+        for shard in missing:
+            if len(block) < limit and locks.enter_context(self.locks.claim(SHARD.format(shard))):
+                block.append(shard)
+        still_missing = self.spec.missing_by_shard(_teachers_of(missing))  # others may have finished some by now
+        return {shard: still_missing[shard] for shard in block if shard in still_missing}
+
+    def _compute_block(self, block: dict[int, list[str]], bar: tqdm) -> None:
+        """Write some shards: decode their images once, and run one teacher after the other on them."""
+        parts = {shard: self._parts(shard) for shard in block}
+        numbers = [part for shard_parts in parts.values() for part in shard_parts]
+        decoded = zip(numbers, self._report_skipped(self.spec.draw(self.spec.index, numbers)), strict=True)
+        names = _teachers_of(block)
         streams = list(tee(decoded, len(names)))
         for name in names:
-            stream, asking = streams.pop(0), self.load(name)
-            shelf = self._planned(name, asking)
-            for shard, lacking in ours.items():
-                mine = ((part, batch) for (_, part), batch in islice(stream, len(self._parts(shard))))
+            stream, runner = streams.pop(0), self.spec.load_runner(name)
+            store = self._open_store(name, runner)
+            for shard, lacking in block.items():
+                batches = islice(stream, len(parts[shard]))
                 if name in lacking:
-                    size = self.counts[name][shard] * shelf.shards.record
-                    # a shard that was removed may come back with other last digits
-                    (self.folders[name] / store.MANIFEST).unlink(missing_ok=True)
-                    store.write_shard(shelf.shards.path(shard), self._records(shelf, asking, mine, bar), size)
+                    size = self.spec.counts[name][shard] * store.shards.record_bytes
+                    # if a shard was removed, the new one may differ in the last digits of its features
+                    (store.folder / MANIFEST).unlink(missing_ok=True)
+                    write_shard(store.shards.path(shard), self._records(store, runner, batches, bar), size)
                 else:
-                    deque(mine, maxlen=0)
+                    deque(batches, maxlen=0)
 
-    def _counted(self, stream: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches; training would refuse too many unreadable images, and so does this."""
-        for batch in stream:
+    def _report_skipped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; too many unreadable images stop the build, as they stop training."""
+        for batch in batches:
             self.skipped.add(batch.skipped)
             yield batch
 
     def _parts(self, shard: int) -> list[Numbers]:
-        first = shard * SHARD_RECORDS
-        numbers = np.arange(first, min(first + SHARD_RECORDS, len(self.index)))
-        return [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
+        """The records of a shard, divided into batches."""
+        records = self.spec.shard_range(shard)
+        return _divide(records.start, records.stop, self.settings.batch)
 
     def _records(
-        self, shelf: TeacherStore, asking: TeacherRunner, stream: Iterable[tuple[Numbers, Batch]], bar: tqdm
-    ) -> Iterator[store.Bytes]:
-        """Sealed records of the views asked for; those whose image could not be decoded hold nothing."""
-        for numbers, batch in stream:
-            if self.asked_to_stop:
-                raise Interrupted(self.asked_to_stop[0])
-            _, mine = shelf.index.counting(self.index.wanted(numbers))
-            if not len(mine):
+        self, store: TeacherStore, runner: TeacherRunner, batches: Iterable[tuple[Numbers, Batch]], bar: tqdm
+    ) -> Iterator[Bytes]:
+        """The packed records of one teacher; a record is empty if its image could not be decoded."""
+        for numbers, batch in batches:
+            if self.signals:
+                raise Interrupted(self.signals[0])
+            _, records = store.index.select(self.spec.index.views_of(numbers))
+            if not len(records):
                 continue
-            theirs = shelf.index.among(batch)
-            payload = np.zeros((len(mine), shelf.codec.bytes), np.uint8)
-            seen: list[int | None] = [None] * len(mine)
-            if len(theirs):
-                rows = shelf.index.of(theirs) - mine[0]
-                payload[rows] = self._encode(shelf.codec, asking, theirs).cpu().numpy()
-                for row, pixels in zip(rows, theirs.rendered[asking.size].numpy(), strict=True):
-                    seen[row] = zlib_ng.crc32(pixels)
-            yield store.seal(payload, seen, shelf.index.keys(mine), shelf.salt)
-            bar.update(len(mine))
+            own_batch = store.index.restrict(batch)
+            payload = np.zeros((len(records), store.codec.payload_bytes), np.uint8)
+            checksums: list[int | None] = [None] * len(records)
+            if len(own_batch):
+                rows = store.index.records_of(own_batch) - records[0]
+                payload[rows] = self._encode(store.codec, runner, own_batch).cpu().numpy()
+                for row, pixels in zip(rows, own_batch.rendered[runner.size].numpy(), strict=True):
+                    checksums[row] = zlib_ng.crc32(pixels)
+            yield pack(payload, checksums, store.index.keys(records), store.salt)
+            bar.update(len(records))
 
-    def _encode(self, codec: Codec, asking: TeacherRunner, batch: Batch) -> Tensor:
+    def _encode(self, codec: Codec, runner: TeacherRunner, batch: Batch) -> Tensor:
         try:
-            return codec.encode(asking(batch))
+            return codec.encode(runner(batch))
         except EncodeError as error:
-            raise refusal(
-                asking.name, error, repr(self.images.collection.name_of_id(int(batch.ids[error.row])))
-            ) from error
+            image = self.spec.images.collection.name_of_id(int(batch.ids[error.image]))
+            raise numeric_error(runner.name, error, repr(image)) from error
 
-    def _planned(self, name: str, asking: TeacherRunner) -> TeacherStore:
-        """The teacher's plan: written now, or by another process, or long ago."""
-        while not (self.folders[name] / store.PLAN).exists():
-            with self.claims.claim(f"plan-{name}") as ours:
-                if ours and not (self.folders[name] / store.PLAN).exists():
-                    index = self.indices[name]
-                    plan = write_plan(
-                        self.folders[name],
-                        asking,
-                        partial(self._draw_range, index),
-                        index.first_heldout,
-                        self.counts[name],
-                        self.prints[name],
-                        self.recipe.cache,
-                    )
-                    for part, lost in plan["lost"].items():
-                        self.say(f"  {name}/{part}: storing loses {lost:.2e} of the variance (fvu)")
-            if not ours:
-                time.sleep(WAIT_S)
-        return self.shelf(name)
+    def _open_store(self, name: str, runner: TeacherRunner) -> TeacherStore:
+        """The store of a teacher; its layout is written now, unless this or another process has done so before."""
+        while not self.spec.has_layout(name):
+            with self.locks.claim(f"layout-{name}") as is_ours:
+                if is_ours and not self.spec.has_layout(name):
+                    self._write_layout(name, runner)
+            if not is_ours:
+                time.sleep(self.settings.poll_s)
+        return self.spec.store(name)
 
-    def _draw_range(self, index: Index, first: int, end: int) -> Iterator[Batch]:
-        return self.draw(index, [np.arange(start, min(start + BATCH, end)) for start in range(first, end, BATCH)])
+    def _write_layout(self, name: str, runner: TeacherRunner) -> None:
+        index = self.spec.indices[name]
+        layout = write_layout(
+            self.spec.folders[name],
+            runner,
+            partial(self._draw_range, index),
+            index.first_heldout,
+            self.spec.counts[name],
+            self.spec.fingerprints[name],
+            self.spec.recipe.cache,
+        )
+        for field, fvu in layout["reconstruction_fvu"].items():
+            self.log(f"  {name}/{field}: reconstruction fvu {fvu:.2e}")
 
-    def finish(self) -> None:
-        """Read everything back and write the manifests; one process does it, the others wait."""
-        while names := self.unfinished():
-            with self.claims.claim("finish") as ours:
-                if ours:
-                    views = sum(len(self.indices[name]) for name in names)
-                    with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:
-                        for name in names:
-                            finish(self.shelf(name), bar.update)
-            if not ours:
-                time.sleep(WAIT_S)
+    def _draw_range(self, index: RecordIndex, first: int, end: int) -> Iterator[Batch]:
+        return self.spec.draw(index, _divide(first, end, self.settings.batch))
 
 
-def _in_order(lacking: Mapping[int, list[str]]) -> list[str]:
-    """The teachers that lack any of the shards."""
-    return list(dict.fromkeys(name for names in lacking.values() for name in names))
+def _divide(first: int, end: int, size: int) -> list[Numbers]:
+    """The numbers [first, end) in parts of ``size``; the last one may be smaller."""
+    return [np.arange(start, min(start + size, end)) for start in range(first, end, size)]
+
+
+def _teachers_of(missing: Mapping[int, list[str]]) -> list[str]:
+    """The teachers that lack any of the shards, in order."""
+    return list(dict.fromkeys(name for names in missing.values() for name in names))

@@ -1,6 +1,6 @@
-"""What is done to the channels of a part before it is stored: made equally loud where int8 needs it, fewer where asked.
+"""Transforms of channels before features are encoded: rescaled for int8, fewer with PCA.
 
-A channel that is loud or far from zero everywhere uses up the 255 steps that a token of int8 has.
+int8 has 255 steps for each token. Without rescaling, a channel with large values everywhere uses up most of them.
 """
 
 from __future__ import annotations
@@ -20,80 +20,83 @@ from shoulders.transfer.standardize import Moments
 
 @dataclass(frozen=True)
 class ChannelTransform:
-    """x (..., C) -> (x - mean) @ directions / spread (..., W), and back.
+    """x (..., C) -> (x - mean) @ basis / scale (..., W), and its inverse.
 
     Args:
         mean: (C,)
-        spread: (W,)
-        directions: (C, W), orthonormal; None where all channels are kept.
+        scale: (W,)
+        basis: (C, W), orthonormal; None: the identity.
     """
 
     mean: Tensor
-    spread: Tensor
-    directions: Tensor | None
+    scale: Tensor
+    basis: Tensor | None
 
     def apply(self, x: Tensor) -> Tensor:
-        """ChannelTransform as they are stored."""
+        """Transform x (..., C) to (..., W)."""
         centred = x - self.mean
-        return (centred if self.directions is None else centred @ self.directions) / self.spread
+        return (centred if self.basis is None else centred @ self.basis) / self.scale
 
-    def undo(self, stored: Tensor, out: Tensor) -> None:
-        """ChannelTransform as they were (..., C), into ``out``."""
-        if self.directions is None:
-            torch.addcmul(self.mean, stored, self.spread, out=out)
+    def invert(self, transformed: Tensor, out: Tensor) -> None:
+        """Write the inverse (..., C) of ``transformed`` (..., W) into ``out``."""
+        if self.basis is None:
+            torch.addcmul(self.mean, transformed, self.scale, out=out)
         else:
-            torch.matmul(stored * self.spread, self.directions.T, out=out).add_(self.mean)
+            torch.matmul(transformed * self.scale, self.basis.T, out=out).add_(self.mean)
 
     def to(self, device: torch.device) -> ChannelTransform:
-        """The same on ``device``."""
-        directions = None if self.directions is None else self.directions.to(device)
-        return ChannelTransform(self.mean.to(device), self.spread.to(device), directions)
+        """The same transform on ``device``."""
+        basis = None if self.basis is None else self.basis.to(device)
+        return ChannelTransform(self.mean.to(device), self.scale.to(device), basis)
 
 
-def fit_channels(moments: Moments, width: int | None, equalise: bool) -> ChannelTransform | None:
-    """What is to be done to channels with these moments; None where nothing is.
+def fit_channels(moments: Moments, width: int | None, rescale: bool) -> ChannelTransform | None:
+    """Fit the transform of channels with these moments; None if they stay as they are.
 
     Args:
-        width: principal components kept of channels that are more than that; None: all channels are kept.
-        equalise: whether all of them should vary alike.
+        moments: of the channels.
+        width: number of principal components to keep, if there are more channels; None: all channels.
+        rescale: whether to bring all channels to unit variance.
     """
     covariance = moments.covariance
-    directions, variances = None, covariance.diagonal()
+    basis, variances = None, covariance.diagonal()
     if width is not None and width < len(variances):
-        ascending, basis = torch.linalg.eigh(covariance)
-        directions, variances = basis[:, -width:].flip(1).float().contiguous(), ascending[-width:].flip(0)
-    elif not equalise:
+        ascending, eigenvectors = torch.linalg.eigh(covariance)
+        basis, variances = eigenvectors[:, -width:].flip(1).float().contiguous(), ascending[-width:].flip(0)
+    elif not rescale:
         return None
-    spread = torch.ones(len(variances))
-    if equalise:
-        tiny = 1e-12 * (1 + moments.mean.square().mean())  # a channel that never varies is only centred
-        spread = torch.where(variances > tiny, variances, 1.0).sqrt().float()
-    return ChannelTransform(moments.mean.float(), spread, directions)
+    scale = torch.ones(len(variances))
+    if rescale:
+        smallest = 1e-12 * (1 + moments.mean.square().mean())  # a constant channel is centred, but not rescaled
+        scale = torch.where(variances > smallest, variances, 1.0).sqrt().float()
+    return ChannelTransform(moments.mean.float(), scale, basis)
 
 
-def save_channels(channels: Mapping[str, ChannelTransform]) -> bytes:
-    """As a safetensors file, by name of the part."""
+def save_channels(transforms: Mapping[str, ChannelTransform]) -> bytes:
+    """Transforms by "tap/component" as a safetensors file."""
     tensors: dict[str, Tensor] = {}
-    for name, one in channels.items():
-        tensors |= {f"{name}.mean": one.mean, f"{name}.spread": one.spread}
-        tensors |= {} if one.directions is None else {f"{name}.directions": one.directions}
+    for name, transform in transforms.items():
+        tensors |= {f"{name}.mean": transform.mean, f"{name}.scale": transform.scale}
+        tensors |= {} if transform.basis is None else {f"{name}.basis": transform.basis}
     return save(tensors)
 
 
 def load_channels(path: Path, data: bytes) -> dict[str, ChannelTransform]:
-    """What `save_channels` gave.
+    """The transforms in a file of `save_channels`.
+
+    Args:
+        path: of the file, for the error message.
+        data: its contents.
 
     Raises:
-        DataError: it is something else.
+        DataError: it is damaged.
     """
     try:
         tensors = load(data)
         names = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
         return {
-            name: ChannelTransform(
-                tensors[f"{name}.mean"], tensors[f"{name}.spread"], tensors.get(f"{name}.directions")
-            )
+            name: ChannelTransform(tensors[f"{name}.mean"], tensors[f"{name}.scale"], tensors.get(f"{name}.basis"))
             for name in names
         }
     except (SafetensorError, KeyError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove {path.parent} and make it anew") from error
+        raise DataError(f"{path}: damaged ({error}); remove {path.parent} and build it again") from error

@@ -1,7 +1,7 @@
-"""How a teacher's features become bytes of one size, and features again.
+"""Encoding of a teacher's features as records of one size, and decoding.
 
-A record holds what one teacher says of one view: for each tap and part its values, and with int8 a scale per token.
-Every piece starts at a multiple of ``ALIGN`` bytes, so that a whole batch of records can be read in place.
+A record holds the features of one teacher for one view: a field for each component of each tap, and for int8 one scale
+per token. Each field starts at a multiple of ``ALIGN`` bytes, so that a batch of records can be decoded in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shoulders.config.recipe import Cache
+from shoulders.config.sections import Cache
 from shoulders.feature_cache.channels import ChannelTransform
 from shoulders.features import Features, align
 from shoulders.teachers import Tap
@@ -26,168 +26,186 @@ ALIGN = 8
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One part of one tap in a record: ``tokens`` x ``width`` values from byte ``at`` on, scales from ``scales_at``."""
+class Field:
+    """One component of one tap in a record.
+
+    Args:
+        tap: name of the tap.
+        component: ``summary`` or ``spatial``.
+        tokens: N; 1 for a summary.
+        width: channels of each token.
+        offset: of the values (tokens, width) in bytes.
+        scales_offset: of the scales (tokens,) float32 in bytes; None unless the values are int8.
+    """
 
     tap: str
-    part: str
+    component: str
     tokens: int
     width: int
-    at: int
-    scales_at: int | None
+    offset: int
+    scales_offset: int | None
+
+    @property
+    def name(self) -> str:
+        """``tap/component``."""
+        return f"{self.tap}/{self.component}"
 
 
 class EncodeError(ValueError):
-    """A value that is not finite, or too large for the dtype."""
+    """A value that is not finite, or too large for the dtype.
 
-    def __init__(self, part: str, row: int, value: float) -> None:
-        self.part, self.row, self.value = part, row, value
-        super().__init__(f"{part} of image {row} holds {value:g}")
+    Args:
+        field: name of the field.
+        image: index of the image in the batch.
+        value: the value.
+    """
+
+    def __init__(self, field: str, image: int, value: float) -> None:
+        self.field, self.image, self.value = field, image, value
+        super().__init__(f"{field} of image {image} contains {value:g}")
 
 
 class Codec:
-    """Features of one teacher to records and back.
+    """Encodes the features of one teacher as records, and decodes them.
 
     Args:
-        taps: what the teacher gives.
-        how: dtype, pool and pca are used.
-        channels: {"tap/part": what is done to its channels}.
+        taps: shapes of the teacher's features.
+        settings: dtype, pool and pca are used.
+        transforms: of the channels, by name of the field.
     """
 
     def __init__(
-        self, taps: Mapping[str, Tap], how: Cache, channels: Mapping[str, ChannelTransform] | None = None
+        self, taps: Mapping[str, Tap], settings: Cache, transforms: Mapping[str, ChannelTransform] | None = None
     ) -> None:
-        self.how, self.dtype = how, DTYPES[how.dtype]
-        self.channels = dict(channels or {})
-        self.given = dict(taps)
-        self.taps = {tap: replace(facts, grid=_pooled(facts.grid, how.pool)) for tap, facts in taps.items()}
-        self.pieces = list(_lay_out(self.taps, how))
-        self._there: dict[
-            torch.device, dict[str, ChannelTransform]
-        ] = {}  # what is done to channels, on the devices asked for
-        last = self.pieces[-1]
-        self.bytes = _aligned(last.at + last.tokens * last.width * self.dtype.itemsize)
+        self.dtype = DTYPES[settings.dtype]
+        self.transforms = dict(transforms or {})
+        self.taps = {tap: replace(shape, grid=_pooled_grid(shape.grid, settings.pool)) for tap, shape in taps.items()}
+        self.fields = list(_lay_out(self.taps, settings))
+        self._transforms_on: dict[torch.device, dict[str, ChannelTransform]] = {}
+        last = self.fields[-1]
+        self.payload_bytes = _aligned(last.offset + last.tokens * last.width * self.dtype.itemsize)
 
-    def pooled(self, told: Mapping[str, Features]) -> dict[str, Features]:
+    def pool(self, features: Mapping[str, Features]) -> dict[str, Features]:
         """``{tap: Features}`` on the grids that are stored."""
-        return {tap: _pool(features, self.taps[tap].grid) for tap, features in told.items()}
+        return {tap: _pool(one, self.taps[tap].grid) for tap, one in features.items()}
 
-    def encode(self, told: Mapping[str, Features]) -> Tensor:
-        """Records (B, bytes) uint8 of ``{tap: Features}``, on the device of those.
+    def encode(self, features: Mapping[str, Features]) -> Tensor:
+        """``{tap: Features}`` as payloads (B, payload_bytes) uint8, on the same device.
 
         Raises:
             EncodeError: a value that the dtype cannot hold.
         """
-        pooled = self.pooled(told)
-        first = next(iter(pooled.values()))
-        count = len(next(iter(first.components().values())))
-        device = next(iter(first.components().values())).device
-        records = torch.zeros(count, self.bytes, dtype=torch.uint8, device=device)
-        for piece in self.pieces:
-            x = pooled[piece.tap].components()[piece.part].float().reshape(count, piece.tokens, -1)  # (B, N, C)
-            channels = self._channels(piece, device)
-            x = channels.apply(x) if channels else x  # (B, N, W)
-            self._check(f"{piece.tap}/{piece.part}", x)
-            if piece.scales_at is not None:
+        pooled = self.pool(features)
+        first = next(iter(next(iter(pooled.values())).components().values()))
+        count, device = len(first), first.device
+        payload = torch.zeros(count, self.payload_bytes, dtype=torch.uint8, device=device)
+        for field in self.fields:
+            x = pooled[field.tap].components()[field.component].float().reshape(count, field.tokens, -1)  # (B, N, C)
+            transform = self._transform(field, device)
+            x = transform.apply(x) if transform else x  # (B, N, W)
+            self._check(field, x)
+            if field.scales_offset is not None:
                 scales = x.abs().amax(2) / 127  # (B, N)
                 x = (x / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, :, None]).round().clamp(-127, 127)
-                _put(records, piece.scales_at, scales)
-            _put(records, piece.at, x.to(self.dtype).flatten(1))
-        return records
-
-    def _check(self, part: str, x: Tensor) -> None:
-        holds = torch.finfo(self.dtype if self.dtype.is_floating_point else torch.float32).max
-        fits = (x.abs() <= holds).flatten(1)  # (B, N * W); false for NaN too
-        if not fits.all():
-            row = int((~fits.all(1)).nonzero()[0])
-            raise EncodeError(part, row, float(x[row].flatten()[~fits[row]][0]))
+                _put(payload, field.scales_offset, scales)
+            _put(payload, field.offset, x.to(self.dtype).flatten(1))
+        return payload
 
     def decode(self, records: Tensor) -> dict[str, Features]:
-        """``{tap: Features}`` in float32 of records (B, bytes or more) uint8, on their device."""
+        """Records (B, payload_bytes or more) uint8 as ``{tap: Features}`` in float32, on the same device."""
         return self.decode_parts([records], len(records))
 
     def decode_parts(self, parts: Iterable[Tensor], count: int) -> dict[str, Features]:
-        """As `decode`, of ``count`` records that come a few at a time: those are still in the CPU's own memory then."""
-        found: dict[Piece, Tensor] = {}
+        """As `decode`, for ``count`` records that arrive in several parts, each small enough for the CPU's cache."""
+        decoded: dict[Field, Tensor] = {}
         done = 0
         for records in parts:
-            rows = slice(done, done + len(records))
-            for piece in self.pieces:
-                if piece not in found:
-                    channels = self._channels(piece, records.device)
-                    width = piece.width if channels is None else len(channels.mean)
-                    found[piece] = _empty((count, piece.tokens, width), records.device)  # (B, N, C)
-                self._decode(piece, records, found[piece][rows])
-            done = rows.stop
-        told: dict[str, dict[str, Tensor]] = {}
-        for piece, x in found.items():
-            told.setdefault(piece.tap, {})[piece.part] = x if piece.part == "spatial" else x[:, 0]
+            part = slice(done, done + len(records))
+            for field in self.fields:
+                if field not in decoded:
+                    transform = self._transform(field, records.device)
+                    width = field.width if transform is None else len(transform.mean)
+                    decoded[field] = _empty((count, field.tokens, width), records.device)  # (B, N, C)
+                self._decode_field(field, records, decoded[field][part])
+            done = part.stop
+        components: dict[str, dict[str, Tensor]] = {}
+        for field, x in decoded.items():
+            components.setdefault(field.tap, {})[field.component] = x if field.component == "spatial" else x[:, 0]
         return {
-            tap: Features(both.get("summary"), both.get("spatial"), self.taps[tap].grid) for tap, both in told.items()
+            tap: Features(both.get("summary"), both.get("spatial"), self.taps[tap].grid)
+            for tap, both in components.items()
         }
 
-    def _channels(self, piece: Piece, device: torch.device) -> ChannelTransform | None:
-        """What is done to the channels of a piece, on ``device``."""
-        if device not in self._there:
-            self._there[device] = {part: one.to(device) for part, one in self.channels.items()}
-        return self._there[device].get(f"{piece.tap}/{piece.part}")
-
-    def _decode(self, piece: Piece, records: Tensor, out: Tensor) -> None:
-        """One piece (B, N, C) of some records."""
-        values = _get(records, piece.at, self.dtype, piece.tokens * piece.width).unflatten(1, (piece.tokens, -1))
-        stored = out if out.shape == values.shape else torch.empty(values.shape, device=out.device)
-        stored.copy_(values)
-        if piece.scales_at is not None:
-            stored.mul_(_get(records, piece.scales_at, torch.float32, piece.tokens)[:, :, None])
-        channels = self._channels(piece, records.device)
-        if channels is not None:
-            channels.undo(stored, out)
-
-    def size_of(self, piece: Piece) -> int:
-        """Bytes of one piece, its scales included."""
-        return piece.tokens * (piece.width * self.dtype.itemsize + (0 if piece.scales_at is None else 4))
+    def field_bytes(self, field: Field) -> int:
+        """Size of one field with its scales."""
+        return field.tokens * (field.width * self.dtype.itemsize + (0 if field.scales_offset is None else 4))
 
     def to_json(self) -> dict[str, Any]:
-        """The layout, for whoever reads a cache without this code."""
-        return {"bytes": self.bytes, "pieces": [asdict(piece) for piece in self.pieces]}
+        """The layout of a record, for readers without this code."""
+        return {"payload_bytes": self.payload_bytes, "fields": [asdict(field) for field in self.fields]}
+
+    def _check(self, field: Field, x: Tensor) -> None:
+        largest = torch.finfo(self.dtype if self.dtype.is_floating_point else torch.float32).max
+        fits = (x.abs() <= largest).flatten(1)  # (B, N * W); false for NaN too
+        if not fits.all():
+            image = int((~fits.all(1)).nonzero()[0])
+            raise EncodeError(field.name, image, float(x[image].flatten()[~fits[image]][0]))
+
+    def _decode_field(self, field: Field, records: Tensor, out: Tensor) -> None:
+        """Decode one field of some records into ``out`` (B, N, C)."""
+        values = _get(records, field.offset, self.dtype, field.tokens * field.width).unflatten(1, (field.tokens, -1))
+        stored = out if out.shape == values.shape else torch.empty(values.shape, device=out.device)  # (B, N, W)
+        stored.copy_(values)
+        if field.scales_offset is not None:
+            stored.mul_(_get(records, field.scales_offset, torch.float32, field.tokens)[:, :, None])
+        transform = self._transform(field, records.device)
+        if transform is not None:
+            transform.invert(stored, out)
+
+    def _transform(self, field: Field, device: torch.device) -> ChannelTransform | None:
+        if device not in self._transforms_on:
+            self._transforms_on[device] = {name: one.to(device) for name, one in self.transforms.items()}
+        return self._transforms_on[device].get(field.name)
 
 
-def errors(codec: Codec, told: Mapping[str, Features]) -> dict[str, float]:
-    """fvu that storing alone costs, by tap and part: what decoded features leave unexplained of ``told``.
+def reconstruction_fvu(codec: Codec, features: Mapping[str, Features]) -> dict[str, float]:
+    """Fraction of the variance of ``features`` that decoded features leave unexplained, by name of the field.
 
-    ChannelTransform are standardized as in `shoulders.transfer.fvu`; pooled grids are held against the original ones.
+    Channels are standardized as in `shoulders.transfer.fvu`. Pooled grids are resized and compared with the original
+    ones.
     """
-    back = codec.decode(codec.encode(told))
-    lost = {}
-    for tap, features in told.items():
-        restored = align(back[tap], features.grid).components()
-        for part, x in features.components().items():
-            target, guess = channel_standardized(*(y.flatten(0, -2).double().cpu() for y in (x, restored[part])))
-            lost[f"{tap}/{part}"] = unexplained(guess, target)
-    return lost
+    decoded = codec.decode(codec.encode(features))
+    result = {}
+    for tap, original in features.items():
+        restored = align(decoded[tap], original.grid).components()
+        for component, x in original.components().items():
+            pair = (y.flatten(0, -2).double().cpu() for y in (x, restored[component]))
+            target, prediction = channel_standardized(*pair)
+            result[f"{tap}/{component}"] = unexplained(prediction, target)
+    return result
 
 
-def _lay_out(taps: Mapping[str, Tap], how: Cache) -> Iterator[Piece]:
+def _lay_out(taps: Mapping[str, Tap], settings: Cache) -> Iterator[Field]:
     end = 0
-    for tap, facts in taps.items():
-        for part, width, tokens in (
-            ("summary", facts.summary, 1),
-            ("spatial", facts.spatial, facts.grid[0] * facts.grid[1]),
+    for tap, shape in taps.items():
+        for component, channels, tokens in (
+            ("summary", shape.summary, 1),
+            ("spatial", shape.spatial, shape.grid[0] * shape.grid[1]),
         ):
-            if width is None:
+            if channels is None:
                 continue
-            kept = min(width, how.pca or width)
-            scales_at = end if how.dtype == "int8" else None
-            at = end if scales_at is None else _aligned(end + 4 * tokens)
-            yield Piece(tap, part, tokens, kept, at, scales_at)
-            end = _aligned(at + tokens * kept * DTYPES[how.dtype].itemsize)
+            width = min(channels, settings.pca or channels)
+            scales_offset = end if settings.dtype == "int8" else None
+            offset = end if scales_offset is None else _aligned(end + 4 * tokens)
+            yield Field(tap, component, tokens, width, offset, scales_offset)
+            end = _aligned(offset + tokens * width * DTYPES[settings.dtype].itemsize)
 
 
-def _aligned(at: int) -> int:
-    return -(-at // ALIGN) * ALIGN
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
 
 
-def _pooled(grid: tuple[int, int], pool: int) -> tuple[int, int]:
+def _pooled_grid(grid: tuple[int, int], pool: int) -> tuple[int, int]:
     return -(-grid[0] // pool), -(-grid[1] // pool)
 
 
@@ -198,19 +216,19 @@ def _pool(features: Features, grid: tuple[int, int]) -> Features:
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Float32, uninitialised. On a CPU it is numpy's: that asks for huge pages, and touching small ones for the first
-    time would take longer than all the rest."""
+    """Uninitialised float32. On a CPU the memory comes from numpy, which asks for huge pages: the first access to small
+    pages would take longer than all of the decoding."""
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, device=device)
 
 
-def _put(records: Tensor, at: int, values: Tensor) -> None:
+def _put(payload: Tensor, offset: int, values: Tensor) -> None:
     raw = values.contiguous().view(torch.uint8)  # (B, bytes)
-    records[:, at : at + raw.shape[1]] = raw
+    payload[:, offset : offset + raw.shape[1]] = raw
 
 
-def _get(records: Tensor, at: int, dtype: torch.dtype, count: int) -> Tensor:
-    """``count`` values (B, count) from byte ``at`` of each record, without a copy."""
-    start = at // dtype.itemsize
+def _get(records: Tensor, offset: int, dtype: torch.dtype, count: int) -> Tensor:
+    """``count`` values (B, count) from byte ``offset`` of each record, without a copy."""
+    start = offset // dtype.itemsize
     return records.view(dtype)[:, start : start + count]

@@ -1,12 +1,13 @@
-"""All that a cached feature depends on, by value: no path, no date, and no weight is loaded to find it out.
+"""Everything that cached features depend on, by value: no path, no date, and no weights are loaded for it.
 
-A field is added here, or `FORMAT` is raised, whenever the same recipe begins to mean other features.
+Add a field, or raise `FORMAT`, whenever the same recipe starts to give other features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,10 @@ import numpy as np
 import torch
 import transformers
 
-from shoulders.config.recipe import Recipe, Student, TeacherSpec, as_size
+from shoulders.config.recipe import Recipe
+from shoulders.config.section import as_size
+from shoulders.config.sections import TeacherSpec
+from shoulders.config.student import Student
 from shoulders.hub import Pretrained, find_file, read_json
 from shoulders.images import ImageSet, longest_side, min_decode_side
 from shoulders.student.base import base_layers_needed, read_base
@@ -26,117 +30,125 @@ from shoulders.training.checkpoint import fingerprint as digest_of_weights
 from shoulders.transfer.losses import BASE
 
 FORMAT = 1
-RENDERING = "bicubic, antialiased, uint8"  # what `shoulders.images.render` does
-Fields = dict[str, Any]
+RENDERING = "bicubic, antialiased, uint8"  # of `shoulders.images.render`
+MAX_VALUE_CHARS = 40  # of a field in an error message
+Fingerprint = dict[str, Any]
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One teacher as a recipe asks for it.
+class CacheEntry:
+    """One teacher of a cache.
 
     Args:
-        folder: what its part of a cache is called.
-        size: (h, w) in px that it is asked at.
-        whose: its source, revision and license.
-        fields: what its features depend on beside the views of the images.
+        folder: name of its folder in the cache.
+        size: (h, w) in px of the images that it receives.
+        provenance: its source, revision and license.
+        fields: the part of its fingerprint that does not depend on the images.
     """
 
     folder: str
     size: Size
-    whose: dict[str, str | None]
-    fields: Fields
+    provenance: dict[str, str | None]
+    fields: Fingerprint
 
 
-def asked_of(recipe: Recipe, extra_teachers: dict[str, Teacher]) -> dict[str, Asked]:
-    """Every teacher of a recipe, and the base where it is to be preserved, or read by an adapter beside it.
+def cache_entries(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> dict[str, CacheEntry]:
+    """All teachers of a recipe, and the base if it is preserved or an adapter needs its features.
 
     Raises:
-        RecipeError: a model is not there, or not as the recipe says.
+        RecipeError: a model does not exist, or does not fit the recipe.
     """
-    asked = {name: _of_spec(name, spec) for name, spec in recipe.teachers.items()}
-    asked |= {name: _of_module(name, teacher) for name, teacher in extra_teachers.items()}
-    if places := base_layers_needed(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve)):
-        asked[BASE] = _of_base(recipe.student, as_size(recipe.images.size), places)
-    return asked
+    entries = {name: _of_spec(name, spec) for name, spec in recipe.teachers.items()}
+    entries |= {name: _of_module(name, teacher) for name, teacher in extra_teachers.items()}
+    if layers := base_layers_needed(recipe.student, recipe.transfer.layers, bool(recipe.transfer.preserve)):
+        entries[BASE] = _of_base(recipe.student, as_size(recipe.images.size), layers)
+    return entries
 
 
-def fingerprints(recipe: Recipe, asked: dict[str, Asked], images: ImageSet, bf16: bool) -> dict[str, Fields]:
-    """The fingerprint of each teacher's features of the views of the images it is asked about: plain data by field.
+def fingerprints(
+    recipe: Recipe, entries: Mapping[str, CacheEntry], images: ImageSet, bf16: bool
+) -> dict[str, Fingerprint]:
+    """The fingerprint of each teacher's features of the views of its images: plain data by field.
 
     Args:
-        bf16: whether the teachers are asked in bfloat16.
+        recipe: gives the settings of images and cache.
+        entries: see `cache_entries`.
+        images: of the recipe.
+        bf16: whether the teachers run in bfloat16.
     """
-    sizes = sizes_of(recipe, asked)
-    how, cache = recipe.images, recipe.cache
+    sizes = all_sizes(recipe, entries)
+    settings, cache = recipe.images, recipe.cache
     ids, training = images.collection.ids, np.concatenate(list(images.training.values()))
-    common: Fields = {
+    common: Fingerprint = {
         "format": FORMAT,
         "torch": torch.__version__.partition("+")[0],
         "transformers": transformers.__version__,
-        "train.precision": "bf16" if bf16 else "fp32",  # what auto is on this machine
+        "train.precision": "bf16" if bf16 else "fp32",  # auto differs between machines
         "train.seed": recipe.train.seed,
         "images": _digest(np.sort(ids[training]).tobytes()),
         "images.heldout": _digest(np.sort(ids[images.heldout]).tobytes()),
-        "images.views": how.views,
-        "images.scale": list(how.scale),
-        "images.flip": how.flip,
-        "images.max_pixels": how.max_pixels,
-        "decoded to at least": [min_decode_side(sizes, how.scale), longest_side(sizes)],
+        "images.views": settings.views,
+        "images.scale": list(settings.scale),
+        "images.flip": settings.flip,
+        "images.max_pixels": settings.max_pixels,
+        "images.decoded_side": [min_decode_side(sizes, settings.scale), longest_side(sizes)],
         "rendering": RENDERING,
         "cache.dtype": cache.dtype,
         "cache.pool": cache.pool,
         "cache.pca": cache.pca,
     }
-    homes = {name: {"sources": sorted(set(home))} for name, home in recipe.teacher_sources.items()}
-    return {name: {"teacher": name, **one.fields, **homes.get(name, {}), **common} for name, one in asked.items()}
+    sources = {name: {"sources": sorted(set(names))} for name, names in recipe.teacher_sources.items()}
+    return {
+        name: {"teacher": name, **entry.fields, **sources.get(name, {}), **common} for name, entry in entries.items()
+    }
 
 
-def sizes_of(recipe: Recipe, asked: dict[str, Asked]) -> list[Size]:
-    """All sizes (h, w) that a live run renders, the student's too: the largest decides how images are decoded."""
-    return sorted({as_size(recipe.images.size), *(one.size for one in asked.values())})
+def all_sizes(recipe: Recipe, entries: Mapping[str, CacheEntry]) -> list[Size]:
+    """All sizes (h, w) that a run without a cache renders: the largest decides how large images are decoded."""
+    return sorted({as_size(recipe.images.size), *(entry.size for entry in entries.values())})
 
 
-def differences(old: Fields, new: Fields) -> list[str]:
-    """One line for each field that differs: the field, what was cached, and what is asked for."""
+def differences(old: Fingerprint, new: Fingerprint) -> list[str]:
+    """One line for each field that differs: its name, its cached value and its value in the recipe."""
     fields = [field for field in {**new, **old} if old.get(field) != new.get(field)]
-    return [f"{field} was {_short(old.get(field))}, is {_short(new.get(field))}" for field in fields]
+    return [f"{field} was {_shorten(old.get(field))}, is {_shorten(new.get(field))}" for field in fields]
 
 
-def _of_spec(name: str, spec: TeacherSpec) -> Asked:
+def _of_spec(name: str, spec: TeacherSpec) -> CacheEntry:
     if spec.module is not None:
         return _of_module(name, load_teacher(name, spec))
     checkpoint = read_checkpoint(name, spec)
-    pretrained, pixels = checkpoint.pretrained, checkpoint.preprocessing
-    whose = {"source": pretrained.source, "revision": pretrained.revision, "license": checkpoint.license}
+    pretrained, preprocessing = checkpoint.pretrained, checkpoint.preprocessing
+    provenance = {"source": pretrained.source, "revision": pretrained.revision, "license": checkpoint.license}
     fields = {
         **_of_files(pretrained),
-        "size": list(pixels.size),
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
+        "size": list(preprocessing.size),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
         "taps": list(checkpoint.taps),
         "int8": spec.int8 or None,
     }
-    return Asked(name, pixels.size, whose, fields)
+    return CacheEntry(name, preprocessing.size, provenance, fields)
 
 
-def _of_base(spec: Student, size: Size, places: tuple[str, ...]) -> Asked:
-    pretrained, pixels = read_base(spec)
-    whose = {"source": spec.base, "revision": pretrained.revision, "license": None}
+def _of_base(spec: Student, size: Size, layers: tuple[str, ...]) -> CacheEntry:
+    pretrained, preprocessing = read_base(spec)
+    provenance = {"source": spec.base, "revision": pretrained.revision, "license": None}
     fields = {
         **_of_files(pretrained),
         "size": list(size),
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
-        "taps": list(places),
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "taps": list(layers),
     }
-    # students that read other places share the teachers: each has a folder of its own for the base
-    folder = BASE if places == ("latent",) else ".".join((BASE, *places))
-    return Asked(folder, size, whose, fields)
+    # students that need other layers of the base share the teachers of a cache, but not the folder of the base
+    folder = BASE if layers == ("latent",) else ".".join((BASE, *layers))
+    return CacheEntry(folder, size, provenance, fields)
 
 
-def _of_files(pretrained: Pretrained) -> Fields:
-    """What the files of a pretrained model say of it; those of its weights are read, but not loaded."""
+def _of_files(pretrained: Pretrained) -> Fingerprint:
+    """Digests of the files of a pretrained model; the weights are hashed, not loaded."""
     index = read_json(pretrained, "model.safetensors.index.json")
     single = find_file(pretrained, "model.safetensors")
     names = sorted(set(index["weight_map"].values())) if index and not single else ["model.safetensors"]
@@ -152,14 +164,14 @@ def _of_files(pretrained: Pretrained) -> Fields:
     }
 
 
-def _of_module(name: str, teacher: Teacher) -> Asked:
-    """A module of the user's own: its weights, and the code of its class as far as that can be read."""
+def _of_module(name: str, teacher: Teacher) -> CacheEntry:
+    """A module of the user: its weights, and the source code of its class if that can be read."""
     kind = type(teacher.module)
     try:
         code = inspect.getsource(kind)
     except (OSError, TypeError):
         code = repr(teacher.module)
-    whose = {"source": teacher.source, "revision": teacher.revision, "license": teacher.license}
+    provenance = {"source": teacher.source, "revision": teacher.revision, "license": teacher.license}
     fields = {
         "weights": [digest_of_weights(teacher)],
         "config": [_digest(kind.__qualname__, code)],
@@ -169,7 +181,7 @@ def _of_module(name: str, teacher: Teacher) -> Asked:
         "std": teacher.std.flatten().tolist(),
         "taps": list(teacher.taps),
     }
-    return Asked(name, teacher.size, whose, fields)
+    return CacheEntry(name, teacher.size, provenance, fields)
 
 
 def _sha256(path: Path) -> str:
@@ -178,8 +190,8 @@ def _sha256(path: Path) -> str:
 
 
 @lru_cache(maxsize=256)
-def _read_sha256(path: Path, size: int, changed: int) -> str:
-    """Remembered within one process, for as long as size and date stay the same."""
+def _read_sha256(path: Path, size: int, modified_ns: int) -> str:
+    """Kept in memory as long as size and date of the file stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -188,6 +200,6 @@ def _digest(*values: Any) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value[0] if isinstance(value, list) and len(value) == 1 else value)
-    return text if len(text) <= 40 else f"{text[:12]}.."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:12]}.."

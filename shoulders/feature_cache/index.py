@@ -1,4 +1,4 @@
-"""Which record holds which view of which image: by id, so that neither paths nor the order of files matter."""
+"""The order of records: which record holds which view of which image, by image id."""
 
 from __future__ import annotations
 
@@ -15,78 +15,89 @@ from shoulders.images import ImageSet
 Numbers = NDArray[np.int64]
 
 
-class Index:
-    """K views of each training image in the order of ids, then the central view of each held-out one.
+class RecordIndex:
+    """K views of each training image in the order of ids, then the central view of each held-out image.
+
+    The order depends neither on paths nor on the order of files.
 
     Args:
         images: of the run.
         views: K.
-        home: the sources whose images alone count; None: all.
+        sources: names of the sources whose images are in the index; None: all.
     """
 
-    def __init__(self, images: ImageSet, views: int, home: Sequence[str] | None = None) -> None:
-        self.images, self.views, self.home = images, views, home
-        training = self._in_order(np.concatenate(list(images.training.values())))
-        self.indices = np.concatenate([training, self._in_order(images.heldout)])
+    def __init__(self, images: ImageSet, views: int, sources: Sequence[str] | None = None) -> None:
+        self.images, self.views, self.sources = images, views, sources
+        training = self._by_id(np.concatenate(list(images.training.values())))
+        self.indices = np.concatenate([training, self._by_id(images.heldout)])
         self.ids = images.collection.ids[self.indices]
-        self.trained = len(training)  # images, the first of these
-        self.first_heldout = self.trained * views
-
-    def _in_order(self, indices: Numbers) -> Numbers:
-        ids = self.images.collection.ids[indices]
-        ours = self._rows(ids)
-        return indices[ours[np.argsort(ids[ours])]]
-
-    def _rows(self, ids: Numbers) -> Numbers:
-        """Which of some images count, as indices into ``ids`` (n,)."""
-        return np.arange(len(ids)) if self.home is None else self.images.collection.indices_from(self.home, ids)
+        self.num_training = len(training)  # images, the first ones of ``indices``
+        self.first_heldout = self.num_training * views
 
     def __len__(self) -> int:
-        """Records in all."""
-        return self.first_heldout + len(self.indices) - self.trained
+        """Number of records."""
+        return self.first_heldout + len(self.indices) - self.num_training
 
-    def wanted(self, numbers: Numbers) -> Numbers:
+    def views_of(self, numbers: Numbers) -> Numbers:
         """(B, 2) index of the image and number of its view, for records (B,)."""
-        trained = numbers < self.first_heldout
-        place, view = np.divmod(numbers, self.views)
-        place = np.where(trained, place, numbers - self.first_heldout + self.trained)
-        return np.stack([self.indices[place], np.where(trained, view, CENTRAL)], axis=1)
+        is_training = numbers < self.first_heldout
+        position, view = np.divmod(numbers, self.views)
+        position = np.where(is_training, position, numbers - self.first_heldout + self.num_training)
+        return np.stack([self.indices[position], np.where(is_training, view, CENTRAL)], axis=1)
 
     def keys(self, numbers: Numbers) -> list[tuple[int, int]]:
-        """(image id, view) of records (B,)."""
-        wanted = self.wanted(numbers)
-        return list(zip(self.images.collection.ids[wanted[:, 0]].tolist(), wanted[:, 1].tolist(), strict=True))
+        """(image id, number of the view) of records (B,)."""
+        views = self.views_of(numbers)
+        return list(zip(self.images.collection.ids[views[:, 0]].tolist(), views[:, 1].tolist(), strict=True))
 
-    def counting(self, wanted: Numbers) -> tuple[Numbers, Numbers]:
-        """Which of some views (B, 2), as `wanted` gives them, count here, and the records that hold those."""
-        ids = self.images.collection.ids[wanted[:, 0]]
+    def select(self, views: Numbers) -> tuple[Numbers, Numbers]:
+        """Select the views of images that are in this index.
+
+        Args:
+            views: (B, 2), as from `views_of` of another index.
+
+        Returns:
+            Indices into ``views`` (b,) and the records of these views (b,).
+        """
+        ids = self.images.collection.ids[views[:, 0]]
         rows = self._rows(ids)
-        return rows, self._find(ids[rows], wanted[rows, 1])
+        return rows, self._find(ids[rows], views[rows, 1])
 
-    def among(self, batch: Batch) -> Batch:
-        """Those images of a batch that count here."""
-        return batch if self.home is None else batch.take(torch.from_numpy(self._rows(batch.ids.numpy())))
+    def restrict(self, batch: Batch) -> Batch:
+        """The images of a batch that are in this index."""
+        return batch if self.sources is None else batch.take(torch.from_numpy(self._rows(batch.ids.numpy())))
 
-    def of(self, batch: Batch) -> Numbers:
+    def records_of(self, batch: Batch) -> Numbers:
         """The records (B,) of a batch.
 
         Raises:
-            DataError: a view that no record holds.
+            DataError: there is no record of a view.
         """
         if batch.views is None:
-            raise DataError("cache: this batch does not say which views of its images it holds")
+            raise DataError("cache: this batch does not record the numbers of its views")
         return self._find(batch.ids.numpy(), batch.views.numpy())
 
+    def _by_id(self, indices: Numbers) -> Numbers:
+        """The images of the sources among ``indices`` (n,), in the order of ids."""
+        ids = self.images.collection.ids[indices]
+        rows = self._rows(ids)
+        return indices[rows[np.argsort(ids[rows])]]
+
+    def _rows(self, ids: Numbers) -> Numbers:
+        """Indices into ``ids`` (n,) of the images of the sources."""
+        return np.arange(len(ids)) if self.sources is None else self.images.collection.indices_from(self.sources, ids)
+
     def _find(self, ids: Numbers, views: Numbers) -> Numbers:
+        """The records (B,) of images with these ids (B,) and views (B,)."""
         central = views == CENTRAL
         if (views[~central] >= self.views).any():
-            raise DataError(f"cache: asked for view {views.max()}, but only {self.views} of each image were made")
-        found = np.where(central, self.first_heldout, 0)
-        training, heldout = self.ids[: self.trained], self.ids[self.trained :]
-        for known, here, step in ((training, ~central, self.views), (heldout, central, 1)):
-            place = np.searchsorted(known, ids[here]).clip(max=max(0, len(known) - 1))
-            if here.any() and (known[place] != ids[here]).any():
-                raise DataError("cache: asked for an image that is not among those it was made of; make it anew")
-            found[here] += place * step
-        found[~central] += views[~central]
-        return found
+            raise DataError(f"cache: view {views.max()} is needed, but the cache has {self.views} views of each image")
+        numbers = np.where(central, self.first_heldout, 0)
+        training, heldout = self.ids[: self.num_training], self.ids[self.num_training :]
+        for known, selected, step in ((training, ~central, self.views), (heldout, central, 1)):
+            position = np.searchsorted(known, ids[selected]).clip(max=max(0, len(known) - 1))
+            if selected.any() and (known[position] != ids[selected]).any():
+                raise DataError("cache: an image is needed that is not in the cache; build the cache again")
+            numbers[selected] += position * step
+        numbers[~central] += views[~central]
+        return numbers

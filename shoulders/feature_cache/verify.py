@@ -1,4 +1,4 @@
-"""Reading every byte of a cache: when it is finished, and whenever someone wants to be sure."""
+"""Reading every byte of a cache: when it is complete, and whenever the user wants to check it."""
 
 from __future__ import annotations
 
@@ -9,59 +9,68 @@ from pathlib import Path
 import numpy as np
 
 from shoulders.errors import DataError
-from shoulders.feature_cache import store
-from shoulders.feature_cache.read import TeacherStore
+from shoulders.feature_cache.metadata import LAYOUT, MANIFEST, read_json, write_json
+from shoulders.feature_cache.records import pixel_checksums
+from shoulders.feature_cache.teacher_store import TeacherStore
 
-AT_ONCE = 2**24  # bytes
+CHUNK_BYTES = 2**24  # read at a time
 
 
-def finish(shelf: TeacherStore, on_records: Callable[[int], object]) -> None:
-    """Read back what was written and write the manifest: from now on the teacher's cache is whole.
+def write_manifest(store: TeacherStore, on_records: Callable[[int], object]) -> None:
+    """Verify all records of a teacher and write the manifest, which makes its cache complete.
+
+    Args:
+        store: of the teacher.
+        on_records: called with the number of records that were verified since the last call.
 
     Raises:
-        DataError: a shard is damaged; the message says what to do.
-        SpaceError: if the disk is full.
+        DataError: a shard is damaged.
+        SpaceError: the disk is full.
     """
     shards = []
-    for shard in range(len(shelf.shards.counts)):
-        absent, sha256 = check_shard(shelf, shard)
-        shards.append({"bytes": shelf.shards.counts[shard] * shelf.shards.record, "sha256": sha256, "absent": absent})
-        on_records(shelf.shards.counts[shard])
-    manifest = {"plan": _sha256(shelf.folder / store.PLAN), "shards": shards}
-    store.write_json(shelf.folder / store.MANIFEST, manifest)
+    for shard, count in enumerate(store.shards.counts):
+        undecodable, sha256 = check_shard(store, shard)
+        shards.append({"bytes": count * store.shards.record_bytes, "sha256": sha256, "undecodable": undecodable})
+        on_records(count)
+    write_json(store.folder / MANIFEST, {"layout": _sha256(store.folder / LAYOUT), "shards": shards})
 
 
-def verify(shelf: TeacherStore, on_records: Callable[[int], object]) -> list[str]:
-    """Everything that is wrong with a teacher's cache; nothing where all is as it was written."""
+def find_faults(store: TeacherStore, on_records: Callable[[int], object]) -> list[str]:
+    """Verify a complete store against its manifest; returns a line for each damaged file.
+
+    Args:
+        store: of the teacher.
+        on_records: as in `write_manifest`.
+    """
     faults = []
-    if shelf.manifest["plan"] != _sha256(shelf.folder / store.PLAN):
-        faults.append(f"{shelf.folder / store.PLAN}: not the one that the manifest is about")
-    for shard, said in enumerate(shelf.manifest["shards"]):
+    manifest = read_json(store.folder / MANIFEST)
+    if manifest["layout"] != _sha256(store.folder / LAYOUT):
+        faults.append(f"{store.folder / LAYOUT}: not the file that belongs to the manifest")
+    for shard, entry in enumerate(manifest["shards"]):
         try:
-            absent, sha256 = check_shard(shelf, shard)
-            if (sha256, absent) != (said["sha256"], said["absent"]):
-                faults.append(f"{shelf.shards.path(shard)}: not the bytes that were written")
+            if check_shard(store, shard) != (entry["undecodable"], entry["sha256"]):
+                faults.append(f"{store.shards.path(shard)}: not the bytes that were written")
         except DataError as error:
             faults.append(str(error))
-        on_records(shelf.shards.counts[shard])
+        on_records(store.shards.counts[shard])
     return faults
 
 
-def check_shard(shelf: TeacherStore, shard: int) -> tuple[int, str]:
-    """How many of a shard's images could not be decoded, and its sha256.
+def check_shard(store: TeacherStore, shard: int) -> tuple[int, str]:
+    """Read a shard; returns the number of its images that could not be decoded, and its sha256.
 
     Raises:
         DataError: naming the first damaged record.
     """
-    shards, digest, absent = shelf.shards, hashlib.sha256(), 0
-    first, end = int(shards.starts[shard]), int(shards.starts[shard + 1])
-    step = max(1, AT_ONCE // shards.record)
+    digest, undecodable = hashlib.sha256(), 0
+    first, end = int(store.shards.starts[shard]), int(store.shards.starts[shard + 1])
+    step = max(1, CHUNK_BYTES // store.shards.record_bytes)
     for start in range(first, end, step):
         numbers = np.arange(start, min(start + step, end))
-        records = shelf.records(numbers, absent_too=True).numpy()
+        records = store.records(numbers, allow_undecodable=True).numpy()
         digest.update(records.data)
-        absent += store.pixels_seen(records).count(None)
-    return absent, digest.hexdigest()
+        undecodable += pixel_checksums(records).count(None)
+    return undecodable, digest.hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -101,7 +101,7 @@ def student_bytes(run: Run) -> int:
 
 def cache_bytes(teachers: CachedTeachers) -> int:
     """Of the cache that a run reads."""
-    return sum(len(shelf.index) * shelf.shards.record for shelf in teachers.stores.values())
+    return sum(len(store.index) * store.shards.record_bytes for store in teachers.stores.values())
 
 
 def _file_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -1,13 +1,15 @@
-"""Killed anywhere, shared by several builders, moved anywhere: a cache ends with the same bytes."""
+"""A cache has the same bytes after kills at any point and with any number of builders."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,20 @@ import torch
 from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError, SpaceError
 from shoulders.feature_cache import estimate_cache, info_cache, verify_cache
-from shoulders.feature_cache.build import Builder
-from shoulders.feature_cache.read import command
+from shoulders.feature_cache.spec import build_command
 from shoulders.features import Features
 from shoulders.teachers import Teacher
-from tests.feature_cache.toy import Colours, build, contents, few_records, save_toy_world, teachers, toy_recipe
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_shards() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        few_records(patch)
-        yield
+from tests.feature_cache.toy import (
+    SMALL_SHARDS,
+    Colours,
+    build,
+    contents,
+    save_toy_world,
+    teachers,
+    toy_builder,
+    toy_recipe,
+    toy_spec,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quiet(root: Path) -> dict[str, bytes]:
-    """What an uninterrupted build leaves."""
-    build(toy_recipe(root, root / "quiet", cache__pca=3))
-    return contents(root / "quiet")
+def expected(root: Path) -> dict[str, bytes]:
+    """The files of an uninterrupted build."""
+    build(toy_recipe(root, root / "uninterrupted", cache__pca=3))
+    return contents(root / "uninterrupted")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +54,18 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_toy_world(tmp_path_factory.mktemp("tiny"), 12)
 
 
-CALLS = ("open", "write", "fsync", "rename", "replace", "unlink")  # of `os`: all that changes a disk here
+CALLS = (
+    "open",
+    "write",
+    "fsync",
+    "rename",
+    "replace",
+    "unlink",
+)  # of `os`: every call of a build that changes the disk
 
 
 def fork(work: Callable[[], None]) -> int:
-    """Run in a copy of this process; returns its wait status."""
+    """Run in a child process; returns its wait status."""
     child = os.fork()
     if child == 0:
         try:
@@ -67,31 +78,31 @@ def fork(work: Callable[[], None]) -> int:
 
 
 def count_calls(on_call: Callable[[int], None]) -> list[int]:
-    """Let every call that changes a disk be counted first; returns the growing count."""
-    seen = [0]
+    """Call ``on_call`` with the number of each call that changes the disk, before it; returns the current number."""
+    calls = [0]
 
     def counted(name: str) -> Callable[..., Any]:
         call = getattr(os, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            seen[0] += 1
-            on_call(seen[0])
+            calls[0] += 1
+            on_call(calls[0])
             return call(*args, **kwargs)
 
         return wrapped
 
     for name in CALLS:
         setattr(os, name, counted(name))
-    return seen
+    return calls
 
 
 @pytest.mark.parametrize("names", [["small"], pytest.param(["small", "large"], marks=pytest.mark.slow)])
-def test_killed_before_any_call_that_changes_the_disk_it_ends_with_the_same_bytes(
+def test_a_build_killed_before_any_call_that_changes_the_disk_ends_with_the_same_bytes(
     names: list[str], tiny_root: Path, tmp_path: Path
 ) -> None:
-    own = {name: teachers()[name] for name in names}
-    build(toy_recipe(tiny_root, tmp_path / "quiet", cache__pca=3), own)
-    quiet = contents(tmp_path / "quiet")
+    selected = {name: teachers()[name] for name in names}
+    build(toy_recipe(tiny_root, tmp_path / "expected", cache__pca=3), selected)
+    expected = contents(tmp_path / "expected")
 
     def killed(at: int, recipe: Recipe) -> int:
         def die(number: int) -> None:
@@ -100,7 +111,7 @@ def test_killed_before_any_call_that_changes_the_disk_it_ends_with_the_same_byte
 
         def work() -> None:
             count_calls(die)
-            build(recipe, own)
+            build(recipe, selected)
 
         return fork(work)
 
@@ -113,25 +124,27 @@ def test_killed_before_any_call_that_changes_the_disk_it_ends_with_the_same_byte
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
         points += 1
-        left = {name: data for name, data in contents(cache).items() if name in quiet}
-        assert all(quiet[name] == data for name, data in left.items()), at  # nothing has its name that is not whole
-        kept = {name: (cache / name).stat().st_ino for name in left if name.endswith(".bin")}
-        build(recipe, own)
-        assert contents(cache) == quiet, at
-        assert kept == {name: (cache / name).stat().st_ino for name in kept}  # no finished shard was made again
+        left = {name: data for name, data in contents(cache).items() if name in expected}
+        assert all(expected[name] == data for name, data in left.items()), at  # only complete files have their names
+        inodes = {name: (cache / name).stat().st_ino for name in left if name.endswith(".bin")}
+        build(recipe, selected)
+        assert contents(cache) == expected, at
+        assert inodes == {name: (cache / name).stat().st_ino for name in inodes}  # complete shards were not built again
     assert points > 30 * len(names)
 
 
-def test_a_killed_builder_is_taken_over_from(root: Path, quiet: dict[str, bytes], tmp_path: Path) -> None:
+def test_the_shards_of_a_killed_builder_are_built_by_another_one(
+    root: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__pca=3)
     child = os.fork()
     if child == 0:
-        claims = Builder(recipe, teachers(), print).claims
-        with claims.claim("shard-00000.bin"), claims.claim("plan-small"):
-            (tmp_path / "claimed").touch()
+        locks = toy_builder(recipe).locks
+        with locks.claim("shard-00000.bin"), locks.claim("layout-small"):
+            (tmp_path / "locked").touch()
             time.sleep(60)
         os._exit(0)
-    while not (tmp_path / "claimed").exists():
+    while not (tmp_path / "locked").exists():
         time.sleep(0.01)
     killer = threading.Timer(0.5, lambda: os.kill(child, signal.SIGKILL))
     killer.start()
@@ -140,119 +153,118 @@ def test_a_killed_builder_is_taken_over_from(root: Path, quiet: dict[str, bytes]
     os.waitpid(child, 0)
     killer.join()
     assert time.monotonic() - killed < 10
-    assert contents(tmp_path / "cache") == quiet
+    assert contents(tmp_path / "cache") == expected
 
 
-def test_several_builders_share_the_work(
-    root: Path, quiet: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def log_renames(path: Path) -> None:
+    """Append process and shard to a file whenever this process completes a shard; each one takes a little longer."""
+    original = os.rename
+
+    def rename(old: Path, new: Path) -> None:
+        time.sleep(0.05)  # so that each builder gets some shards
+        original(old, new)
+        if new.suffix == ".bin":
+            with path.open("a") as log:
+                log.write(f"{os.getpid()} {new.relative_to(path.parent)}\n")
+
+    setattr(os, "rename", rename)  # noqa: B010
+
+
+def test_several_builders_share_the_work(root: Path, expected: dict[str, bytes], tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__pca=3)
-    monkeypatch.setattr("shoulders.feature_cache.build.BLOCK_SHARDS", 1)
-    write = "shoulders.feature_cache.store.write_shard"
-    from shoulders.feature_cache import store
-
-    original = store.write_shard
-
-    def noted(path: Path, parts: Any, needed: int) -> None:
-        time.sleep(0.05)  # so that each of them gets some
-        original(path, parts, needed)
-        with (tmp_path / "log").open("a") as log:
-            log.write(f"{os.getpid()} {path.relative_to(tmp_path)}\n")
-
-    monkeypatch.setattr(write, noted)
     children = []
     for _ in range(3):
         child = os.fork()
         if child == 0:
             try:
-                build(recipe)
+                log_renames(tmp_path / "log")
+                build(recipe, settings=replace(SMALL_SHARDS, max_block_shards=1))
             except BaseException:
                 os._exit(1)
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert contents(tmp_path / "cache") == quiet
+    assert contents(tmp_path / "cache") == expected
     builders, shards = zip(*(line.split() for line in (tmp_path / "log").read_text().splitlines()), strict=True)
     assert len(set(builders)) >= 2
-    assert len(shards) == len(set(shards)) == sum(name.endswith(".bin") for name in quiet)
+    assert len(shards) == len(set(shards)) == sum(name.endswith(".bin") for name in expected)
 
 
-class Even(Colours):
-    """ChannelTransform around zero, all as loud as each other, or one of them far away."""
+class OneOffset(Colours):
+    """Channels of the same variance around zero, except one that is around ``offset``."""
 
-    def __init__(self, far: float) -> None:
+    def __init__(self, offset: float) -> None:
         super().__init__(4)
-        self.far = torch.tensor([0.0, far, 0.0, 0.0])
+        self.offset = torch.tensor([0.0, offset, 0.0, 0.0])
 
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
-        told = super().forward(pixels)
-        return {tap: features.map(lambda x: torch.sin(1e4 * x) + self.far) for tap, features in told.items()}
+        output = super().forward(pixels)
+        return {tap: features.map(lambda x: torch.sin(1e4 * x) + self.offset) for tap, features in output.items()}
 
 
-def test_channels_are_made_equally_loud_where_int8_would_lose_too_much(root: Path, tmp_path: Path) -> None:
-    own = {"quiet": Teacher(Even(0.0), size=(16, 16)), "loud": Teacher(Even(500.0), size=(16, 16))}
-    told = build(toy_recipe(root, tmp_path / "cache"), own)
-    assert {path.parent.name for path in (tmp_path / "cache").rglob("channels.safetensors")} == {"loud"}
-    assert all(tap["reconstruction_fvu"] < 1e-3 for row in told["teachers"] for tap in row["taps"])
-    told = build(toy_recipe(root, tmp_path / "floats", cache__dtype="float32"), own)
+def test_channels_are_rescaled_if_int8_would_lose_too_much(root: Path, tmp_path: Path) -> None:
+    both = {name: Teacher(OneOffset(offset), size=(16, 16)) for name, offset in (("centred", 0.0), ("offset", 500.0))}
+    info = build(toy_recipe(root, tmp_path / "cache"), both)
+    assert {path.parent.name for path in (tmp_path / "cache").rglob("channels.safetensors")} == {"offset"}
+    assert all(tap["reconstruction_fvu"] < 1e-3 for row in info["teachers"] for tap in row["taps"])
+    info = build(toy_recipe(root, tmp_path / "floats", cache__dtype="float32"), both)
     assert not list((tmp_path / "floats").rglob("channels.safetensors"))
-    assert max(tap["reconstruction_fvu"] for row in told["teachers"] for tap in row["taps"]) == 0
+    assert max(tap["reconstruction_fvu"] for row in info["teachers"] for tap in row["taps"]) == 0
 
 
 class Stopping(Colours):
-    """Sends a signal to its own process when it is asked for the fifth time."""
+    """Sends a signal to its own process in its fifth call."""
 
     def __init__(self, number: int) -> None:
         super().__init__(4)
-        self.number, self.asked = number, 0
+        self.number, self.calls = number, 0
 
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
-        self.asked += 1
-        if self.asked == 5:
+        self.calls += 1
+        if self.calls == 5:
             os.kill(os.getpid(), self.number)
         return super().forward(pixels)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_keeps_what_is_made(number: signal.Signals, root: Path, tmp_path: Path) -> None:
+def test_a_build_stopped_by_a_signal_keeps_complete_shards(number: signal.Signals, root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__dtype="float16")
-    own = {"one": Teacher(Stopping(number), size=(16, 16))}
+    stopping = {"one": Teacher(Stopping(number), size=(16, 16))}
     with pytest.raises(Interrupted, match="finished parts are kept: continue with the same command") as stop:
-        build(recipe, own)
+        build(recipe, stopping)
     assert stop.value.exit_code == 128 + number
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "cache/one/manifest.json").exists()
-    assert build(recipe, own)["teachers"][0]["finished"]
+    assert build(recipe, stopping)["teachers"][0]["finished"]
 
 
-def test_a_waiting_builder_says_for_whom(root: Path, tmp_path: Path) -> None:
+def test_a_waiting_builder_names_the_process_that_holds_the_lock(root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache")
-    said: list[str] = []
-    first, second = Builder(recipe, teachers(), print), Builder(recipe, teachers(), said.append)
-    with first.claims.claim("shard-00000.bin") as ours:
-        assert ours
-        thread = threading.Thread(target=second.work)
+    lines: list[str] = []
+    first, second = toy_builder(recipe), toy_builder(recipe, lines.append)
+    with first.locks.claim("shard-00000.bin") as is_ours:
+        assert is_ours
+        thread = threading.Thread(target=second.compute_shards)
         thread.start()
         end = time.monotonic() + 60
-        while not any(line.startswith("waiting") for line in said) and time.monotonic() < end:
+        while not any(line.startswith("waiting") for line in lines) and time.monotonic() < end:
             time.sleep(0.01)
     thread.join()
-    (line,) = [line for line in said if line.startswith("waiting")]
+    (line,) = [line for line in lines if line.startswith("waiting")]
     assert line.startswith(f"waiting for process {os.getpid()} on ")
 
 
-def test_an_unfinished_cache_is_read_as_far_as_it_goes(root: Path, tmp_path: Path) -> None:
+def test_the_complete_shards_of_an_unfinished_cache_can_be_read(root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache")
     build(recipe)
     (tmp_path / "cache/small/manifest.json").unlink()
     (tmp_path / "cache/small/shard-00001.bin").unlink()
-    builder = Builder(recipe, teachers(), print)
-    shelf = builder.shelf("small")
-    assert len(shelf.records(np.arange(8))) == 8
+    store = toy_spec(recipe).store("small")
+    assert len(store.records(np.arange(8))) == 8
     with pytest.raises(DataError, match="shard-00001.bin: cannot be read"):
-        shelf.records(np.arange(9))
-    told = {row["teacher"]: row for row in info_cache(recipe)["teachers"]}
-    assert (told["small"]["finished"], told["small"]["shards_done"], told["large"]["finished"]) == (False, 2, True)
-    with pytest.raises(DataError, match="small: 2 of 3 shards are there; finish it with: shoulders cache RECIPE"):
+        store.records(np.arange(9))
+    info = {row["teacher"]: row for row in info_cache(recipe)["teachers"]}
+    assert (info["small"]["finished"], info["small"]["shards_done"], info["large"]["finished"]) == (False, 2, True)
+    with pytest.raises(DataError, match="small: 2 of 3 shards are complete; finish it with: shoulders cache RECIPE"):
         verify_cache(recipe, extra_teachers=teachers())
 
 
@@ -263,16 +275,16 @@ def test_an_image_that_cannot_be_decoded_is_left_out(root: Path, tmp_path: Path)
     bad.write_bytes(b"no image")
     recipe = toy_recipe(tmp_path, tmp_path / "cache", images__max_unreadable=0.1)
     build(recipe)
-    builder = Builder(recipe, teachers(), print)
-    names = [builder.images.collection.name(index) for index, _ in builder.index.wanted(np.arange(24)).tolist()]
+    spec = toy_spec(recipe)
+    names = [spec.images.collection.name(index) for index, _ in spec.index.views_of(np.arange(24)).tolist()]
     number = names.index(bad.name)
-    with pytest.raises(DataError, match=f"'{bad.name}' could not be decoded when .*cache/small was made"):
-        builder.shelf("small").records(np.array([number]))
+    with pytest.raises(DataError, match=f"'{bad.name}' could not be decoded when .*cache/small was built"):
+        spec.store("small").records(np.array([number]))
     assert [row["undecodable"] for row in verify_cache(recipe, extra_teachers=teachers())["teachers"]] == [1, 1]
     bad.write_bytes(good)
 
 
-def test_more_unreadable_images_than_training_puts_up_with_stop_it(root: Path, tmp_path: Path) -> None:
+def test_more_unreadable_images_than_max_unreadable_stop_a_build(root: Path, tmp_path: Path) -> None:
     save_toy_world(tmp_path)
     for bad in sorted((tmp_path / "images").iterdir())[:3]:
         bad.write_bytes(b"no image")
@@ -284,9 +296,9 @@ def test_more_unreadable_images_than_training_puts_up_with_stop_it(root: Path, t
     assert len((tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()) == 3
 
 
-def test_the_command_that_is_proposed_makes_this_very_cache(root: Path, tmp_path: Path) -> None:
-    told = command(toy_recipe(root, tmp_path / "a cache", images__views=3, cache__pool=2))
-    changes = shlex.split(told)[3:]
+def test_the_command_in_messages_builds_the_same_cache(root: Path, tmp_path: Path) -> None:
+    command = build_command(toy_recipe(root, tmp_path / "a cache", images__views=3, cache__pool=2))
+    changes = shlex.split(command)[3:]
     assert changes == [f"cache.path={tmp_path}/a cache", "cache.dtype=int8", "cache.pool=2", "images.views=3"]
 
 
@@ -296,10 +308,10 @@ class Broken(Colours):
         self.value = value
 
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
-        told = super().forward(pixels)
-        if len(pixels) > 1:  # not yet when it is loaded
-            told["mean"].components()["summary"][1] = self.value
-        return told
+        output = super().forward(pixels)
+        if len(pixels) > 1:  # not in the check of a new teacher
+            output["mean"].components()["summary"][1] = self.value
+        return output
 
 
 @pytest.mark.parametrize(
@@ -307,10 +319,10 @@ class Broken(Colours):
     [
         (float("nan"), "bfloat16", "teachers.broken: mean/summary of an image is not finite"),
         (float("inf"), "int8", "is not finite"),
-        (1e5, "float16", "holds 100000, too much for float16; take cache.dtype=bfloat16"),
+        (1e5, "float16", "contains 100000, too much for float16; set cache.dtype=bfloat16"),
     ],
 )
-def test_what_cannot_be_stored_stops_the_build(
+def test_features_that_cannot_be_stored_stop_a_build(
     value: float, dtype: str, message: str, root: Path, tmp_path: Path
 ) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__dtype=dtype)
@@ -319,24 +331,24 @@ def test_what_cannot_be_stored_stops_the_build(
     assert not list(tmp_path.rglob("*.bin")) and not list(tmp_path.rglob("*.partial"))
 
 
-def test_the_plan_is_what_it_takes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_right(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = toy_recipe(root, tmp_path / "cache")
-    plan = estimate_cache(recipe, extra_teachers=teachers())
+    estimate = estimate_cache(recipe, extra_teachers=teachers(), settings=SMALL_SHARDS)
     assert not (tmp_path / "cache").exists()
-    assert 0 < plan["minutes"] < 1 and plan["memory_bytes"] > 2**20
-    assert (
-        build(recipe)["bytes"] == plan["disk_bytes"] == sum(r["views"] * r["bytes_per_view"] for r in plan["teachers"])
-    )
-    assert estimate_cache(recipe, extra_teachers=teachers())["disk_bytes"] == 0
-    monkeypatch.setattr("shoulders.feature_cache.estimate.free_bytes", lambda path: 100)
-    estimate_cache(recipe, extra_teachers=teachers())
+    assert 0 < estimate["minutes"] < 1 and estimate["memory_bytes"] > 2**20
+    total = sum(row["views"] * row["bytes_per_view"] for row in estimate["teachers"])
+    assert build(recipe)["bytes"] == estimate["disk_bytes"] == total
+    assert estimate_cache(recipe, extra_teachers=teachers(), settings=SMALL_SHARDS)["disk_bytes"] == 0
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    estimate_cache(recipe, extra_teachers=teachers(), settings=SMALL_SHARDS)
     with pytest.raises(SpaceError):
         estimate_cache(toy_recipe(root, tmp_path / "other"), extra_teachers=teachers())
 
 
 def test_recipes_that_cannot_be_cached_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        RecipeError, match="images.views: fresh views never end, so they cannot be cached; give a number"
+        RecipeError, match="images.views: fresh views never repeat, so they cannot be cached; give a number"
     ):
         build(toy_recipe(root, tmp_path / "cache", images__views="fresh"))
     with pytest.raises(RecipeError, match="cache.path: none; give cache.path=FOLDER"):
@@ -344,5 +356,13 @@ def test_recipes_that_cannot_be_cached_are_refused(root: Path, tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(RecipeError, match="cache.path: cannot write to"):
         build(toy_recipe(root, tmp_path / "file" / "cache"))
-    with pytest.raises(DataError, match="no cache is here; make it with"):
+    with pytest.raises(DataError, match="there is no cache; build it with"):
         info_cache(toy_recipe(root, tmp_path / "cache"))
+
+
+def test_shards_of_another_size_are_refused(root: Path, tmp_path: Path) -> None:
+    recipe = toy_recipe(root, tmp_path / "cache")
+    build(recipe)
+    with pytest.raises(DataError, match="small: has shards of another size; remove it"):
+        build(recipe, settings=replace(SMALL_SHARDS, shard_records=12))
+    assert verify_cache(recipe, extra_teachers=teachers())["bytes"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +43,24 @@ def shoulders(
     return int(end.value.code or 0), out, err
 
 
-def test_plan_make_look_and_verify(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_estimate_build_info_and_verify(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
     def cache(*args: object) -> tuple[int, str, str]:
         return shoulders(monkeypatch, capsys, "cache", recipe, *args)
 
     code, out, err = cache("--info")
-    assert (code, out) == (3, "") and "no cache is here; make it with: shoulders cache RECIPE cache.path=" in err
+    assert (code, out) == (3, "") and "there is no cache; build it with: shoulders cache RECIPE cache.path=" in err
     code, out, _ = cache("--estimate")
     assert code == 0 and "KiB on disk (" in out and "minutes in one process" in out and "base" in out
-    planned = json.loads(cache("--estimate", "--json")[1])
-    assert {row["teacher"]: row["views"] for row in planned["teachers"]} == {"classifier": 30, "base": 30}
+    estimated = json.loads(cache("--estimate", "--json")[1])
+    assert {row["teacher"]: row["views"] for row in estimated["teachers"]} == {"classifier": 30, "base": 30}
     code, out, err = cache("--json")
-    made = json.loads(out)
-    assert code == 0 and made["bytes"] == planned["disk_bytes"] and "storing loses" in err
+    built = json.loads(out)
+    assert code == 0 and built["bytes"] == estimated["disk_bytes"] and "reconstruction fvu" in err
     code, out, _ = cache("--info")
     assert code == 0 and "classifier/stage1/spatial  64 x 16 int8" in out and "classifier: 30 views, complete, " in out
     code, out, _ = cache("--verify")
     assert code == 0 and out.endswith("every record is as it was written\n")
-    assert json.loads(cache("--verify", "--json")[1])["teachers"] == made["teachers"]
+    assert json.loads(cache("--verify", "--json")[1])["teachers"] == built["teachers"]
     code, out, err = cache("--verify", "--estimate")
     assert (code, out) == (2, "") and "give one of --estimate, --verify and --info" in err
 
@@ -72,7 +73,7 @@ def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: Any, capsys: 
 
     shoulders(monkeypatch, capsys, "cache", recipe)
     code, err = run("cache", recipe, "images.views=fresh")
-    assert code == 2 and "fresh views never end" in err
+    assert code == 2 and "fresh views never repeat" in err
     code, err = run("distill", recipe, "images.views=fresh", "cache.mode=require")
     assert code == 2 and "cache.mode: require, but images.views is fresh" in err
     code, err = run("cache", recipe, "cache.mod=off")
@@ -80,19 +81,20 @@ def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: Any, capsys: 
     code, err = run("distill", recipe, "train.seed=4", "cache.mode=require")
     assert code == 3 and "train.seed was 0, is 4" in err and "cache.path=OTHER" in err
     shard = recipe.parent / "cache" / "classifier" / "shard-00000.bin"
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:5000] + b"?" + sound[5001:])
+    original = shard.read_bytes()
+    shard.write_bytes(original[:5000] + b"?" + original[5001:])
     code, err = run("cache", recipe, "--verify")
     assert code == 3 and f"{shard}: record " in err and "is damaged; remove this file, then: shoulders cache" in err
-    shard.write_bytes(sound)
-    monkeypatch.setattr("shoulders.feature_cache.estimate.free_bytes", lambda path: 10)
+    shard.write_bytes(original)
+    usage = shutil.disk_usage(recipe.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     code, err = run("cache", recipe, f"cache.path={recipe.parent / 'other'}")
     assert code == 5 and "KiB needed, 10 bytes free; make room" in err
 
 
-def test_a_run_says_whence_its_teachers_come(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_run_logs_whether_it_reads_the_cache(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
     shoulders(monkeypatch, capsys, "cache", recipe)
     code, _, err = shoulders(monkeypatch, capsys, "distill", recipe)
-    assert code == 0 and f"teachers out of {recipe.parent / 'cache'} (int8)" in err
+    assert code == 0 and f"reading the teachers' features from {recipe.parent / 'cache'} (int8)" in err
     code, _, err = shoulders(monkeypatch, capsys, "distill", recipe, "train.seed=4", f"out={recipe.parent / 'live'}")
-    assert code == 0 and "asking the teachers live, not from the cache: " in err
+    assert code == 0 and "running the teachers, not reading the cache: " in err

@@ -1,4 +1,4 @@
-"""Records hold the views that runs draw, pixel for pixel."""
+"""The views of records are those of runs, pixel for pixel."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from shoulders.config.recipe import Images, as_size
+from shoulders.config.section import as_size
+from shoulders.config.sections import Images
 from shoulders.errors import DataError
-from shoulders.feature_cache.index import Index
+from shoulders.feature_cache.index import RecordIndex
 from shoulders.features import CENTRAL
 from shoulders.images import ImageSet, batches, evaluation_batches, listed_batches, open_images
 
@@ -38,58 +39,56 @@ def images(settings: Images) -> ImageSet:
     return open_images(settings, seed=5)
 
 
-def test_every_record_is_asked_for_by_what_it_holds(images: ImageSet) -> None:
-    index = Index(images, VIEWS)
+def test_each_view_has_one_record(images: ImageSet) -> None:
+    index = RecordIndex(images, VIEWS)
     assert len(index) == VIEWS * len(images) + len(images.heldout)
-    wanted = index.wanted(np.arange(len(index)))
-    assert len(np.unique(wanted, axis=0)) == len(index)
-    assert sorted(np.unique(wanted[:, 1])) == [CENTRAL, 0, 1, 2]
-    assert index.keys(np.arange(2)) == [(int(images.collection.ids[i]), int(view)) for i, view in wanted[:2]]
+    views = index.views_of(np.arange(len(index)))
+    assert len(np.unique(views, axis=0)) == len(index)
+    assert sorted(np.unique(views[:, 1])) == [CENTRAL, 0, 1, 2]
+    assert index.keys(np.arange(2)) == [(int(images.collection.ids[i]), int(view)) for i, view in views[:2]]
 
 
-def test_of_some_sources_it_numbers_their_images_alone_in_the_same_order(images: ImageSet, settings: Images) -> None:
-    every, two = Index(images, VIEWS), Index(images, VIEWS, ["two"])
-    wanted = every.wanted(np.arange(len(every)))
-    rows, numbers = two.counting(wanted)
-    assert [images.collection.name(index)[:3] == "two" for index, _ in wanted] == [
-        i in rows for i in range(len(wanted))
-    ]
+def test_an_index_of_some_sources_has_their_images_in_the_same_order(images: ImageSet, settings: Images) -> None:
+    both, two = RecordIndex(images, VIEWS), RecordIndex(images, VIEWS, ["two"])
+    views = both.views_of(np.arange(len(both)))
+    rows, numbers = two.select(views)
+    assert [images.collection.name(index)[:3] == "two" for index, _ in views] == [i in rows for i in range(len(views))]
     assert numbers.tolist() == list(range(len(two)))
-    assert two.wanted(numbers).tolist() == wanted[rows].tolist()
+    assert two.views_of(numbers).tolist() == views[rows].tolist()
     batch = next(batches(images, SIZES, settings, batch=12, seed=5, steps=1))
-    theirs = two.among(batch)
-    assert 0 < len(theirs) < len(batch) and two.keys(two.of(theirs)) == [
-        key for key in every.keys(every.of(batch)) if key[0] in theirs.ids.tolist()
-    ]
-    with pytest.raises(DataError, match="not among those it was made of"):
-        two.of(batch)
+    part = two.restrict(batch)
+    assert 0 < len(part) < len(batch)
+    expected = [key for key in both.keys(both.records_of(batch)) if key[0] in part.ids.tolist()]
+    assert two.keys(two.records_of(part)) == expected
+    with pytest.raises(DataError, match="an image is needed that is not in the cache"):
+        two.records_of(batch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_listed_views_are_those_of_runs(workers: int, images: ImageSet, settings: Images) -> None:
-    index, how = Index(images, VIEWS), settings.model_copy(update={"workers": workers})
-    seen = list(batches(images, SIZES, settings, batch=8, seed=5, steps=10))
+def test_listed_views_are_the_views_of_runs(workers: int, images: ImageSet, settings: Images) -> None:
+    index, with_workers = RecordIndex(images, VIEWS), settings.model_copy(update={"workers": workers})
+    drawn = list(batches(images, SIZES, settings, batch=8, seed=5, steps=10))
     shape = as_size(settings.size)
-    seen += list(evaluation_batches(images.collection, SIZES, 4, images.heldout, shape=shape))
-    numbers = [index.of(batch) for batch in seen]
+    drawn += list(evaluation_batches(images.collection, SIZES, 4, images.heldout, shape=shape))
+    numbers = [index.records_of(batch) for batch in drawn]
     assert {int(number) for part in numbers for number in part} == set(range(len(index)))
-    listed = listed_batches(images, [index.wanted(part) for part in numbers], SIZES, how, seed=5)
-    for ours, theirs in zip(listed, seen, strict=True):
-        assert torch.equal(ours.ids, theirs.ids)
-        assert ours.views is not None and theirs.views is not None and torch.equal(ours.views, theirs.views)
-        assert all(torch.equal(ours.rendered[size], theirs.rendered[size]) for size in SIZES)
+    listed = listed_batches(images, [index.views_of(part) for part in numbers], SIZES, with_workers, seed=5)
+    for one, other in zip(listed, drawn, strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert one.views is not None and other.views is not None and torch.equal(one.views, other.views)
+        assert all(torch.equal(one.rendered[size], other.rendered[size]) for size in SIZES)
 
 
-def test_sizes_that_are_not_drawn_still_decide_how_images_are_decoded(images: ImageSet, settings: Images) -> None:
+def test_decode_sizes_that_are_not_rendered_decide_how_images_are_decoded(images: ImageSet, settings: Images) -> None:
     def first(sizes: list[tuple[int, int]], decode_sizes: list[tuple[int, int]]) -> list[torch.Tensor]:
         drawn = next(batches(images, sizes, settings, batch=8, seed=5, steps=1, decode_sizes=decode_sizes))
         central = next(evaluation_batches(images.collection, sizes, 2, images.heldout, decode_sizes=decode_sizes))
         return [batch.rendered[(32, 32)] for batch in (drawn, central)]
 
     large = (200, 200)
-    both, alone, as_if = first([(32, 32), large], []), first([(32, 32)], []), first([(32, 32)], [large])
-    assert all(torch.equal(x, y) for x, y in zip(both, as_if, strict=True))
-    assert not all(torch.equal(x, y) for x, y in zip(both, alone, strict=True))
+    rendered, decoded, without = first([(32, 32), large], []), first([(32, 32)], [large]), first([(32, 32)], [])
+    assert all(torch.equal(x, y) for x, y in zip(rendered, decoded, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(rendered, without, strict=True))
 
 
 def test_images_that_cannot_be_decoded_are_left_out(images: ImageSet, settings: Images, tmp_path: Path) -> None:
@@ -97,19 +96,21 @@ def test_images_that_cannot_be_decoded_are_left_out(images: ImageSet, settings: 
     for i in range(1, 6):
         (tmp_path / f"{i}.png").write_bytes(b"nothing")
     few = open_images(Images(path=tmp_path), seed=0)
-    index = Index(few, 1)
-    (batch,) = listed_batches(few, [index.wanted(np.arange(len(index)))], SIZES, Images(workers=0), seed=0)
+    index = RecordIndex(few, 1)
+    (batch,) = listed_batches(few, [index.views_of(np.arange(len(index)))], SIZES, Images(workers=0), seed=0)
     assert (len(batch), len(batch.skipped), batch.rendered[SIZES[1]].shape) == (1, 5, (1, 3, 48, 64))
-    empty = [index.wanted(np.array([number])) for number in range(len(index))]
+    empty = [index.views_of(np.array([number])) for number in range(len(index))]
     assert sorted(len(one) for one in listed_batches(few, empty, SIZES, Images(workers=0), seed=0)) == [0] * 5 + [1]
 
 
-def test_what_no_record_holds_is_refused(images: ImageSet, settings: Images) -> None:
+def test_views_without_a_record_are_refused(images: ImageSet, settings: Images) -> None:
     batch = next(batches(images, SIZES, settings, batch=4, seed=5, steps=1))
-    assert len(Index(images, 1)) < len(Index(images, VIEWS))
-    with pytest.raises(DataError, match="only 1 of each image"):
-        Index(images, 1).of(next(batches(images, SIZES, settings, batch=40, seed=5, steps=1)))
-    other = Index(open_images(settings.model_copy(update={"sources": {"one": settings.sources["one"]}}), 5), VIEWS)
-    with pytest.raises(DataError, match="not among those it was made of"):
-        other.of(next(b for b in batches(images, SIZES, settings, batch=20, seed=5, steps=1)))
+    assert len(RecordIndex(images, 1)) < len(RecordIndex(images, VIEWS))
+    with pytest.raises(DataError, match="the cache has 1 views of each image"):
+        RecordIndex(images, 1).records_of(next(batches(images, SIZES, settings, batch=40, seed=5, steps=1)))
+    other = RecordIndex(
+        open_images(settings.model_copy(update={"sources": {"one": settings.sources["one"]}}), 5), VIEWS
+    )
+    with pytest.raises(DataError, match="an image is needed that is not in the cache"):
+        other.records_of(next(b for b in batches(images, SIZES, settings, batch=20, seed=5, steps=1)))
     assert len(batch) == 4

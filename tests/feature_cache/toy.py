@@ -1,4 +1,4 @@
-"""Caches small enough to be built a hundred times in a test: toy teachers, few images, shards of a few records."""
+"""Caches that are built in milliseconds: toy teachers, few images, shards of a few records."""
 
 from __future__ import annotations
 
@@ -6,25 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from shoulders.config.recipe import Recipe, check_recipe
 from shoulders.distributed.context import DistContext
-from shoulders.feature_cache import build_cache
+from shoulders.feature_cache import BuildSettings, build_cache
 from shoulders.feature_cache.build import Builder
-from shoulders.feature_cache.read import TeacherStore
+from shoulders.feature_cache.spec import CacheSpec
 from shoulders.features import Features
 from shoulders.teachers import Teacher
 from tests.tiny import save_base, save_images
 
-SHARD = 8  # records
-HERE = DistContext(0, 1, torch.device("cpu"))
+SMALL_SHARDS = BuildSettings(shard_records=8, batch=4, poll_s=0.02)
+SINGLE_PROCESS = DistContext(0, 1, torch.device("cpu"))
 
 
 class Colours(nn.Module):
-    """Mean colours of an image and of its parts, in ``width`` channels."""
+    """Mean colours of an image and of its patches, in ``width`` channels."""
 
     mix: Tensor
 
@@ -48,7 +47,13 @@ def teachers() -> dict[str, Teacher]:
 
 
 def toy_recipe(root: Path, cache: Path, **changes: Any) -> Recipe:
-    """A recipe over 24 images and no teacher of its own; the base is never asked."""
+    """A recipe over the images of `save_toy_world`, without teachers; the base is not needed.
+
+    Args:
+        root: of the world.
+        cache: the folder of the cache.
+        changes: ``section__key=value``.
+    """
     tree: dict[str, Any] = {
         "student": {"base": str(root / "base")},
         "images": {"path": str(root / "images"), "size": 16, "views": 1, "holdout": 8, "workers": 0},
@@ -70,24 +75,23 @@ def save_toy_world(root: Path, images: int = 24) -> Path:
     return root
 
 
-def build(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> dict[str, Any]:
-    return build_cache(recipe, extra_teachers=teachers() if own is None else own)
+def build(
+    recipe: Recipe, extra_teachers: Mapping[str, Teacher] | None = None, settings: BuildSettings = SMALL_SHARDS
+) -> dict[str, Any]:
+    """Build a cache of `teachers`, or of others."""
+    return build_cache(
+        recipe, extra_teachers=teachers() if extra_teachers is None else extra_teachers, settings=settings
+    )
 
 
-def shelves(recipe: Recipe, own: Mapping[str, Teacher] | None = None) -> tuple[list[TeacherStore], Builder]:
-    """A finished cache, opened."""
-    builder = Builder(recipe, teachers() if own is None else own, print)
-    prints, indices = builder.prints.items(), builder.indices
-    return [TeacherStore(builder.folders[name], fields, "make it", indices[name]) for name, fields in prints], builder
+def toy_spec(recipe: Recipe, extra_teachers: Mapping[str, Teacher] | None = None) -> CacheSpec:
+    return CacheSpec(recipe, teachers() if extra_teachers is None else extra_teachers, SMALL_SHARDS.shard_records)
+
+
+def toy_builder(recipe: Recipe, log: Any = print) -> Builder:
+    return Builder(toy_spec(recipe), SMALL_SHARDS, log)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def few_records(patch: pytest.MonkeyPatch) -> None:
-    """Shards of a few records, so that a toy has several."""
-    patch.setattr("shoulders.feature_cache.build.SHARD_RECORDS", SHARD)
-    patch.setattr("shoulders.feature_cache.build.BATCH", SHARD // 2)
-    patch.setattr("shoulders.feature_cache.build.WAIT_S", 0.02)

@@ -28,7 +28,7 @@ from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.losses import Settings, kpu
 from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent, teacher_name
-from tests.feature_cache.toy import HERE, contents, few_records
+from tests.feature_cache.toy import SINGLE_PROCESS, SMALL_SHARDS, contents
 from tests.test_distillation import metrics, same, weights
 from tests.tiny import save_base, save_convnext, save_images, save_segformer
 
@@ -210,7 +210,7 @@ def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_teacher_runs_on_images_of_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
-    run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, HERE)
+    run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, SINGLE_PROCESS)
     (batch,) = run._batches(0, 1, 0, 1)
     names = [run.images.collection.name_of_id(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
@@ -250,7 +250,7 @@ def test_a_source_without_teachers_is_refused(world: Path, tmp_path: Path) -> No
 def test_nested_sources_give_a_warning(world: Path, tmp_path: Path) -> None:
     nested = {"sources": {"all": {"path": str(world)}, "streets": {"path": str(world / "streets")}}}
     with pytest.warns(UserWarning, match="streets lies in all: .* held-out measures are too good"):
-        check_training(recipe(world, tmp_path / "run", ["streets"], images=nested), {}, HERE)
+        check_training(recipe(world, tmp_path / "run", ["streets"], images=nested), {}, SINGLE_PROCESS)
 
 
 def test_statistics_need_enough_images_not_enough_tokens(world: Path, tmp_path: Path) -> None:
@@ -281,10 +281,7 @@ def test_a_cache_gives_the_same_student(world: Path, streets_only: Path, tmp_pat
     assert same(weights(tmp_path / "cached"), weights(tmp_path / "live"))
 
 
-def test_a_cache_holds_images_of_the_sources_alone(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few_records(monkeypatch)
+def test_a_cache_holds_images_of_the_sources_alone(world: Path, tmp_path: Path) -> None:
     save_images(tmp_path / "streets", 6)
     bad = sorted((tmp_path / "streets").iterdir())[3]
     bad.write_bytes(b"no image")
@@ -294,10 +291,10 @@ def test_a_cache_holds_images_of_the_sources_alone(
         "cache": {"path": str(tmp_path / "cache"), "mode": "require"},
     }
     one = recipe(world, tmp_path / "run", ["streets"], **tree)
-    planned = {row["teacher"]: row["views"] for row in estimate_cache(one)["teachers"]}
+    planned = {row["teacher"]: row["views"] for row in estimate_cache(one, settings=SMALL_SHARDS)["teachers"]}
     assert planned["segmenter"] == 2 * 3 + 3  # half of so few are held out
     assert planned["classifier"] == planned["base"] > 6 * planned["segmenter"]
-    told = {row["teacher"]: row for row in build_cache(one)["teachers"]}
+    told = {row["teacher"]: row for row in build_cache(one, settings=SMALL_SHARDS)["teachers"]}
     assert {name: row["views"] for name, row in told.items()} == planned
     assert [row["undecodable"] in (1, 2) for row in told.values()] == [True] * 3  # held out, or in two views
     assert told["segmenter"]["bytes"] == planned["segmenter"] * told["segmenter"]["bytes_per_view"]
@@ -309,7 +306,7 @@ def test_a_cache_holds_images_of_the_sources_alone(
         (tmp_path / "cache" / name).unlink()
         with pytest.raises(DataError, match="missing, or of another size"):
             verify_cache(one)
-        build_cache(one)
+        build_cache(one, settings=SMALL_SHARDS)
         assert contents(tmp_path / "cache") == before
     verify_cache(one)
 
