@@ -19,8 +19,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "student/ladder.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
     "tasks/average_precision.py": ("tests/tasks/test_average_precision.py", "tests/tasks/data/test_coco.py"),
     "training/optimizers.py": ("tests/training/test_optimizers.py",),
-    "transfer/balance.py": ("tests/transfer/test_balance_reference.py", "tests/transfer/test_losses.py"),
-    "transfer/distances.py": ("tests/transfer/test_losses.py",),
+    "transfer/balance.py": ("tests/transfer/test_balance.py", "tests/transfer/test_losses.py"),
+    "transfer/distances.py": ("tests/transfer/test_distances.py", "tests/transfer/test_losses.py"),
     "transfer/fvu.py": ("tests/transfer/test_fvu_reference.py", "tests/transfer/test_fvu.py"),
     "transfer/losses.py": ("tests/transfer/test_losses_reference.py", "tests/transfer/test_losses.py"),
     "transfer/projectors.py": (
