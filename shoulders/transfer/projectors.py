@@ -121,7 +121,6 @@ class JointToStudent(nn.Module):
 
     def __init__(self, d: int, taps: Mapping[str, FeatureDims], hidden: int):
         super().__init__()
-        self.d = d
         self.taps = nn.ModuleDict({module_name(tap): _linears(dims, d) for tap, dims in taps.items()})
         present = [name for name in ("summary", "spatial") if any(getattr(dims, name) for dims in taps.values())]
         self.norms = nn.ModuleDict({component: nn.LayerNorm(d) for component in present})

@@ -11,7 +11,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/student/test_encoder.py",
     ),
     "student/base.py": ("tests/student/test_base.py", "tests/student/test_ladder.py"),
-    "student/config.py": ("tests/student/test_encoder.py", "tests/test_model.py"),
+    "student/config.py": ("tests/student/test_config.py",),
     "student/convolutions.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
     "student/encoder.py": ("tests/student/test_encoder.py", "tests/student/test_ladder.py"),
     "student/families.py": ("tests/student/test_encoder.py", "tests/student/test_base.py"),

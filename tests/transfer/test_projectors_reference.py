@@ -44,7 +44,10 @@ def test_a_projector_keeps_the_grid_by_default() -> None:
     assert mlp.upsample == 1 and mlp({"latent": torch.randn(2, 6, 5)}, (2, 3)).shape == (2, 6, 4)
 
 
-@pytest.mark.parametrize(("grid", "factor"), [((4, 6), 2), ((6, 6), 3), ((5, 6), 2), ((4, 7), 2), ((7, 5), 3)])
+@pytest.mark.parametrize(
+    ("grid", "factor"),
+    [((4, 6), 2), ((6, 6), 3), ((5, 6), 2), ((4, 7), 2), ((7, 5), 3), ((5, 7), 2), ((1, 4), 2), ((4, 1), 2)],
+)
 def test_tokens_are_averaged_over_windows_of_equal_size(grid: tuple[int, int], factor: int) -> None:
     """Where the factor does not divide a side, the windows overlap, evenly spread from edge to edge."""
     torch.manual_seed(0)
