@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.config.recipe import Recipe
 from shoulders.distillation import Run, distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.feature_cache import build_cache, info_cache, open_cache
@@ -31,6 +31,7 @@ from tests.tiny import (
     save_images,
     save_segformer,
     student_weights,
+    tiny_recipe,
 )
 
 STEPS = 8
@@ -54,27 +55,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(world: Path, dtype: str, out: str, mode: str = "require", **changes: Any) -> Recipe:
-    tree: dict[str, Any] = {
-        "student": {"base": str(world / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
-        "teachers": {
-            "classifier": {"model": str(world / "classifier"), "size": 64},
-            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"]},
-        },
-        "images": {"path": str(world / "images"), "size": 32, "views": 2, "holdout": 12, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {
-            "steps": STEPS,
-            "batch": 8,
-            "lr": 1e-3,
-            "precision": "fp32",
-            "log_every": 1,
-            "save_every": 4,
-            "evaluate_every": 8,
-        },
+    settings: dict[str, Any] = {
+        "teachers__classifier": {"model": str(world / "classifier"), "size": 64},
+        "images__views": 2,
+        "train__steps": STEPS,
+        "train__lr": 1e-3,
+        "train__save_every": 4,
+        "train__evaluate_every": 8,
         "cache": {"path": str(world / dtype), "dtype": dtype, "mode": mode},
-        "out": str(world / "runs" / out),
     }
-    return check_recipe(tree | changes)
+    return tiny_recipe(world, f"runs/{out}", **settings | changes)
 
 
 def losses(out: Path) -> list[float]:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.config.recipe import Recipe
 from shoulders.distributed.context import DistContext
 from shoulders.feature_cache import BuildSettings, build_cache
 from shoulders.feature_cache.build import Builder
 from shoulders.feature_cache.spec import CacheSpec
 from shoulders.features import Features
 from shoulders.teachers import Teacher
-from tests.tiny import save_base, save_images
+from tests.tiny import save_base, save_images, tiny_recipe
 
 SMALL_SHARDS = BuildSettings(shard_records=8, batch=4, poll_s=0.02)
 SINGLE_PROCESS = DistContext(0, 1, torch.device("cpu"))
@@ -54,18 +54,17 @@ def toy_recipe(root: Path, cache: Path, **changes: Any) -> Recipe:
         cache: the folder of the cache.
         changes: ``section__key=value``.
     """
-    tree: dict[str, Any] = {
-        "student": {"base": str(root / "base")},
-        "images": {"path": str(root / "images"), "size": 16, "views": 1, "holdout": 8, "workers": 0},
+    settings: dict[str, Any] = {
+        "student__adapter": None,
+        "teachers": {},
+        "images__size": 16,
+        "images__views": 1,
+        "images__holdout": 8,
         "transfer": {"preserve": 0.0},
         "train": {"precision": "fp32"},
         "cache": {"path": str(cache), "dtype": "int8", "mode": "require"},
-        "out": str(root / "out"),
     }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        tree[section] = tree[section] | {name: value}
-    return check_recipe(tree)
+    return tiny_recipe(root, "out", **settings | changes)
 
 
 def save_toy_world(root: Path, images: int = 24) -> Path:
