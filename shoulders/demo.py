@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from shoulders.config.recipe import Recipe, check_recipe
-from shoulders.distillation import distill, init_student
+from shoulders.distillation import distill
 from shoulders.distributed.context import DistContext
 from shoulders.distributed.device import this_device
 from shoulders.errors import Interrupted
@@ -35,7 +35,8 @@ from shoulders.storage.atomic import write_folder, write_text
 from shoulders.tasks import TASKS
 from shoulders.tasks.finetune import HParams
 from shoulders.teachers import Teachers, load_teacher
-from shoulders.training.preflight import check
+from shoulders.training.preflight import check_run
+from shoulders.training.student import init_student
 from shoulders.training.supervised_baseline import scratch
 from shoulders.world import SIZE, TEACHER_TASKS, TEACHERS, write_world
 
@@ -110,7 +111,7 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        check(told, {}, DistContext(0, 1, this_device()), resume)
+        check_run(told, {}, DistContext(0, 1, this_device()), resume)
         _draw(out / "scenes", effort)
         _save_newborn(told)
         with _processes() as pool:

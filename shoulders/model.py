@@ -144,9 +144,7 @@ class ShouldersModel(ShouldersPreTrainedModel):
             base_features: {layer: Features} of the base itself at :attr:`base_layers`, where they exist already: an
                 adapter beside the base then does not compute them again.
         """
-        if base_features and self.encoder.adapter.input_layers:
-            return self.encoder.adapt(base_features, pixels, self.layers)
-        return self.encoder(pixels, self.layers)
+        return self.encoder(pixels, self.layers, base_features)
 
     def project(
         self, student_features: Mapping[str, Features], targets: Mapping[str, Features] | None = None

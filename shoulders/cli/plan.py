@@ -102,5 +102,5 @@ def _suggestions(suggestions: list[dict[str, Any]]) -> list[str]:
     lines = ["what would make the run cheaper, and the share of a step that each saves:"]
     for row in suggestions:
         saved = "needed" if row["saves"] is None else f"{row['saves']:.0%}"
-        lines += [f"{saved:>6}  {shlex.join(row['give']) or '(nothing to change)'}", f"        {row['why']}"]
+        lines += [f"{saved:>6}  {shlex.join(row['overrides']) or '(nothing to change)'}", f"        {row['reason']}"]
     return lines

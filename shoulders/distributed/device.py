@@ -31,8 +31,13 @@ def peak_memory_gib() -> float:
     """Peak memory of this process in GiB: on its GPU where there is one, else in main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes: macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_main_memory() / 2**30
+
+
+def peak_main_memory() -> int:
+    """Peak main memory of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _version(package: str) -> str:

@@ -20,7 +20,7 @@ from shoulders.feature_cache.teacher_store import TeacherStore, check_fingerprin
 from shoulders.features import Batch
 from shoulders.images import ImageSet, listed_batches, open_images
 from shoulders.teachers import Teacher
-from shoulders.training.preflight import check_teaching
+from shoulders.training.preflight import check_inputs
 
 SHARD_RECORDS = 256
 
@@ -53,7 +53,7 @@ class CacheSpec:
         self, recipe: Recipe, extra_teachers: Mapping[str, Teacher], shard_records: int = SHARD_RECORDS
     ) -> None:
         self.recipe, self.extra_teachers, self.shard_records = recipe, dict(extra_teachers), shard_records
-        check_teaching(recipe, self.extra_teachers)
+        check_inputs(recipe, self.extra_teachers)
         self.path, views = cache_folder(recipe), num_views(recipe)
         self.images = open_images(recipe.images, recipe.train.seed)
         entries = cache_entries(recipe, self.extra_teachers)

@@ -1,4 +1,4 @@
-"""What a distillation will take, said before it is run, and what would make it cheaper."""
+"""Estimate the time, memory and disk of a distillation before it runs, and suggest how to reduce them."""
 
 from shoulders.planning.estimate import plan
 

@@ -1,4 +1,4 @@
-"""Bytes of a run: what it holds in memory, and what it leaves on disk."""
+"""Bytes of a run: in memory, and on disk."""
 
 from __future__ import annotations
 
@@ -6,106 +6,107 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shoulders.config.recipe import Recipe, Train, as_size
-from shoulders.distillation import Run
+from shoulders.config.recipe import Train, as_size
+from shoulders.distillation import Trainer
 from shoulders.feature_cache import CachedTeachers
 from shoulders.hub import quiet
 from shoulders.hub.card import write_card
 from shoulders.teachers.heads import load_head
 from shoulders.teachers.heads.saved import save_head
+from shoulders.training.batches import RunBatches
 from shoulders.training.heldout import MAX_TOKENS
+from shoulders.training.step import TrainStep
 
-FEW = 2  # images
-COMES_AND_GOES = 1.5  # of what a step keeps for its way back: gradients, and what teachers hold while they are asked
-
-
-def changed(recipe: Recipe, **train: Any) -> Recipe:
-    """The recipe with other values in ``train``."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+IMAGES = 2  # of the smaller of two counted steps
+OVERHEAD = 1.5  # times the saved activations: gradients, and what teachers hold during their forward pass
 
 
-def bytes_per_image(run: Run) -> float:
-    """Bytes that a step takes for each image: what it keeps for the way back, counted on few, and half as much more."""
-    few, more = (_saved(run, images) for images in (FEW, 2 * FEW))
-    return COMES_AND_GOES * max(0.0, (more - few) / FEW)
+def bytes_per_image(step: TrainStep, batches: RunBatches) -> float:
+    """Bytes that a step takes for each image: the activations saved for its backward pass, times ``OVERHEAD``."""
+    few, more = (saved_bytes(step, batches, images) for images in (IMAGES, 2 * IMAGES))
+    return OVERHEAD * max(0.0, (more - few) / IMAGES)
 
 
-def _saved(run: Run, images: int) -> int:
-    """Bytes that a step of so many images keeps for its way back."""
-    kept: dict[int, int] = {}
+def saved_bytes(step: TrainStep, batches: RunBatches, images: int) -> int:
+    """Bytes that a step of so many images saves for its backward pass."""
+    saved: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
         memory = x.untyped_storage()
-        kept[memory.data_ptr()] = memory.nbytes()
+        saved[memory.data_ptr()] = memory.nbytes()
         return x
 
-    recipe, run.recipe = run.recipe, changed(run.recipe, batch=images, accumulate=1)
-    with closing(run._batches(0, 1, 0, 1)) as stream, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        run.step(1, next(stream))
-    run.recipe = recipe
-    return sum(kept.values())
+    one = replace(step, accumulate=1, compile=False)
+    with (
+        closing(replace(batches, batch=images).training(0, 1)) as stream,
+        torch.autograd.graph.saved_tensors_hooks(note, lambda x: x),
+    ):
+        one(1, next(stream))
+    return sum(saved.values())
 
 
-def memory_there(device: torch.device) -> int:
-    """Bytes of memory for this process: of its GPU where it has one, else of the machine or the container."""
+def memory_bytes(device: torch.device) -> int:
+    """Bytes of memory for this process: on its GPU where it has one, else of the machine or the container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    most = limit.read_text().strip() if limit.exists() else ""
-    return min(there, int(most)) if most.isdecimal() else there
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file = Path("/sys/fs/cgroup/memory.max")
+    container = file.read_text().strip() if file.exists() else ""
+    return min(machine, int(container)) if container.isdecimal() else machine
 
 
-def parts_that_fit(train: Train, held: float, per_image: float, there: int) -> int:
+def accumulate_that_fits(train: Train, held: float, per_image: float, available: int) -> int:
     """The ``train.accumulate`` with which a step fits into memory: the recipe's own if it does."""
-    for parts in range(train.accumulate, train.batch):
-        if train.batch % parts == 0 and held + per_image * train.batch / parts <= there:
-            return parts
+    for accumulate in range(train.accumulate, train.batch):
+        if train.batch % accumulate == 0 and held + per_image * train.batch / accumulate <= available:
+            return accumulate
     return train.batch
 
 
-def heldout_bytes(run: Run) -> int:
-    """What is held in memory of the held-out images: their pixels, and what the teachers say of a few places."""
-    h, w = run.size
-    places = min(MAX_TOKENS, (h // run.student.encoder.patch_size) * (w // run.student.encoder.patch_size))
-    widths = sum((tap["summary"] or 0) + places * (tap["spatial"] or 0) for tap in run.student.config.taps.values())
-    said = 4 * widths if run.dist.device.type == "cpu" else 0  # that stays in the machine's own memory
-    return len(run.images.heldout) * (3 * h * w + said)
+def heldout_bytes(trainer: Trainer) -> int:
+    """Bytes in memory of the held-out images: their pixels, and teacher features of a few tokens."""
+    h, w = trainer.batches.size
+    grid = trainer.student.encoder.grid((h, w))
+    tokens = min(MAX_TOKENS, grid[0] * grid[1])
+    taps = trainer.student.config.taps.values()
+    channels = sum((tap["summary"] or 0) + tokens * (tap["spatial"] or 0) for tap in taps)
+    features = 4 * channels if trainer.dist.device.type == "cpu" else 0  # they stay in main memory
+    return len(trainer.images.heldout) * (3 * h * w + features)
 
 
-def checkpoint_bytes(run: Run) -> int:
-    """Of one checkpoint, once a step is done."""
-    return _file_bytes(run.optimization.tensors())
+def checkpoint_bytes(trainer: Trainer) -> int:
+    """Bytes of one checkpoint, after a step."""
+    return _file_bytes(trainer.optimizers.tensors())
 
 
-def student_bytes(run: Run) -> int:
-    """Of the student's folder: its weights counted, all that lies beside them written to a folder that goes again."""
-    student, recipe = run.student, run.recipe
-    with TemporaryDirectory() as aside, quiet():
-        folder = Path(aside)
+def student_bytes(trainer: Trainer) -> int:
+    """Bytes of the student's folder: its weights are counted, all other files written to a temporary folder."""
+    student, recipe = trainer.student, trainer.recipe
+    with TemporaryDirectory() as temporary, quiet():
+        folder = Path(temporary)
         student.config.save_pretrained(folder)
         write_card(folder, as_size(recipe.images.size), student.encoder.patch_size, student.config.teachers)
         for name in recipe.keep_heads:
-            head = load_head(name, recipe.teachers[name], run.teachers[name])
+            head = load_head(name, recipe.teachers[name], trainer.teachers[name])
             save_head(head, folder / "heads" / name)
-        beside = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return _file_bytes(student.state_dict()) + beside
+        others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return _file_bytes(student.state_dict()) + others
 
 
 def cache_bytes(teachers: CachedTeachers) -> int:
-    """Of the cache that a run reads."""
+    """Bytes of the cache that a run reads."""
     return sum(len(store.index) * store.shards.record_bytes for store in teachers.stores.values())
 
 
 def _file_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Of a safetensors file: a JSON header, then the numbers."""
+    """Bytes of a safetensors file: a JSON header, then the numbers."""
     header, end = {}, 0
     for name, tensor in tensors.items():
         end += tensor.nbytes

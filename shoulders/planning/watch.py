@@ -1,76 +1,105 @@
-"""Where the time of a step goes: real steps of a run, whole, and with a stop watch read at the border of every part."""
+"""Where the time of a step goes: real steps, timed as a whole, and timed part by part with a stop watch."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from shoulders.distillation import Run
-from shoulders.feature_cache import CachedTeachers
-from shoulders.features import Features
-from shoulders.images import batches
+from shoulders.features import Batch, Features
+from shoulders.teachers import AnyTeachers, Teachers
+from shoulders.training.batches import RunBatches
+from shoulders.training.step import BASE_FORWARD, UPDATE, TrainStep
 
-STEPS = 5  # whose median is told
-SECONDS = 60.0  # after which no further step is begun
-AHEAD = 2  # batches that each worker has ready: the steps that they would flatter do not count
+STEPS = 5  # measured; their median is reported
+MAX_SECONDS = 60.0  # no further step starts after this time
+PREFETCHED = 2  # batches that each worker has ready: the steps that use them do not count
 
-DECODE, WAITING = "decode", "waiting for images"  # within the step, or beside it by workers
-TEACHER, CACHE, BASE = "teacher ", "reading the cache", "base, asked as a teacher"  # the first with its name
+DECODE, WAITING = "decode", "waiting for images"  # without workers, and with them
+TEACHER, CACHE, BASE = "teacher ", "reading the cache", "base, as a teacher"  # the first with the teacher's name
 FORWARD, BACKWARD = "student, forward", "student, backward"
 TRANSFER, OPTIMIZER, REST = "projectors and loss", "optimizer", "all else"
+SECTIONS = {BASE_FORWARD: BASE, UPDATE: OPTIMIZER}  # of `TrainStep`
 Seconds = dict[str, float]  # by part
-Turn = Callable[[], AbstractContextManager[None]]
+Run = Callable[[int, Batch], object]  # a step
 
 
-class Watch:
-    """A stop watch that is read at every border between two parts of a step; the device is waited for each time."""
+class StopWatch:
+    """A stop watch that is read at every border between two parts of a step; it waits for the device each time."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.start()
 
     def start(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self.spent: Seconds = {}
-        self.between = REST  # what goes on until the next part begins
+        self.current = REST  # the part that runs until the next one starts
         self.last = self._now()
 
     def lap(self, part: str) -> None:
-        """What was done since the watch was last read belongs to this part."""
+        """Add the time since the last reading to a part."""
         now = self._now()
         self.spent[part] = self.spent.get(part, 0.0) + now - self.last
         self.last = now
 
-    def timed(self, part: str, work: Callable[..., Any], then: str = REST) -> Callable[..., Any]:
-        """The same work as a part of its own; ``then`` is what goes on after it."""
+    def begin(self) -> None:
+        """Start a part: the time until now belongs to the one before."""
+        self.lap(self.current)
 
-        def watched(*args: Any, **how: Any) -> Any:
-            self.lap(self.between)
-            answer = work(*args, **how)
-            self.lap(part)
-            self.between = then
-            return answer
+    def end(self, part: str, then: str = REST) -> None:
+        """End a part; ``then`` is the part that follows."""
+        self.lap(part)
+        self.current = then
 
-        return watched
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """A section of `TrainStep`, as a part."""
+        self.begin()
+        yield
+        self.end(SECTIONS[name])
 
-    def at_border(self, seen: dict[str, Features]) -> None:
-        """Read the watch where the way back leaves the projectors and enters the student."""
+    def watch_gradient(self, student_features: Mapping[str, Features]) -> None:
+        """Read the watch when the backward pass leaves projectors and loss and reaches the student."""
 
         def reached(gradient: Tensor) -> None:
-            if self.between == TRANSFER:  # the first one: all that was made later has gone its way back by then
-                self.lap(TRANSFER)
-                self.between = BACKWARD
+            if self.current == TRANSFER:  # the first of these gradients; those of all later tensors are ready by then
+                self.end(TRANSFER, then=BACKWARD)
 
-        for x in (x for features in seen.values() for x in features.components().values()):
-            if x.requires_grad:
-                x.register_hook(reached)
+        for features in student_features.values():
+            for x in features.components().values():
+                if x.requires_grad:
+                    x.register_hook(reached)
+
+    @contextmanager
+    def attached(self, step: TrainStep) -> Iterator[None]:
+        """A context in which the models of a step are timed, by forward hooks."""
+
+        def after_encoder(module: nn.Module, inputs: Any, output: dict[str, Features]) -> None:
+            self.end(FORWARD, then=TRANSFER)
+            self.watch_gradient(output)
+
+        with ExitStack() as hooks:
+
+            def before(module: nn.Module) -> None:
+                hooks.callback(module.register_forward_pre_hook(lambda *_: self.begin()).remove)
+
+            def after(module: nn.Module, hook: Callable[..., None]) -> None:
+                hooks.callback(module.register_forward_hook(hook).remove)
+
+            for part, teacher in timed_teachers(step.teachers).items():
+                before(teacher)
+                after(teacher, lambda *_, part=part: self.end(part))
+            before(step.module.student.encoder)
+            after(step.module.student.encoder, after_encoder)
+            after(step.module, lambda *_: self.end(TRANSFER, then=TRANSFER))
+            yield
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -78,77 +107,46 @@ class Watch:
         return time.perf_counter()
 
 
-@contextmanager
-def watched(run: Run, watch: Watch) -> Iterator[None]:
-    """Within this context the parts of every step of the run are timed."""
-    student, teachers = run.student, run.teachers
-    whom = (
-        {CACHE: teachers}
-        if isinstance(teachers, CachedTeachers)
-        else {TEACHER + name: teachers[name] for name in teachers.selected}
-    )
-    places = watch.timed(FORWARD, student.forward_features)
-
-    def seen_by_student(*args: Any) -> dict[str, Features]:
-        seen = places(*args)
-        watch.at_border(seen)
-        return seen
-
-    stand_ins: list[tuple[Any, str, Callable[..., Any]]] = [
-        *((teacher, "forward", watch.timed(part, teacher.forward)) for part, teacher in whom.items()),
-        (student.encoder, "base_features", watch.timed(BASE, student.encoder.base_features)),
-        (student, "forward_features", seen_by_student),
-        (run.learner, "compute_loss", watch.timed(TRANSFER, run.learner.compute_loss, then=TRANSFER)),
-        (run.optimization, "step", watch.timed(OPTIMIZER, run.optimization.step)),
-    ]
-    with ExitStack() as undo:
-        for owner, method, stand_in in stand_ins:
-            own = vars(owner).get(method)  # what was compiled stands before the method of the class already
-            undo.callback(delattr, owner, method) if own is None else undo.callback(setattr, owner, method, own)
-            setattr(owner, method, stand_in)
-        yield
+def timed_teachers(teachers: AnyTeachers) -> dict[str, nn.Module]:
+    """Each live teacher as a part of its own, or the cache as one part."""
+    if isinstance(teachers, Teachers):
+        return {TEACHER + name: teachers[name] for name in teachers.selected}
+    return {CACHE: teachers}
 
 
-@contextmanager
-def whole(run: Run, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this context steps are as they are in a run, compiled if they are."""
-    eager, run.forward = run.forward, forward
-    yield
-    run.forward = eager
+def timed(step: TrainStep, watch: StopWatch) -> Run:
+    """The step, with its parts timed; nothing can be timed in a compiled one."""
+    sectioned = replace(step, section=watch.section, compile=False)
+
+    def run(number: int, batch: Batch) -> None:
+        with watch.attached(sectioned):
+            sectioned(number, batch)
+
+    return run
 
 
-@contextmanager
-def in_bf16(run: Run) -> Iterator[None]:
-    """Within this context a run in fp32 is one in bf16."""
-    before = run.teachers.bf16, run.autocast
-    run.teachers.bf16, run.autocast = True, partial(torch.autocast, run.dist.device.type, torch.bfloat16)
-    yield
-    run.teachers.bf16, run.autocast = before
+def measure_steps(steps: Sequence[Run], batches: RunBatches, watch: StopWatch) -> list[list[Seconds]]:
+    """Seconds by part of real steps, in turns, so that a drift of the machine affects all of them.
 
-
-def steps(run: Run, watch: Watch, turns: Sequence[Turn]) -> list[list[Seconds]]:
-    """Seconds by part of real steps, taken by turns under several contexts, so that all meet the same weather.
-
-    Without `watched` a step has two parts, the batch and all else. Of each context the first step, which sets things
-    up, is left out, and so are those that the batches made meanwhile would flatter.
+    Without `timed` a step has two parts, its batch and everything else. The first step of each is left out, because it
+    sets things up, and so are those whose batches the workers prepared meanwhile.
     """
-    workers, many = run.recipe.images.workers, len(turns)
-    most = many * (1 + STEPS) + AHEAD * workers
-    end = time.perf_counter() + SECONDS
-    told: list[Seconds] = []
-    with closing(run._batches(0, most, 0, 1)) as stream:
+    workers, variants = batches.settings.workers, len(steps)
+    last = variants * (1 + STEPS) + PREFETCHED * workers
+    end = time.perf_counter() + MAX_SECONDS
+    rows: list[Seconds] = []
+    with closing(batches.training(0, last)) as stream:
         for number, batch in enumerate(_waited_for(stream, watch, WAITING if workers else DECODE)):
-            with turns[number % many]():
-                run.step(number + 1, batch)
-                watch.lap(watch.between)
-            told.append(watch.spent)
-            if len(told) >= 2 * many and time.perf_counter() > end:
+            steps[number % variants](number + 1, batch)
+            watch.begin()  # the next step
+            rows.append(watch.spent)
+            if len(rows) >= 2 * variants and time.perf_counter() > end:
                 break
-    return [told[many + turn :: many][-STEPS:] for turn in range(many)]
+    return [rows[variants + first :: variants][-STEPS:] for first in range(variants)]
 
 
-def _waited_for(stream: Iterator[Any], watch: Watch, part: str) -> Iterator[Any]:
-    """The same batches; what each was waited for is a part of its step."""
+def _waited_for(stream: Iterator[Batch], watch: StopWatch, part: str) -> Iterator[Batch]:
+    """The same batches; the time until a batch arrives is a part of its step."""
     watch.start()
     for batch in stream:
         watch.lap(part)
@@ -162,33 +160,22 @@ def medians(rows: list[Seconds]) -> Seconds:
     return {part: median(row.get(part, 0.0) for row in rows) for part in parts}
 
 
-def seconds_to_decode(run: Run, first: int) -> float:
-    """Seconds that one worker takes over a batch, with nobody else at work; without workers, this process."""
-    how, train = run.recipe.images, run.recipe.train
-    alone = how.model_copy(update={"workers": min(1, how.workers)})
-    end = time.perf_counter() + SECONDS
-    stream = batches(
-        run.images,
-        run.drawn,
-        alone,
-        batch=train.batch,
-        seed=train.seed,
-        first_step=first,
-        steps=1 + STEPS,
-        decode_sizes=run.sizes,
-    )
-    arrived = []
-    with closing(stream):
+def seconds_to_decode(batches: RunBatches, first_step: int) -> float:
+    """Seconds of one worker for a batch, with nothing else running; without workers, of this process."""
+    settings = batches.settings.model_copy(update={"workers": min(1, batches.settings.workers)})
+    end = time.perf_counter() + MAX_SECONDS
+    arrivals = []
+    with closing(replace(batches, settings=settings).training(first_step, first_step + 1 + STEPS)) as stream:
         for _ in stream:
-            arrived.append(time.perf_counter())
-            if len(arrived) > 1 and arrived[-1] > end:
+            arrivals.append(time.perf_counter())
+            if len(arrivals) > 1 and arrivals[-1] > end:
                 break
-    return median(after - before for before, after in zip(arrived, arrived[1:], strict=False))
+    return median(after - before for before, after in zip(arrivals, arrivals[1:], strict=False))
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     """Seconds that some work takes the second time."""
-    watch = Watch(device)
+    watch = StopWatch(device)
     for _ in range(2):
         watch.start()
         work()

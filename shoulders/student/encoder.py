@@ -50,12 +50,19 @@ class Encoder(nn.Module):
         self.base.eval()
         return self
 
-    def forward(self, pixels: Tensor, layers: Sequence[str] = ("latent",)) -> dict[str, Features]:
+    def forward(
+        self,
+        pixels: Tensor,
+        layers: Sequence[str] = ("latent",),
+        base_features: Mapping[str, Features] | None = None,
+    ) -> dict[str, Features]:
         """Features of the student.
 
         Args:
             pixels: (B, 3, h, w) in [0, 1].
             layers: ``latent``, ``block0``, ..
+            base_features: {layer: Features} of :meth:`base_features` for these pixels, where they exist already; only
+                an adapter beside the base uses them.
 
         Returns:
             {layer: Features} of these layers.
@@ -63,6 +70,8 @@ class Encoder(nn.Module):
         Raises:
             ValueError: if h or w is not a multiple of the patch size, or a layer does not exist.
         """
+        if base_features and self.adapter.input_layers:
+            return self.adapt(base_features, pixels, layers)
         needed = dict.fromkeys((*layers, *self.adapter.input_layers))
         # an adapter beside the base needs no gradient through the base
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.adapter.input_layers):

@@ -1,7 +1,7 @@
-"""Checkpoints: written aside, synced, renamed; verified byte for byte before anything is read from them.
+"""Checkpoints: written to a temporary folder, synced and renamed; verified byte for byte before they are loaded.
 
 A checkpoint is a folder ``step-00001000`` with ``tensors.safetensors``, ``state.json`` and ``manifest.json``
-(size and sha256 of the other files: no tensor format in use notices a flipped bit by itself).
+(size and sha256 of the other files: the tensor format itself does not notice a flipped bit).
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ MANIFEST = "manifest.json"
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step`` into ``folder`` and then remove all but the newest ``keep``.
+    """Write the checkpoint of ``step`` into ``folder`` and then remove all but the latest ``keep``.
 
     Raises:
-        SpaceError: if the disk is full; what was there before is untouched.
+        SpaceError: the disk is full; the earlier checkpoints remain.
     """
 
-    def write(aside: Path) -> None:
+    def write(temporary: Path) -> None:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, aside / "tensors.safetensors")
-        (aside / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps(files, indent=1))
+        save_file(contiguous, temporary / "tensors.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
 
     final = folder / NAME.format(step)
     write_folder(final, write)
     others = [path for path in checkpoints(folder) if path != final]
     older = [path for path in others if path < final]
-    # newer than what is saved now can only be one that was damaged and gone back before
+    # a checkpoint of a later step is a damaged one: the run was resumed from an earlier step
     for path in [*older[: max(0, len(older) - keep + 1)], *(path for path in others if path > final)]:
         shutil.rmtree(path)
     return final
@@ -53,35 +53,36 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of one checkpoint.
 
     Raises:
-        DataError: if any file is missing, has another size or other bytes than the manifest says.
+        DataError: a file is missing, or its size or bytes differ from the manifest.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
             if _fingerprint(path / name) != expected:
-                raise DataError(f"{path / name}: not the bytes that were saved")
+                raise DataError(f"{path / name}: its bytes are not those that were saved")
         return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise DataError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from error
 
 
-def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint that verifies, or None where there is none at all.
+def load_newest(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The latest valid checkpoint, or None where there are no checkpoints.
 
-    Damaged ones are named to ``say``; they are never counted among those that are kept.
+    Args:
+        log: gets a line for each damaged checkpoint.
 
     Raises:
-        DataError: if there are checkpoints and none verifies.
+        DataError: there are checkpoints, and none is valid.
     """
-    found = checkpoints(folder)
-    for path in reversed(found):
+    paths = checkpoints(folder)
+    for path in reversed(paths):
         try:
             return load_checkpoint(path)
         except DataError as error:
-            say(f"{error}; trying the one before")
-    if found:
+            log(f"{error}; trying the previous one")
+    if paths:
         raise DataError(
-            f"{folder}: none of the {len(found)} checkpoints verifies; start again without --resume in a new out"
+            f"{folder}: none of the {len(paths)} checkpoints is valid; start again without --resume in a new out"
         )
     return None
 
@@ -91,13 +92,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
 
 
-def fingerprint(*modules: nn.Module, facts: object = None) -> str:
-    """A sha256 over all weights and buffers of frozen modules: whether a run goes on with what it began with.
+def fingerprint(*modules: nn.Module, settings: object = None) -> str:
+    """A sha256 over all weights and buffers of frozen modules, to notice that a resumed run has other ones.
 
     Args:
-        facts: what else is to be the same: plain data.
+        settings: further plain data that must be the same.
     """
-    digest = hashlib.sha256(repr(facts).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(name.encode())

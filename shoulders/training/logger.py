@@ -1,4 +1,4 @@
-"""What a run says while it runs: a progress bar, ``metrics.jsonl``, and TensorBoard on request."""
+"""The log of a run: a progress bar, ``metrics.jsonl``, and TensorBoard on request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricLogger:
     def __init__(self, out: Path, first_step: int, train: Train, is_main: bool):
         self.path = out / "metrics.jsonl"
         self.is_main = is_main
-        often = 0.1 if sys.stderr.isatty() else 10  # s between two bars: a log file keeps them all
+        interval = 0.1 if sys.stderr.isatty() else 10  # s between two bars: a log file keeps them all
         self.bar = tqdm(
             total=train.steps,
             initial=first_step,
@@ -37,7 +37,7 @@ class MetricLogger:
             dynamic_ncols=True,
             file=sys.stderr,
             smoothing=0.05,
-            mininterval=often,
+            mininterval=interval,
         )
         self.state: dict[str, str] = {}
         self.writer: Any = None
@@ -51,12 +51,12 @@ class MetricLogger:
         self._write({"step": first_step, "kind": "run", **environment()})
 
     def advance(self, images: int) -> None:
-        """One step is done, on this many images."""
+        """Count a finished step of so many images."""
         self.images += images
         self.bar.update()
 
     def train(self, step: int, terms: Mapping[str, float], lr: float, gradient_norm: float) -> None:
-        """Log a training step: its loss, and the named terms of it but those that are not numbers."""
+        """Log a training step: its loss and its terms, without those that are nan."""
         now = time.perf_counter()
         speed = self.images / (now - self.since)
         self.images, self.since = 0, now
@@ -73,7 +73,7 @@ class MetricLogger:
         self.images = 0
 
     def last_evaluation(self) -> dict[str, float]:
-        """The newest held-out measures that are logged; {} where there are none."""
+        """The latest held-out measures in the log; {} where there are none."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         rows = [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
         measured = [row for row in rows if row["kind"] == "evaluation"]
@@ -112,5 +112,5 @@ class MetricLogger:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the half line of a killed run
+    except (ValueError, KeyError):  # an incomplete line of a killed run
         return float("inf")

@@ -13,7 +13,7 @@ from shoulders.features import Features
 from shoulders.model import ShouldersModel
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
-from shoulders.transfer.losses import BASE, METHODS, Balance, Settings
+from shoulders.transfer.losses import BASE, METHODS, Balance, Settings, Terms
 from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent, teacher_name
 
 
@@ -36,17 +36,22 @@ class DistillationModule(nn.Module):
         ]  # of the T teachers
 
     def forward(
-        self, pixels: Tensor, teacher_features: Mapping[str, Features], drop_uniforms: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        pixels: Tensor,
+        teacher_features: Mapping[str, Features],
+        drop_uniforms: Tensor,
+        forward_features: Callable[..., dict[str, Features]] | None = None,
+    ) -> tuple[Tensor, Terms]:
         """The loss of a batch and its named terms.
 
         Args:
             pixels: (B, 3, h, w) in [0, 1].
             teacher_features: {tap: Features} of these images, ``base/...`` among them, in each teacher's own space.
             drop_uniforms: (B, T) uniform numbers in [0, 1) for teacher dropping.
+            forward_features: the student's method of this name, compiled; default: the method itself.
         """
         base = {tap.removeprefix(f"{BASE}/"): f for tap, f in teacher_features.items() if teacher_name(tap) == BASE}
-        student_features = self.student.forward_features(pixels, base)
+        student_features = (forward_features or self.student.forward_features)(pixels, base)
         return self.compute_loss(student_features, teacher_features, drop_uniforms)
 
     def compute_loss(
@@ -54,7 +59,7 @@ class DistillationModule(nn.Module):
         student_features: Mapping[str, Features],
         teacher_features: Mapping[str, Features],
         drop_uniforms: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Terms]:
         """As :meth:`forward`, from {layer: Features} of the student: projectors, distances, balance."""
         targets = self.student.standardize({tap: teacher_features[tap] for tap in self.student.taps})
         predictions = self.student.project(student_features, targets)

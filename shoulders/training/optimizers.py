@@ -18,10 +18,10 @@ from shoulders.training.module import DistillationModule
 class Optimizers:
     """Muon or AdamW with warm-up and cosine, clipping, and averaged weights; everything that a checkpoint must hold."""
 
-    def __init__(self, learner: DistillationModule, train: Train):
+    def __init__(self, module: DistillationModule, train: Train):
         self.train = train
-        self.learner = learner
-        self.parameters = learner.trainable_parameters()
+        self.module = module
+        self.parameters = module.trainable_parameters()
         matrices, others = split_parameters(self.parameters.values())
         muon, decayed = (matrices, []) if train.optimizer == "muon" else ([], matrices)
         self.optimizer = MuonAdamW(muon, decayed, others, train.lr, train.weight_decay, train.betas)
@@ -59,7 +59,7 @@ class Optimizers:
         """The trainable parameters, their averages, the standardizers' statistics and the optimizer's state."""
         tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in self.parameters.items()}
         tensors |= {f"average.{name}": average for name, average in self.ema.items()}
-        tensors |= {f"statistics.{name}": b for name, b in self.learner.student.standardizers.named_buffers()}
+        tensors |= {f"statistics.{name}": b for name, b in self.module.student.standardizers.named_buffers()}
         owners = self.optimizer.owners()
         for name, p in self.parameters.items():
             optimizer, held = owners[p]

@@ -1,4 +1,4 @@
-"""Refuse what cannot work, before the first costly second."""
+"""Checks before a run: a recipe that cannot work is refused before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -26,61 +26,61 @@ from shoulders.training.heldout import MIN_IMAGES, too_few
 from shoulders.training.int8_check import check_int8
 
 
-def check(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext, resume: bool) -> None:
-    """Refuse what cannot work, before the first costly second.
+def check_run(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistContext, resume: bool) -> None:
+    """Refuse a run that cannot work.
 
     Raises:
         RecipeError: one line with the fix.
     """
-    check_training(recipe, own, dist)
+    check_training(recipe, extra_teachers, dist)
     check_out(recipe, resume)
     check_int8(recipe, dist.log)
 
 
-def check_training(recipe: Recipe, own: Mapping[str, Teacher], dist: DistContext) -> None:
-    """All that a run needs is there and goes together, wherever it will be written.
+def check_training(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistContext) -> None:
+    """Refuse a recipe whose inputs are missing or whose settings do not fit together, whatever its ``out`` is.
 
     Raises:
         RecipeError: one line with the fix.
     """
-    check_teaching(recipe, own)
-    check_cached(recipe)
-    share = dist.world_size * recipe.train.accumulate
-    if recipe.train.batch % share:
+    check_inputs(recipe, extra_teachers)
+    check_cache_mode(recipe)
+    micro_batches = dist.world_size * recipe.train.accumulate
+    if recipe.train.batch % micro_batches:
         raise RecipeError(
-            f"train.batch: {recipe.train.batch} cannot be shared by {dist.world_size} ranks x "
-            f"{recipe.train.accumulate} parts (train.accumulate); make it a multiple of {share}"
+            f"train.batch: {recipe.train.batch} cannot be divided among {dist.world_size} ranks x "
+            f"{recipe.train.accumulate} micro-batches (train.accumulate); make it a multiple of {micro_batches}"
         )
     if recipe.train.parallel == "fsdp" and dist.world_size > 1:
-        check_parts(recipe)
-    check_reads(recipe)
+        check_fsdp(recipe)
+    check_layers(recipe)
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise RecipeError("train.tensorboard: tensorboard is not installed: pip install 'shoulders[tensorboard]'")
     for name in recipe.keep_heads:
         check_head(name, recipe.teachers[name])
 
 
-def check_teaching(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
-    """There are images to see, teachers that can be asked about them, and a base.
+def check_inputs(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
+    """Refuse a recipe whose images, teachers or base are missing or cannot be used.
 
     Raises:
         RecipeError: naming what is missing.
     """
-    if not recipe.teachers and not own:
+    if not recipe.teachers and not extra_teachers:
         raise RecipeError("teachers: none; name at least one model to learn from")
     if not recipe.images.all_sources():
         raise RecipeError("images: no path; give images.path=FOLDER on the command line, or path: in the recipe")
     for name, source in recipe.images.all_sources().items():
         check_source(name, source)
-    check_sources(recipe, own)
-    check_names(recipe, own)
+    check_sources(recipe, extra_teachers)
+    check_names(recipe, extra_teachers)
     check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.layers)
     for name, spec in recipe.teachers.items():
         check_teacher(name, spec)
 
 
-def check_cached(recipe: Recipe) -> None:
-    """A recipe that insists on its cache has one that can exist.
+def check_cache_mode(recipe: Recipe) -> None:
+    """Refuse ``cache.mode: require`` without a cache that can exist.
 
     Raises:
         RecipeError: with the fix.
@@ -91,16 +91,16 @@ def check_cached(recipe: Recipe) -> None:
         raise RecipeError("cache.mode: require, but cache.path is not given; name the folder of a cache")
     if recipe.images.views == "fresh":
         raise RecipeError(
-            "cache.mode: require, but images.views is fresh: such views never end, and cannot be cached; give a number "
-            "of them, such as images.views=4, or take cache.mode=auto"
+            "cache.mode: require, but images.views is fresh: there is no end of such views, and they cannot be cached; "
+            "give a number of views, such as images.views=4, or set cache.mode=auto"
         )
 
 
 def check_source(name: str, source: Source) -> None:
-    """Something is where the images should come from.
+    """Refuse a source that does not exist.
 
     Raises:
-        RecipeError: there is nothing.
+        RecipeError: naming it.
     """
     if source.path is not None and not source.path.exists():
         raise RecipeError(f"images: {source.path} ({name}) does not exist; give a folder, a parquet file or tar shards")
@@ -111,102 +111,106 @@ def check_source(name: str, source: Source) -> None:
             raise RecipeError(f"images.sources.{name}.module: {error}") from error
 
 
-def check_sources(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
-    """Every source teaches something; a warning where one lies in another.
+def check_sources(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
+    """Refuse a source that no teacher uses; warn where one source contains another.
 
     Raises:
-        RecipeError: naming the source that teaches nothing.
+        RecipeError: naming the source that no teacher uses.
     """
     sources = recipe.images.all_sources()
-    asked = {source for home in recipe.teacher_sources.values() for source in home}
-    if not own and not recipe.transfer.preserve and len(recipe.teacher_sources) == len(recipe.teachers):
-        if idle := [name for name in sources if name not in asked]:
+    every_teacher_is_limited = not extra_teachers and len(recipe.teacher_sources) == len(recipe.teachers)
+    if every_teacher_is_limited and not recipe.transfer.preserve:
+        used = {source for names in recipe.teacher_sources.values() for source in names}
+        if unused := [name for name in sources if name not in used]:
             raise RecipeError(
-                f"images.sources: no teacher learns from {', '.join(idle)}, and transfer.preserve is 0: these "
-                "images would teach nothing; leave them out, or add them to teachers.NAME.sources"
+                f"images.sources: no teacher uses {', '.join(unused)}, and transfer.preserve is 0: nothing can be "
+                "learned from these images; leave them out, or add them to teachers.NAME.sources"
             )
-    places = {name: source.path.resolve() for name, source in sources.items() if source.path is not None}
-    for (one, inner), (other, outer) in permutations(places.items(), 2):
+    paths = {name: source.path.resolve() for name, source in sources.items() if source.path is not None}
+    for (one, inner), (other, outer) in permutations(paths.items(), 2):
         if inner.is_relative_to(outer) and (inner != outer or one < other):
             warnings.warn(
-                f"images.sources: {one} lies in {other}: its images come up in both, and some that are held out of one "
-                "train in the other, so that held-out measures are too good; give folders beside each other",
+                f"images.sources: {one} is inside {other}: its images belong to both, and some that are held out of "
+                "one are training images of the other, so that held-out measures are too good; give separate folders",
                 stacklevel=2,
             )
 
 
 def check_heldout(recipe: Recipe, images: ImageSet) -> None:
-    """Every teacher is asked about enough held-out images to be measured.
+    """Refuse a set of images with too few held-out images for one of the teachers.
 
     Raises:
         DataError: naming the teacher.
     """
     heldout = images.collection.ids[images.heldout]
     for name in recipe.teachers:
-        home = recipe.teacher_sources.get(name)
-        count = len(heldout) if home is None else len(images.collection.indices_from(home, heldout))
+        sources = recipe.teacher_sources.get(name)
+        count = len(heldout) if sources is None else len(images.collection.indices_from(sources, heldout))
         if count < MIN_IMAGES:
             raise too_few(name, count, len(heldout))
 
 
-def check_names(recipe: Recipe, own: Mapping[str, Teacher]) -> None:
-    """Names of teachers of your own follow the rules of those in a recipe, and are not taken.
+def check_names(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
+    """Refuse a name of an extra teacher that is invalid or stands in the recipe.
 
     Raises:
-        RecipeError: naming the one that does not.
+        RecipeError: naming it.
     """
-    for name in own:
+    for name in extra_teachers:
         if name in recipe.teachers:
             raise RecipeError(f"teachers: {name!r} is both in the recipe and given from Python; rename one")
         check_name(name)
 
 
-def check_parts(recipe: Recipe) -> None:
-    """Models can be shared out in parts.
+def check_fsdp(recipe: Recipe) -> None:
+    """Refuse ``train.parallel: fsdp`` where it cannot work.
 
     Raises:
-        RecipeError: with the way out.
+        RecipeError: with the alternative.
     """
     if not FSDP_SUPPORTED:
         raise RecipeError(
-            f"train.parallel: fsdp needs torch 2.13, not {torch.__version__}; install that, or take parallel=ddp"
+            f"train.parallel: fsdp needs torch 2.13, not {torch.__version__}; install that version, or set parallel=ddp"
         )
     if recipe.train.compile:
-        raise RecipeError("train.compile: does not go with train.parallel=fsdp; leave it out, or take parallel=ddp")
+        raise RecipeError("train.compile: does not work with train.parallel=fsdp; leave it out, or set parallel=ddp")
 
 
-def check_reads(recipe: Recipe) -> None:
-    """Something must reach the last block, else a part of the adapter would never learn.
+def check_layers(recipe: Recipe) -> None:
+    """Refuse layers without a gradient for the last block: a part of the adapter would not be trained.
 
     Raises:
-        RecipeError: with the ways out.
+        RecipeError: with the alternatives.
     """
-    how = recipe.transfer
-    if "latent" not in how.layers and (how.t2s == "none" or how.t2s_grad_to == "projector"):
-        raise RecipeError("transfer.layers: without the latent nothing reaches the last block; add latent, or set t2s")
+    transfer = recipe.transfer
+    latent_is_unused = transfer.t2s == "none" or transfer.t2s_grad_to == "projector"
+    if "latent" not in transfer.layers and latent_is_unused:
+        raise RecipeError(
+            "transfer.layers: without the latent no gradient reaches the last block; add latent, or set t2s"
+        )
 
 
 def check_out(recipe: Recipe, resume: bool) -> None:
-    """The run folder can be made, holds no other run, or the very run that is to go on.
+    """Refuse a run folder that cannot be written, or that holds another run than the one to resume.
 
     Raises:
-        RecipeError: saying which it is.
+        RecipeError: naming the reason.
     """
     out = recipe.out
     check_writable("out", out)
-    there = [*checkpoints(out / "checkpoints"), *out.glob("student")]
-    if there and not resume:
-        raise RecipeError(f"out: {out} holds a run already ({there[-1].name}); add --resume, or choose another out")
-    if there:
+    existing = [*checkpoints(out / "checkpoints"), *out.glob("student")]
+    if existing and not resume:
+        raise RecipeError(f"out: {out} holds a run already ({existing[-1].name}); add --resume, or choose another out")
+    if existing:
         check_resumed(recipe, out / "recipe.yaml")
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """A folder can be made and written to.
+    """Refuse a folder that cannot be made or written to.
 
     Raises:
         RecipeError: naming the recipe's key.
     """
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise RecipeError(f"{key}: cannot write to {above}; choose another {key}")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RecipeError(f"{key}: cannot write to {existing}; choose another {key}")

@@ -1,4 +1,4 @@
-"""The student before training: the base, a fresh adapter, and a projector for every tap that it learns from."""
+"""The student before training: the base, a fresh adapter, a projector for every tap, and the heads that it keeps."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoulders.config.recipe import Recipe, as_size
+from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
 from shoulders.model import ShouldersConfig, ShouldersModel, build_student
 from shoulders.student.base import Base, load_base
 from shoulders.teachers import AnyTeachers, Tap
+from shoulders.teachers.heads import Head, load_head
+from shoulders.teachers.heads.post_process import check_processor
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import (
     FeatureDims,
@@ -29,6 +32,22 @@ def init_student(recipe: Recipe, teachers: AnyTeachers) -> ShouldersModel:
     base = load_base(recipe.student)
     check_tap_names(teachers.taps)
     return build_student(base.model, student_config(recipe, base, teachers))
+
+
+def load_kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) -> dict[str, Head]:
+    """The heads that the student keeps, from their teachers' own checkpoints; {} on ranks that do not write.
+
+    Raises:
+        RecipeError: a head cannot be separated from its teacher.
+        DataError: weights of a head are missing or damaged.
+    """
+    heads = {name: load_head(name, recipe.teachers[name], teachers[name]) for name in recipe.keep_heads}
+    for name, head in heads.items():
+        try:
+            check_processor(head)
+        except RecipeError as error:  # the head can still be kept, and called from Python
+            dist.log(f"keep_heads: {name}: {error}")
+    return heads if dist.is_main else {}
 
 
 def student_config(recipe: Recipe, base: Base, teachers: AnyTeachers) -> ShouldersConfig:

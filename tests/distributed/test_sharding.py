@@ -21,7 +21,7 @@ from shoulders.distillation import distill
 from shoulders.distributed.context import DistContext
 from shoulders.errors import Interrupted, RecipeError
 from shoulders.training.checkpoint import checkpoints
-from shoulders.training.preflight import check
+from shoulders.training.preflight import check_run
 from tests.tiny import ADAPTERS, metric_rows, save_base, save_convnext, save_images, save_segformer, tiny_tree
 
 pytestmark = pytest.mark.timeout(600)  # one fixture does nearly all, and cores may be busy
@@ -249,6 +249,6 @@ def test_every_kind_of_base_and_adapter_is_cut(kind: str, world: Path, held: dic
 def test_what_does_not_go_in_parts_is_refused(world: Path) -> None:
     recipe = check_recipe(tree(world, "refused", parallel="fsdp", compile=True))
     with pytest.raises(RecipeError, match=r"train.compile: .* take parallel=ddp"):
-        check(recipe, {}, DistContext(1, 2, torch.device("cpu")), resume=False)
+        check_run(recipe, {}, DistContext(1, 2, torch.device("cpu")), resume=False)
     with pytest.raises(RecipeError, match=r"train.parallel: Input should be 'ddp' or 'fsdp' \(got 'zero'\)"):
         check_recipe(tree(world, "refused", parallel="zero"))
