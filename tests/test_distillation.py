@@ -274,12 +274,12 @@ def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
     newest.write_bytes(data)
     shutil.rmtree(out / "student")
     run(world, out, resume=True)
-    assert "trying the one before" in capsys.readouterr().err
+    assert "trying the previous one" in capsys.readouterr().err
     assert same(weights(out), weights(quiet_run))
     for checkpoint in checkpoints(out / "checkpoints"):
         (checkpoint / "state.json").unlink()
     shutil.rmtree(out / "student")
-    with pytest.raises(DataError, match="none of the 2 checkpoints verifies"):
+    with pytest.raises(DataError, match="none of the 2 checkpoints is valid"):
         run(world, out, resume=True)
 
 
@@ -360,7 +360,7 @@ class Colours(torch.nn.Module):
 def test_a_module_of_your_own_teaches_from_python(world: Path, tmp_path: Path) -> None:
     own = {"type": shoulders.Teacher(Colours(), size=(32, 32))}
     changes: dict[str, Any] = {"train__steps": 3, "transfer__balance": "fixed"}
-    summary = distill(check_recipe(tree(world, tmp_path / "run", **changes)), own=own)
+    summary = distill(check_recipe(tree(world, tmp_path / "run", **changes)), extra_teachers=own)
     assert 0 <= summary["fvu/type/mean.rgb/spatial"] < 1.5
     assert "type/mean.rgb" in shoulders.load(tmp_path / "run").predict_teacher_features(torch.rand(1, 3, 32, 32))
 
@@ -372,14 +372,17 @@ def test_taps_that_would_be_one_in_the_students_weights_are_refused(world: Path,
             return {"a.b": said, "a_b": said}
 
     with pytest.raises(RecipeError, match=r"type/a.b, type/a_b: these names differ by a point"):
-        distill(check_recipe(tree(world, tmp_path / "run")), own={"type": shoulders.Teacher(Twins(), size=(32, 32))})
+        distill(
+            check_recipe(tree(world, tmp_path / "run")),
+            extra_teachers={"type": shoulders.Teacher(Twins(), size=(32, 32))},
+        )
 
 
 @pytest.mark.parametrize("name", ["base", "student", "my.net", "classifier"])
 def test_own_teachers_have_names_of_their_own(name: str, world: Path, tmp_path: Path) -> None:
     own = {name: shoulders.Teacher(Colours(), size=(32, 32))}
     with pytest.raises(RecipeError, match="rename one|teacher name"):
-        distill(check_recipe(tree(world, tmp_path / "run")), own=own)
+        distill(check_recipe(tree(world, tmp_path / "run")), extra_teachers=own)
 
 
 def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_path: Path) -> None:
@@ -389,7 +392,7 @@ def test_a_run_goes_on_only_with_the_models_that_it_began_with(world: Path, tmp_
     run(tmp_path / "world", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
     save_convnext(tmp_path / "world" / "classifier", seed=9)
-    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not as when this run began"):
+    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not the same as when this run started"):
         run(tmp_path / "world", tmp_path / "run", resume=True)
 
 
@@ -400,7 +403,7 @@ def test_a_run_goes_on_only_with_the_pixels_that_its_teachers_saw(world: Path, t
     shutil.rmtree(tmp_path / "run" / "student")
     told = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.5], "size": {"height": 32, "width": 32}}
     (tmp_path / "world" / "classifier" / "preprocessor_config.json").write_text(json.dumps(told))
-    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not as when this run began"):
+    with pytest.raises(DataError, match=r"the base, a teacher, or .* is not the same as when this run started"):
         run(tmp_path / "world", tmp_path / "run", resume=True, train__steps=1)
 
 
@@ -431,7 +434,7 @@ def test_the_seconds_of_a_run_are_those_of_all_its_legs(world: Path, tmp_path: P
 
 def test_a_run_that_has_nothing_to_go_on_from_says_so(world: Path, tmp_path: Path, capsys: Any) -> None:
     run(world, tmp_path / "run", resume=True, train__steps=1)
-    assert "no checkpoint to go on from; starting with the first step" in capsys.readouterr().err
+    assert "no checkpoint to resume from; starting with the first step" in capsys.readouterr().err
 
 
 def test_damaged_results_are_named(world: Path, tmp_path: Path) -> None:
@@ -449,7 +452,7 @@ def test_a_run_goes_on_only_with_the_images_that_it_began_with(world: Path, tmp_
     run(tmp_path / "world", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
     save_images(tmp_path / "world" / "images" / "more", 3)
-    with pytest.raises(DataError, match="the images are not those that there were when this run began"):
+    with pytest.raises(DataError, match="the set of images is not the same as when this run started"):
         run(tmp_path / "world", tmp_path / "run", resume=True)
 
 
@@ -473,10 +476,10 @@ def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"images__path": "nowhere"}, "images: nowhere .images. does not exist"),
-        ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be shared .* multiple of 2"),
+        ({"train__batch": 9, "train__accumulate": 2}, "train.batch: 9 cannot be divided .* multiple of 2"),
         ({"images__size": 30}, r"images.size: .*30.* nearest"),
         ({"teachers": {}}, "teachers: none"),
-        ({"transfer__layers": ["block0"], "transfer__t2s": "none"}, "nothing reaches the last block"),
+        ({"transfer__layers": ["block0"], "transfer__t2s": "none"}, "no gradient reaches the last block"),
         ({"transfer__layers": ["block0", "block7"]}, "has no layer 'block7'"),
         ({"images__scale": [0, 1]}, "images: scale: fractions"),
         ({"train__betas": [2, 0.9]}, "train.betas"),

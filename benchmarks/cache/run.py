@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from shoulders.config.recipe import Recipe, check_recipe, read_recipe
 from shoulders.config.sections import Cache
-from shoulders.distillation import Run, prepare
+from shoulders.distillation import Trainer, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.feature_cache import build_cache
 from shoulders.feature_cache.spec import CacheSpec
@@ -177,7 +177,7 @@ def interleaved(jobs: dict[str, Callable[[], None]], rounds: int) -> Seconds:
 def step_seconds(recipes: dict[str, Recipe], rounds: int, steps: int) -> Seconds:
     """Median CPU seconds of a training step with decoding, with live teachers and with each cache."""
     live = recipes["int8"].model_copy(update={"cache": Cache()})
-    runs: dict[str, Run] = {}
+    runs: dict[str, Trainer] = {}
     for name, one in {"live": live, **recipes}.items():
         runs[name] = prepare(one, {}, DistContext(0, 1, torch.device("cpu")))
         runs[name].calibrate()
@@ -185,7 +185,7 @@ def step_seconds(recipes: dict[str, Recipe], rounds: int, steps: int) -> Seconds
     for turn in range(rounds + 1):
         for name, run in runs.items():
             started = time.process_time()
-            for step, batch in enumerate(run._batches(turn * steps, (turn + 1) * steps, 0, 1), turn * steps + 1):
+            for step, batch in enumerate(run.batches.training(turn * steps, (turn + 1) * steps), turn * steps + 1):
                 run.step(step, batch)
             times[name].append((time.process_time() - started) / steps)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}

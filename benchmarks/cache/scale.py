@@ -105,7 +105,7 @@ def train(folder: Path, images: int, steps: int) -> dict[str, float]:
     open_s = time.process_time() - started
     run.calibrate()
     started = time.process_time()
-    for step, batch in enumerate(run._batches(0, steps, 0, 1), 1):
+    for step, batch in enumerate(run.batches.training(0, steps), 1):
         run.step(step, batch)
     return {"open_s": open_s, "step_ms": (time.process_time() - started) / steps * 1000, "train_peak_mb": peak_mb()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from PIL import Image
 from plain import Plain
 
 from shoulders.config.recipe import Recipe, check_recipe
-from shoulders.distillation import Run, prepare
+from shoulders.distillation import Trainer, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.distributed.device import this_device
 from shoulders.feature_cache import CachedTeachers, build_cache
+from shoulders.features import Batch
+from shoulders.training.optimizers import Optimizers
 from shoulders.transfer.losses import BASE
 
 SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M trainable parameters in all
@@ -122,20 +125,25 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
         models = {name: type(MODELS[name]()).from_pretrained(folder / name) for name in ("student", *TEACHERS[:3])}
         plain = Plain(models.pop("student"), models, HIDDEN, bf16=variant == "plain_bf16").to(device)
         return partial(plain.step, torch.randn(batch, 3, SIZE, SIZE, device=device))
-    run = prepare(recipe_of(variant, folder, batch), {}, DistContext(0, 1, device))
-    how = VARIANTS[variant]
-    if how.get("forward"):
-        return partial(run.teachers, next(run._batches(0, 1, 0, 1)))
-    if how.get("whole"):
-        learn_all(run)
-    if how.get("cached") == "teachers" and isinstance(run.teachers, CachedTeachers):
-        run.teachers.stores.pop(BASE, None)  # run, not read from the cache
-    return partial(run.step, 1, next(run._batches(0, 1, 0, 1)))
+    trainer = prepare(recipe_of(variant, folder, batch), {}, DistContext(0, 1, device))
+    settings = VARIANTS[variant]
+    (images,) = trainer.batches.training(0, 1)
+    if settings.get("forward"):
+        return partial(trainer.teachers, images)
+    if settings.get("cached") == "teachers" and isinstance(trainer.teachers, CachedTeachers):
+        trainer.teachers.stores.pop(BASE, None)  # run, not read from the cache
+    return whole_student(trainer, images) if settings.get("whole") else partial(trainer.step, 1, images)
 
 
-def learn_all(run: Run) -> None:
-    """All of the student learns, and no adapter: the job of a student that is built from nothing."""
-    encoder = run.student.encoder
-    encoder.adapter.requires_grad_(False).enabled = False
+def whole_student(trainer: Trainer, images: Batch) -> Callable[[], object]:
+    """A step that trains the whole student without an adapter: a student that is trained from scratch."""
+    encoder = trainer.student.encoder
+    encoder.adapter.requires_grad_(False)
     encoder.base.requires_grad_(True)
-    run.optimization = type(run.optimization)(run.learner, run.recipe.train)
+    step = replace(trainer.step, optimizers=Optimizers(trainer.module, trainer.recipe.train))
+
+    def run() -> None:
+        with encoder.adapters_disabled():
+            step(1, images)
+
+    return run

@@ -25,7 +25,7 @@ import transformers
 from PIL import Image
 
 from shoulders.config.recipe import check_recipe
-from shoulders.distillation import Run, prepare
+from shoulders.distillation import Trainer, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.features import Batch, Features
 from shoulders.storage.atomic import write_text
@@ -100,8 +100,8 @@ def teachers(scratch: Path) -> dict[str, dict[str, Any]]:
     return specs
 
 
-def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0) -> Run:
-    """A run at birth, ready to step, with its standardizers fitted."""
+def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0) -> Trainer:
+    """A trainer before its first step, with fitted standardizers."""
     folder = scratch / "images"
     if not folder.exists():
         folder.mkdir()
@@ -118,29 +118,31 @@ def build(scratch: Path, specs: dict[str, dict[str, Any]], preserve: float = 1.0
             "transfer": {"calibration_images": 64, "preserve": preserve},
         }
     )
-    run = prepare(recipe, {}, DistContext(0, 1, torch.device("cpu")))
-    run.calibrate()
-    return run
+    trainer = prepare(recipe, {}, DistContext(0, 1, torch.device("cpu")))
+    trainer.calibrate()
+    return trainer
 
 
-def images(run: Run) -> Batch:
-    """One batch of noise at every size that the run asks for."""
+def images(trainer: Trainer) -> Batch:
+    """One batch of noise at every size that the trainer needs."""
     torch.manual_seed(0)
-    return Batch(torch.arange(BATCH), {s: torch.randint(0, 256, (BATCH, 3, *s), dtype=torch.uint8) for s in run.sizes})
+    sizes = trainer.batches.render_sizes
+    return Batch(torch.arange(BATCH), {s: torch.randint(0, 256, (BATCH, 3, *s), dtype=torch.uint8) for s in sizes})
 
 
-def projectors(run: Run, batch: Batch) -> Callable[[], object]:
-    """All that a teacher adds beside its own forward, given what student and teacher say of the batch."""
-    taught = run.teachers(batch)
-    with torch.no_grad(), run.autocast():
-        seen = run.student.forward_features(batch.pixels((SIZE, SIZE)))
-    own = [p for name, p in run.learner.trainable_parameters().items() if not name.startswith("student.encoder")]
-    adamw = torch.optim.AdamW(own, fused=True)
+def projectors(trainer: Trainer, batch: Batch) -> Callable[[], object]:
+    """All that a teacher adds beside its own forward pass, from features of student and teacher that exist already."""
+    teacher_features = trainer.teachers(batch)
+    with torch.no_grad(), trainer.step.autocast():
+        student_features = trainer.student.forward_features(batch.pixels((SIZE, SIZE)))
+    parameters = trainer.module.trainable_parameters()
+    of_projectors = [p for name, p in parameters.items() if not name.startswith("student.encoder")]
+    adamw = torch.optim.AdamW(of_projectors, fused=True)
 
     def once() -> None:
-        leaves = {place: leaf(features) for place, features in seen.items()}
-        with run.autocast():
-            loss, _ = run.learner.compute_loss(leaves, taught, torch.zeros(BATCH, 1))
+        leaves = {layer: leaf(features) for layer, features in student_features.items()}
+        with trainer.step.autocast():
+            loss, _ = trainer.module.compute_loss(leaves, teacher_features, torch.zeros(BATCH, 1))
             loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=True)

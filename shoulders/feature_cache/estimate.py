@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import torch
 
 from shoulders.config.recipe import Recipe
+from shoulders.distributed.device import peak_main_memory
 from shoulders.errors import DataError, SpaceError
 from shoulders.feature_cache.build import DEFAULT_SETTINGS, Builder, BuildSettings
 from shoulders.feature_cache.codec import Codec
@@ -67,7 +66,7 @@ def estimate_cache(
         "path": str(spec.path),
         "disk_bytes": disk_bytes,
         "free_bytes": free_bytes(spec.path),
-        "memory_bytes": _peak_bytes() + _pixel_bytes(builder),
+        "memory_bytes": peak_main_memory() + _pixel_bytes(builder),
         "minutes": seconds / 60,
         "teachers": teachers,
     }
@@ -138,9 +137,3 @@ def _time_teacher(runner: TeacherRunner, batch: Batch) -> float:
 def _pixel_bytes(builder: Builder) -> int:
     """Bytes of the pixels that are in memory at a time."""
     return builder.block_views() * sum(3 * h * w for h, w in builder.spec.sizes)
-
-
-def _peak_bytes() -> int:
-    """Peak memory of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

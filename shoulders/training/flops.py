@@ -38,9 +38,7 @@ def distillation_flops(student: ShouldersModel, recipe: Recipe) -> float:
     return total
 
 
-def step_flops(
-    student: ShouldersModel, recipe: Recipe, sources: Mapping[str, Sequence[int]], source: int
-) -> int:
+def step_flops(student: ShouldersModel, recipe: Recipe, sources: Mapping[str, Sequence[int]], source: int) -> int:
     """FLOPs of forward and backward of a step with blank images of one source."""
     device = this_device()
     live = {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}

@@ -8,28 +8,21 @@ what it tries first to choose an optimizer and its learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any
 
 from shoulders.config.recipe import Recipe, as_size, read_recipe
-from shoulders.distillation import Run
-from shoulders.distributed.context import DistContext
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.evaluation.finetune_models import init_from_scratch
-from shoulders.features import Batch
 from shoulders.hub.flops import count_flops
-from shoulders.images import ImageSet, open_images
 from shoulders.model import ShouldersConfig, load
 from shoulders.tasks import TASKS, FinetuneTask, Row
 from shoulders.tasks.finetune import HParams, Plan, Views, grid_of, run
-from shoulders.teachers import Teachers, load_teacher
-from shoulders.training.module import DistillationModule
+from shoulders.training.flops import distillation_flops
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import teacher_name
 
@@ -97,8 +90,9 @@ def equal_flops(folder: Path | str, goal: FinetuneTask, size: tuple[int, int]) -
         RecipeError: as `check_countable`.
     """
     recipe = check_countable(folder)
-    per_image = _distillation(folder, recipe)
-    step, images = _supervise(load(folder).config, goal, size)
+    student = load(folder)
+    per_image = distillation_flops(student, recipe)
+    step, images = _supervise(student.config, goal, size)
     supervised = count_flops(step) / images
     return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
@@ -117,39 +111,6 @@ def check_countable(folder: Path | str) -> Recipe:
     if absent:
         raise RecipeError(f"{folder}: its recipe lacks {', '.join(absent)}, whose cost counts; give --scratch-steps")
     return recipe
-
-
-def _distillation(folder: Path | str, recipe: Recipe) -> float:
-    """Training FLOPs of an image, the mean over the sources: not every teacher learns from all of them."""
-    if not recipe.teacher_sources:
-        return count_flops(_distil(folder, recipe, {})) / COUNTED
-    images, total = open_images(recipe.images, recipe.train.seed), 0.0
-    sources = {name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()}
-    for source, share in images.shares().items():
-        (index,) = images.collection.source_indices([source])
-        total += share * count_flops(_distil(folder, recipe, sources, index)) / COUNTED
-    return total
-
-
-def _distil(
-    folder: Path | str, recipe: Recipe, sources: Mapping[str, Sequence[int]], source: int = 0
-) -> Callable[[], None]:
-    """One distillation step on blank images of one source, without the optimizer."""
-    device = this_device()
-    teachers = Teachers({name: load_teacher(name, spec) for name, spec in recipe.teachers.items()}, sources=sources).to(
-        device
-    )
-    learner = DistillationModule(load(folder), recipe).to(device)
-    nowhere = cast(ImageSet, None)  # the step is given its images
-    distillation = Run(recipe, learner, teachers, nowhere, DistContext(0, 1, device))
-    blank = {size: torch.full((COUNTED, 3, *size), 127, dtype=torch.uint8) for size in distillation.sizes}
-    batch = Batch(torch.arange(COUNTED), blank, sources=torch.full((COUNTED,), source)).to(device)
-    drop_uniforms = torch.zeros(COUNTED, len(learner.weights), device=device)
-
-    def step() -> None:
-        learner(batch.pixels(distillation.size), distillation.teach(batch), drop_uniforms)[0].backward()
-
-    return step
 
 
 def _supervise(config: ShouldersConfig, goal: FinetuneTask, size: tuple[int, int]) -> tuple[Callable[[], None], int]:

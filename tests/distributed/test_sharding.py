@@ -22,6 +22,7 @@ from shoulders.distributed.context import DistContext
 from shoulders.errors import Interrupted, RecipeError
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.preflight import check_run
+from shoulders.training.step import TrainStep
 from tests.tiny import ADAPTERS, metric_rows, save_base, save_convnext, save_images, save_segformer, tiny_tree
 
 pytestmark = pytest.mark.timeout(600)  # one fixture does nearly all, and cores may be busy
@@ -37,31 +38,33 @@ from pathlib import Path
 from shoulders.errors import Interrupted
 from shoulders.distributed.context import init_distributed
 from shoulders.config.recipe import check_recipe
+from shoulders.training.step import TrainStep
 from torch.distributed.tensor import DTensor
 
 story = importlib.import_module("shoulders.distillation")
-held, stop_at = {}, None
+held, stop_at, out = {}, None, ""
 
 
-def held_here(run):
-    parts = [*run.learner.parameters(), *run.teachers.parameters()]
-    assert all(isinstance(p, DTensor) or not p.ndim for p in parts)
-    here = sum(p.to_local().numel() if isinstance(p, DTensor) else 1 for p in parts)
-    return here, sum(p.numel() for p in parts)
+def numbers_held(step):
+    parameters = [*step.module.parameters(), *step.teachers.parameters()]
+    assert all(isinstance(p, DTensor) or not p.ndim for p in parameters)
+    on_this_rank = sum(p.to_local().numel() if isinstance(p, DTensor) else 1 for p in parameters)
+    return on_this_rank, sum(p.numel() for p in parameters)
 
 
-def step(run, number, batch, original=story.Run.step):
+def call(step, number, batch, original=TrainStep.__call__):
     if number == 2:
-        held[str(run.recipe.out)] = held_here(run)
-    if number == stop_at and run.dist.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)  # one of them is asked, all of them stop
-    return original(run, number, batch)
+        held[out] = numbers_held(step)
+    if number == stop_at and step.dist.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # one rank gets the signal, all of them stop
+    return original(step, number, batch)
 
 
-story.Run.step = step
+TrainStep.__call__ = call
 with init_distributed() as dist:
     story.init_distributed = lambda: nullcontext(dist)
     for recipe, resume, stop_at in json.loads(Path(sys.argv[1]).read_text()):
+        out = recipe["out"]
         try:
             story.distill(check_recipe(recipe), resume=resume)
         except Interrupted:
@@ -187,17 +190,15 @@ def held(world: Path) -> dict[str, tuple[int, int]]:
 
 
 def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    """The run is asked to stop in this step."""
-    from shoulders.distillation import Run
+    """Send SIGTERM to this process in a step."""
+    original = TrainStep.__call__
 
-    original = Run.step
-
-    def asking(self: Any, number: int, batch: Any) -> Any:
+    def interrupted(self: TrainStep, number: int, batch: Any) -> Any:
         if number == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, number, batch)
 
-    patch.setattr(Run, "step", asking)
+    patch.setattr(TrainStep, "__call__", interrupted)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def test_every_kind_of_base_and_adapter_is_cut(kind: str, world: Path, held: dic
 
 def test_what_does_not_go_in_parts_is_refused(world: Path) -> None:
     recipe = check_recipe(tree(world, "refused", parallel="fsdp", compile=True))
-    with pytest.raises(RecipeError, match=r"train.compile: .* take parallel=ddp"):
+    with pytest.raises(RecipeError, match=r"train.compile: .* set parallel=ddp"):
         check_run(recipe, {}, DistContext(1, 2, torch.device("cpu")), resume=False)
     with pytest.raises(RecipeError, match=r"train.parallel: Input should be 'ddp' or 'fsdp' \(got 'zero'\)"):
         check_recipe(tree(world, "refused", parallel="zero"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from shoulders.config.recipe import Recipe
-from shoulders.distillation import Run, distill
+from shoulders.distillation import distill
 from shoulders.errors import DataError, RecipeError
 from shoulders.feature_cache import build_cache, info_cache, open_cache
 from shoulders.feature_cache.shard_files import MAX_OPEN_FILES
@@ -22,6 +22,7 @@ from shoulders.images import batches, evaluation_batches, open_images
 from shoulders.student.encoder import Encoder
 from shoulders.teachers import Teachers, load_teacher
 from shoulders.training.checkpoint import checkpoints
+from shoulders.training.step import TrainStep
 from tests.feature_cache.toy import SINGLE_PROCESS
 from tests.tiny import (
     metric_rows,
@@ -95,8 +96,8 @@ def test_the_student_is_the_same_bit_for_bit(
     cached = recipe(world, dtype, f"{dtype}-cached")
     summary = distill(cached)
     monkeypatch.undo()
-    teach = Run.teach
-    monkeypatch.setattr(Run, "teach", lambda self, batch: live(teach(self, batch)))
+    original = TrainStep.teacher_features
+    monkeypatch.setattr(TrainStep, "teacher_features", lambda self, batch: live(original(self, batch)))
     live_summary = distill(recipe(world, dtype, f"{dtype}-live", mode="off"))
     assert losses(cached.out) == losses(world / "runs" / f"{dtype}-live")
     assert same_tensors(student_weights(cached.out), student_weights(world / "runs" / f"{dtype}-live"))
@@ -164,7 +165,7 @@ def test_a_run_resumes_only_with_the_same_cache(world: Path) -> None:
     shutil.rmtree(checkpoints(out / "checkpoints")[-1])
     text = (out / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(text.replace("runs/whole", "runs/stopped"))
-    with pytest.raises(DataError, match=r"out of a cache \(cache.mode\) is not as when this run began"):
+    with pytest.raises(DataError, match=r"cached \(cache.mode\) is not the same as when this run started"):
         distill(recipe(world, "float16", "stopped", mode="off"), resume=True)
     shutil.copytree(world / "float16", world / "moved", dirs_exist_ok=True)
     moved = recipe(world, "float16", "stopped", cache={"path": str(world / "moved"), "dtype": "float16"})

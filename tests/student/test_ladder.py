@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from transformers import AutoModel
 
 from shoulders.config.recipe import check_recipe
 from shoulders.config.student import Student
-from shoulders.distillation import Run, prepare
+from shoulders.distillation import Trainer, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features
 from shoulders.student.base import base_layers_needed, check_base
 from shoulders.student.encoder import Encoder
+from shoulders.teachers import AnyTeachers, Tap, Teacher
+from shoulders.training.optimizers import Optimizers
 from tests.tiny import BASE_CONFIGS, MEAN, STD, save_base, save_convnext, save_images
 
 
@@ -49,7 +52,7 @@ def saved_bytes(encoder: Encoder, pixels: Tensor) -> int:
     return sum(saved.values())
 
 
-def run(tmp_path: Path, adapter: dict[str, Any], **transfer: Any) -> Run:
+def trainer_of(tmp_path: Path, adapter: dict[str, Any], **transfer: Any) -> Trainer:
     save_images(tmp_path / "images", 80)
     recipe = check_recipe(
         {
@@ -115,23 +118,54 @@ def equal(one: Features, other: Features) -> bool:
 def test_the_layers_needed_of_the_base_are_known_without_its_weights(
     tmp_path: Path, adapter: dict[str, Any], preserve: float
 ) -> None:
-    going = run(tmp_path, adapter, preserve=preserve, layers=["block1", "latent"])
-    how = going.recipe
-    assert base_layers_needed(how.student, how.transfer.layers, preserve > 0) == going.student.base_layers
+    trainer = trainer_of(tmp_path, adapter, preserve=preserve, layers=["block1", "latent"])
+    recipe = trainer.recipe
+    assert base_layers_needed(recipe.student, recipe.transfer.layers, preserve > 0) == trainer.student.base_layers
+
+
+class FixedTeachers(AnyTeachers):
+    """Teachers whose features exist already, as those of a cache do."""
+
+    def __init__(self, features: dict[str, Features]) -> None:
+        super().__init__(bf16=False, sources=None)
+        self.features = features
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        return {}
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return []
+
+    @property
+    def render_sizes(self) -> list[tuple[int, int]]:
+        return []
+
+    def preprocessing(self) -> dict[str, list[list[float]]]:
+        return {}
+
+    def provenance(self) -> dict[str, dict[str, str | None]]:
+        return {}
+
+    def forward(self, batch: Batch) -> dict[str, Features]:
+        return dict(self.features)
+
+    def __getitem__(self, name: str) -> Teacher:
+        raise KeyError(name)
 
 
 def test_a_step_runs_the_base_once_and_not_at_all_with_cached_features(tmp_path: Path) -> None:
-    going = run(tmp_path, {"kind": "side", "width": 16, "blocks": 2}, preserve=1.0)
-    asked: list[int] = []
-    going.student.encoder.base.register_forward_hook(lambda *_: asked.append(1))
-    before = copy.deepcopy(going.learner.state_dict())
-    live = going.step(1, batch())
-    assert len(asked) == 1
+    trainer = trainer_of(tmp_path, {"kind": "side", "width": 16, "blocks": 2}, preserve=1.0)
+    base_runs: list[int] = []
+    trainer.student.encoder.base.register_forward_hook(lambda *_: base_runs.append(1))
+    before = copy.deepcopy(trainer.module.state_dict())
+    live = trainer.step(1, batch())
+    assert len(base_runs) == 1
 
-    told = going.teach(batch())
-    going.learner.load_state_dict(before)
-    going.optimization = type(going.optimization)(going.learner, going.recipe.train)
-    going.teachers.forward = lambda images: dict(told)  # type: ignore[method-assign, assignment, misc]
-    asked.clear()
-    again = going.step(1, batch())
-    assert not asked and torch.equal(live[0], again[0])
+    features = FixedTeachers(trainer.step.teacher_features(batch()))
+    trainer.module.load_state_dict(before)
+    base_runs.clear()
+    optimizers = Optimizers(trainer.module, trainer.recipe.train)
+    again = replace(trainer.step, teachers=features, optimizers=optimizers)(1, batch())
+    assert not base_runs and torch.equal(live.loss, again.loss)

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from shoulders.config.recipe import check_recipe
 from shoulders.distillation import distill, prepare
-from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, RecipeError
 from shoulders.feature_cache import build_cache, estimate_cache, verify_cache
 from shoulders.features import Batch, Features, align
 from shoulders.hub.flops import count_flops
 from shoulders.images import ImageSet, open_source
+from shoulders.model import load
 from shoulders.teachers import Teachers
+from shoulders.training.flops import distillation_flops
 from shoulders.training.preflight import check_training
-from shoulders.training.supervised_baseline import _distillation
 from shoulders.transfer import balance
 from shoulders.transfer.distances import distance
 from shoulders.transfer.losses import Settings, kpu
@@ -211,11 +211,11 @@ def streets_only(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_teacher_runs_on_images_of_its_own_sources_alone(world: Path, tmp_path: Path) -> None:
     run = prepare(recipe(world, tmp_path / "run", ["streets"]), {}, SINGLE_PROCESS)
-    (batch,) = run._batches(0, 1, 0, 1)
+    (batch,) = run.batches.training(0, 1)
     names = [run.images.collection.name_of_id(int(identity)) for identity in batch.ids]
     streets = [row for row, name in enumerate(names) if name.startswith("streets/")]
     assert 0 < len(streets) < len(batch)
-    features = run.teach(batch)
+    features = run.step.teacher_features(batch)
     some = features["segmenter/stage0"]
     assert some.rows is not None and some.rows.tolist() == streets and some.batch_size == len(streets)
     assert features["classifier/stage1"].rows is None and features["classifier/stage1"].batch_size == len(batch)
@@ -243,13 +243,13 @@ def test_a_resumed_run_ends_with_the_same_bits(world: Path, streets_only: Path, 
 
 def test_a_source_without_teachers_is_refused(world: Path, tmp_path: Path) -> None:
     both = {"teachers": {"classifier": {"model": str(world / "classifier"), "sources": ["streets"]}}}
-    with pytest.raises(RecipeError, match="no teacher learns from photos, and transfer.preserve is 0"):
+    with pytest.raises(RecipeError, match="no teacher uses photos, and transfer.preserve is 0"):
         distill(recipe(world, tmp_path / "run", ["streets"], **both, transfer={"preserve": 0.0}))
 
 
 def test_nested_sources_give_a_warning(world: Path, tmp_path: Path) -> None:
     nested = {"sources": {"all": {"path": str(world)}, "streets": {"path": str(world / "streets")}}}
-    with pytest.warns(UserWarning, match="streets lies in all: .* held-out measures are too good"):
+    with pytest.warns(UserWarning, match="streets is inside all: .* held-out measures are too good"):
         check_training(recipe(world, tmp_path / "run", ["streets"], images=nested), {}, SINGLE_PROCESS)
 
 
@@ -258,7 +258,7 @@ def test_statistics_need_enough_images_not_enough_tokens(world: Path, tmp_path: 
     shares = {"photos": 0.97, "streets": 0.03}
     sources = {name: {"path": str(world / name), "share": share} for name, share in shares.items()}
     changes = {"teachers": maps, "images": {"sources": sources}}
-    with pytest.raises(DataError, match=r"teachers.segmenter.sources: (none|1|2|3) of the 16 images"):
+    with pytest.raises(DataError, match=r"teachers.segmenter.sources: only [0-3] of the 16 images"):
         distill(recipe(world, tmp_path / "run", ["streets"], **changes))
 
 
@@ -328,20 +328,15 @@ def test_a_compiled_run_has_the_same_losses_and_few_graphs(world: Path, streets_
 
 
 def test_a_teacher_of_fewer_images_costs_fewer_flops(world: Path, streets_only: Path, tmp_path: Path) -> None:
-    run = prepare(recipe(world, tmp_path / "run", None), {}, DistContext(0, 1, torch.device("cpu")))
-    blank = {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in run.sizes}
+    def flops(sources: list[str] | None) -> float:
+        trainer = prepare(recipe(world, tmp_path / "run", sources), {}, SINGLE_PROCESS)
+        sizes = trainer.batches.render_sizes
+        blank = {size: torch.zeros(4, 3, *size, dtype=torch.uint8) for size in sizes}
+        batch = Batch(torch.arange(4), blank, sources=torch.tensor([1, 0, 1, 0]))
+        return count_flops(lambda: trainer.step.backward(1, batch)) / 4
 
-    def flops(sources: list[str] | None, batch_sources: list[int]) -> float:
-        run = prepare(recipe(world, tmp_path / "run", sources), {}, DistContext(0, 1, torch.device("cpu")))
-        batch = Batch(torch.arange(4), blank, sources=torch.tensor(batch_sources))
-
-        def step() -> None:
-            run.learner(batch.pixels(run.size), run.teach(batch), torch.zeros(4, 2))[0].backward()
-
-        return count_flops(step) / 4
-
-    half, everything = flops(["streets"], [1, 0, 1, 0]), flops(None, [1, 0, 1, 0])
-    counted = _distillation(streets_only, recipe(world, streets_only, ["streets"]))
+    half, everything = flops(["streets"]), flops(None)
+    counted = distillation_flops(load(streets_only), recipe(world, streets_only, ["streets"]))
     assert counted == pytest.approx(half, rel=1e-6)  # both sources have the same share
     assert half < 0.9 * everything
 
@@ -361,7 +356,7 @@ def test_a_teacher_without_calibration_images_is_named(world: Path, tmp_path: Pa
     often = {"path": str(world / "photos"), "share": 0.97}
     rare = {"sources": {"photos": often, "streets": {"path": str(world / "streets")}}}
     with pytest.raises(
-        DataError, match=r"teachers.segmenter.sources: none of the 16 images .* raise transfer.calibration_images"
+        DataError, match=r"teachers.segmenter.sources: only 0 of the 16 images .* raise transfer.calibration_images"
     ):
         distill(recipe(world, tmp_path / "run", ["streets"], images=rare))
 
