@@ -71,7 +71,7 @@ def kpu_loss(
     **settings: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its terms; ``weights`` (B, T) in place of those of `balance.uniform`."""
-    defaults = {"preserve": 0.7, "t2s": "none", "t2s_weight": 0.3, "t2s_grad_to": "both"}
+    defaults: dict[str, Any] = {"preserve": 0.7, "t2s": "none", "t2s_weight": 0.3, "t2s_grad_to": "both"}
     balanced = balance.uniform if weights is None else lambda losses, teacher_mask: weights
     how = Settings(**(defaults | settings))
     return kpu(*scene, latent_targets, distance("cosine_smooth_l1", a), balanced, how)
