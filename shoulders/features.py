@@ -182,6 +182,9 @@ class Batch:
         return len(self.ids)
 
 
+FeaturesOf = Callable[[Batch], Features]  # a model, as probes and evaluations see it
+
+
 def align(features: Features, grid: tuple[int, int]) -> Features:
     """The same Features with the spatial component resized bilinearly (antialiased where it shrinks) to ``grid``."""
     if features.spatial is None or features.grid == grid:

@@ -1,7 +1,8 @@
-"""Functions from images to Features: a student, its base, a teacher; and kept heads on a student's features."""
+"""Models as functions: from images to Features, for a student, its base and a teacher; heads with their input."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,58 +11,76 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModel
 
 from shoulders.config.recipe import as_size
 from shoulders.errors import RecipeError
-from shoulders.features import Batch, Features
+from shoulders.features import Batch, Features, FeaturesOf
 from shoulders.model import ShouldersModel
+from shoulders.student.config import ShouldersConfig
+from shoulders.student.encoder import Encoder
+from shoulders.student.families import BASES
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
 from shoulders.transfer.projectors import module_name, teacher_name
 
-FINEST_STRIDE = 8  # px of a teacher's input between the places that a dense probe sees
-
-
-FeaturesOf = Callable[[Batch], Features]
-
-
-def features_of_teacher(teacher: Teacher, spatial: bool) -> FeaturesOf:
-    """What a teacher says of a batch that a probe can read, of places where ``spatial``."""
-    device = teacher.mean.device
-    return _places_of(teacher, device) if spatial else _of_teacher(teacher, device)
-
-
-def teacher_head_on_student(student: ShouldersModel, name: str, size: tuple[int, int]) -> HeadInput:
-    """A kept head on what the student says of images that it sees at ``size`` = (h, w) px."""
-
-    def feed(pixels: Tensor) -> dict[str, Features]:
-        return predicted_taps(student, name, student.forward_features(pixels.to(student.device)))
-
-    return HeadInput(student.head(name), size, feed)
-
-
-def predicted_taps(student: ShouldersModel, name: str, seen: Mapping[str, Features]) -> dict[str, Features]:
-    """What a student that sees ``{place: Features}`` says in place of one teacher; other projectors stay unasked."""
-    return {
-        tap.split("/", 1)[1]: student.standardizer(tap).inverse(student.projectors[module_name(tap)](seen))
-        for tap in student.taps
-        if teacher_name(tap) == name
-    }
+MIN_STRIDE_PX = 8  # of a teacher's input between the tokens that a spatial probe uses
 
 
 def features_of_student(student: ShouldersModel, size: tuple[int, int], base: bool = False) -> FeaturesOf:
-    """What a student, or its base alone, says of a batch that it sees at ``size`` = (h, w) px: its latent."""
+    """The latent of a student, or of its base alone, for batches rendered at ``size`` = (h, w) px."""
+    return features_of_encoder(student.encoder, size, base)
+
+
+def features_of_encoder(encoder: Encoder, size: tuple[int, int], base: bool = False) -> FeaturesOf:
+    """The latent of an encoder, or of its base alone, for batches rendered at ``size`` = (h, w) px."""
 
     def features_of(batch: Batch) -> Features:
-        pixels = batch.to(student.device).pixels(size)
-        with student.encoder.adapters_disabled() if base else nullcontext():
-            return student.encoder(pixels)["latent"]
+        pixels = batch.to(encoder.mean.device).pixels(size)
+        with encoder.adapters_disabled() if base else nullcontext():
+            return encoder(pixels)["latent"]
 
     return features_of
 
 
+def features_of_teacher(teacher: Teacher, spatial: bool) -> FeaturesOf:
+    """The features of a teacher that a probe uses, with a spatial component where ``spatial``."""
+    return all_taps(teacher) if spatial else last_tap(teacher)
+
+
+def last_tap(teacher: Teacher) -> FeaturesOf:
+    """A teacher's last tap: the summary where it has one, else its spatial features."""
+    device, last = teacher.mean.device, list(teacher.taps)[-1]
+    return lambda batch: teacher(batch.to(device).pixels(teacher.size))[last]
+
+
+def all_taps(teacher: Teacher) -> FeaturesOf:
+    """The spatial features of all taps, concatenated on the finest of their grids whose stride is at least 8 px."""
+    device = teacher.mean.device
+    grids = sorted(tap.grid for tap in teacher.taps.values() if tap.spatial is not None)  # the coarsest first
+    grid = max((grid for grid in grids if grid[0] * MIN_STRIDE_PX <= teacher.size[0]), default=grids[0])
+
+    def features_of(batch: Batch) -> Features:
+        by_tap = teacher(batch.to(device).pixels(teacher.size)).values()
+        maps = [_resize(features.to_map(), grid) for features in by_tap if features.spatial is not None]
+        return Features.from_map(torch.cat(maps, 1))
+
+    return features_of
+
+
+def _resize(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, C, h, w) -> (B, C, H, W): averaged where that is coarser, else bilinear."""
+    if maps.shape[2] > grid[0]:
+        return F.adaptive_avg_pool2d(maps, grid)
+    return F.interpolate(maps, grid, mode="bilinear", align_corners=False) if maps.shape[2:] != grid else maps
+
+
 def input_size(student: ShouldersModel, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The size asked for, or that of the student's training."""
+    """The input size (h, w) in px of a student: ``size``, or the size of its training.
+
+    Raises:
+        RecipeError: a side is not a multiple of the patch size.
+    """
     if size is None:
         return as_size(tuple(student.config.image_size))
     try:
@@ -71,46 +90,45 @@ def input_size(student: ShouldersModel, size: tuple[int, int] | None) -> tuple[i
     return size
 
 
-def _of_teacher(teacher: Teacher, device: torch.device) -> FeaturesOf:
-    """A teacher's last tap: the summary where it has one, else its spatial features."""
-    last = list(teacher.taps)[-1]
-    return lambda batch: teacher(batch.to(device).pixels(teacher.size))[last]
+def random_encoder(config: ShouldersConfig) -> Encoder:
+    """The encoder of a student with random weights, its adapter in its initial state."""
+    base_config = config.base_config()
+    base = AutoModel.from_config(base_config, **BASES[base_config.model_type].build)
+    return Encoder(base, dict(config.adapter or {}), config.mean, config.std)
 
 
-def _places_of(teacher: Teacher, device: torch.device) -> FeaturesOf:
-    """The spatial features of all taps side by side, on the finest grid among them that is no finer than 8 px."""
-    grids = sorted(tap.grid for tap in teacher.taps.values() if tap.spatial is not None)  # the coarsest first
-    grid = max((grid for grid in grids if grid[0] * FINEST_STRIDE <= teacher.size[0]), default=grids[0])
+def adapted_encoder(student: ShouldersModel, model: str, weights: Mapping[str, Tensor] | None = None) -> Encoder:
+    """A copy of a student's encoder, of which only the adapter is trainable.
 
-    def places(batch: Batch) -> Features:
-        answers = teacher(batch.to(device).pixels(teacher.size)).values()
-        maps = [_resize(features.to_map(), grid) for features in answers if features.spatial is not None]
-        return Features.from_map(torch.cat(maps, 1))
-
-    return places
-
-
-def _resize(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, C, h, w) -> (B, C, H, W), averaged where that is coarser."""
-    if maps.shape[2] > grid[0]:
-        return F.adaptive_avg_pool2d(maps, grid)
-    return F.interpolate(maps, grid, mode="bilinear", align_corners=False) if maps.shape[2:] != grid else maps
+    Args:
+        model: ``student``: with the student's adapter; ``base``: with one in its initial state, which changes nothing.
+        weights: of the adapter, in place of those.
+    """
+    encoder = copy.deepcopy(student.encoder)
+    if model == "base":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            encoder.adapter.load_state_dict(random_encoder(student.config).adapter.state_dict())
+    if weights is not None:
+        encoder.adapter.load_state_dict(dict(weights))
+    encoder.adapter.requires_grad_(True)
+    return encoder
 
 
 @dataclass(frozen=True)
 class HeadInput:
-    """A kept head together with the model that computes its input, as `shoulders.tasks.teacher_head_eval` needs them.
+    """A teacher's head together with the model that computes its input.
 
     Args:
         head: the head.
-        size: (h, w) in px of the images that ``feed`` takes.
-        feed: pixels (B, 3, h, w) in [0, 1] -> the features of the head's taps, a teacher's or a student's.
+        size: (h, w) in px of the images that ``compute_features`` takes.
+        compute_features: pixels (B, 3, h, w) in [0, 1] -> features of the head's taps, a teacher's or a student's.
         names: the class names that a zero-shot head chooses from; default: all that it keeps.
     """
 
     head: Head
     size: tuple[int, int]
-    feed: Callable[[Tensor], dict[str, Features]]
+    compute_features: Callable[[Tensor], dict[str, Features]]
     names: Sequence[str] | None = None
 
     @property
@@ -125,9 +143,40 @@ class HeadInput:
 
     def compute_output(self, pixels: Tensor) -> Any:
         """The head's own output."""
-        return self.head(self.feed(pixels), **({} if self.names is None else {"classes": self.names}))
+        return self.head(self.compute_features(pixels), **({} if self.names is None else {"classes": self.names}))
 
 
-def has_classes(fed: HeadInput, names: Sequence[str] | None) -> bool:
-    """Whether a head keeps all of the class names of some data, which has none where it only numbers its classes."""
-    return bool(names) and set(names or ()) <= set(fed.classes)
+def has_classes(head: HeadInput, names: Sequence[str] | None) -> bool:
+    """Whether a head keeps all these class names; False where there are none."""
+    return bool(names) and set(names or ()) <= set(head.classes)
+
+
+def head_on_student(student: ShouldersModel, name: str, size: tuple[int, int]) -> HeadInput:
+    """A kept head on student features, for images of ``size`` = (h, w) px."""
+
+    def compute_features(pixels: Tensor) -> dict[str, Features]:
+        return head_features(student, name, student.forward_features(pixels.to(student.device)))
+
+    return HeadInput(student.head(name), size, compute_features)
+
+
+def head_on_teacher(head: Head, teacher: Teacher) -> HeadInput:
+    """A teacher's head on the teacher's own features."""
+    device = teacher.mean.device
+    return HeadInput(head, teacher.size, lambda pixels: teacher(pixels.to(device)))
+
+
+def head_features(student: ShouldersModel, name: str, layers: Mapping[str, Features]) -> dict[str, Features]:
+    """{tap: features} of one teacher, predicted from {layer: features} of a student; only its projectors run."""
+    return {
+        tap.split("/", 1)[1]: student.standardizer(tap).inverse(student.projectors[module_name(tap)](layers))
+        for tap in student.taps
+        if teacher_name(tap) == name
+    }
+
+
+@torch.no_grad()
+def run_heads(student: ShouldersModel, names: Sequence[str], pixels: Tensor) -> tuple[Features, dict[str, Any]]:
+    """The latent of pixels (B, 3, h, w) in [0, 1], and each kept head's own output: the encoder runs once for all."""
+    layers = student.forward_features(pixels)
+    return layers["latent"], {name: student.head(name)(head_features(student, name, layers)) for name in names}

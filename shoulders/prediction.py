@@ -1,4 +1,4 @@
-"""Run a student's kept heads, or probes, on images: JSON in the form of the transformers pipelines, and pictures."""
+"""Run a student's kept heads, and probes, on images: JSON in the form of the transformers pipelines, and pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,25 +19,30 @@ from torch import Tensor
 from shoulders.config.recipe import as_size, read_recipe
 from shoulders.distributed.device import this_device
 from shoulders.errors import DataError, RecipeError
-from shoulders.evaluation.evaluate import OWN
-from shoulders.evaluation.finetune_models import adapted
-from shoulders.evaluation.probes import Probe, open_probe, probe_answers
-from shoulders.features import Batch, Features, Skipped
-from shoulders.images import Collection, Undecodable, View, central_view, open_source, render
+from shoulders.features import Batch, Features, FeaturesOf, Skipped
+from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, Collection, Undecodable, central_view, open_source, render
 from shoulders.images.folder import Folder
 from shoulders.images.pictures import display_size, draw_prediction, pca_pictures
+from shoulders.images.run_lengths import mask_to_runs
 from shoulders.images.source import EXTENSIONS
-from shoulders.inference import FeaturesOf, features_of_student, features_of_teacher, predicted_taps
+from shoulders.inference import (
+    adapted_encoder,
+    features_of_encoder,
+    features_of_student,
+    features_of_teacher,
+    run_heads,
+)
 from shoulders.model import ShouldersModel, load
 from shoulders.storage.atomic import write_text
-from shoulders.tasks import TASKS
-from shoulders.tasks.data.coco import list_runs
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads.post_process import post_process
 
 BATCH = 8
-WHOLE = View(0, 0, 1, 1)
-LONGEST = 180  # bytes of the name of a picture before that of its head; file systems allow 255 in all
+MAX_STEM_BYTES = 180  # of a picture's file name before the name of the head; file systems allow 255 in all
+PICTURE_PX = (480, 480)  # of the latent's components
+
+Images = list[tuple[str, Tensor]]  # names and pixels (3, H, W) uint8
+Predict = Callable[[Images], list[Any]]  # predictions for each image
 
 
 def predict(
@@ -48,143 +53,178 @@ def predict(
     *,
     probes: Sequence[str] = (),
     threshold: float = 0.5,
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
-    """What each head and probe says of each image: ``{image: {head: answer}}``, masks as COCO run lengths.
+    """The predictions of each head and probe for each image, masks as COCO run lengths.
 
-    Depth is float32 (h, w) in a ``.npy`` file below ``out``, of which the answer holds the name; without ``out``, rows.
+    Images that cannot be read are left out with a warning, and listed in ``out/skipped.jsonl``.
 
     Args:
         run: a run folder, or a student's folder.
         images: an image, or a folder, parquet or tar file of images.
-        heads: names of kept heads; default: all of them where no probe is asked for.
-        probes: names of probes that `shoulders.evaluation.evaluate` left in the run folder, such as ``student/semantic``.
-        out: a folder for ``predictions.json`` and a picture for each image and head, and of the latent.
-        threshold: objects of a lower score are left out.
-        max_pixels: images of more are not read.
+        heads: names of kept heads; default: all of them where no probe is given.
+        probes: names of probes that `shoulders.evaluation.evaluate` saved in the run folder, such as
+            ``student/semantic``.
+        out: a folder for ``predictions.json`` and a picture per image and head, and of the latent.
+        threshold: minimum score of an object.
+        max_pixels: images with more are not read.
         on_image: called after each image.
 
-    Images that cannot be read are left out with a warning, and listed in ``out/skipped.jsonl``.
+    Returns:
+        {image: {head: prediction}}. Depth is float32 (h, w) in a ``.npy`` file below ``out``, whose name the prediction
+        holds; without ``out`` it is a list of lists.
 
     Raises:
-        RecipeError: a head that the student does not keep, a probe that is not there, or no images there.
+        RecipeError: a head that the student does not keep, a probe or images that do not exist.
         DataError: no image can be decoded, or the student, a head or a probe is damaged.
     """
     student = load(run).to(this_device())
     names = list(heads) or ([] if probes else list(student.heads))
-    asked = [_asked(Path(run), name) for name in probes]
-    if not names and not asked:
-        raise RecipeError(f"{run}: this student keeps no heads; name some in keep_heads: of the recipe")
-    for name in names:
-        student.head(name)
-    if out is not None and Path(images).is_dir() and Path(out).resolve().is_relative_to(Path(images).resolve()):
-        raise RecipeError(f"--out: {out} lies in {images}, whose pictures are read; choose another place")
-    collection = _open(Path(images))
-    stems = _stems([collection.name(at) for at in range(len(collection))])
-    told: dict[str, dict[str, Any]] = {}
-    size = as_size(tuple(student.config.image_size))
+    by_probe = _open_probes(Path(run), probes, threshold)
+    folder = None if out is None else Path(out)
+    _check(run, student, names, probes, Path(images), folder)
+    collection = _open_images(Path(images))
+    stems = picture_stems([collection.name(index) for index in range(len(collection))])
+    predictions: dict[str, dict[str, Any]] = {}
     skipped: list[Skipped] = []
-    for few in _decoded(collection, max_pixels, skipped):
-        pixels = torch.stack([render(image, WHOLE, size) for _, image in few]).to(student.device) / 255
-        sizes = [(image.shape[1], image.shape[2]) for _, image in few]
-        latent, outputs = ask_heads(student, names, pixels)
-        said = {name: post_process(student.head(name), output, sizes, threshold) for name, output in outputs.items()}
-        said |= {probe.name: _answers(probe, features_of, few, threshold) for probe, features_of in asked}
-        for at, (image, _) in enumerate(few):
-            told[image] = {
-                name: _plain(answer[at], None if out is None else Path(out) / _file(stems[image], name, "npy"))
-                for name, answer in said.items()
+    for decoded in _decode(collection, max_pixels, skipped):
+        latent, by_name = _run_heads(student, names, decoded, threshold)
+        by_name |= {name: run_probe(decoded) for name, run_probe in by_probe.items()}
+        for index, (image, _) in enumerate(decoded):
+            predictions[image] = {
+                name: to_json(
+                    of_batch[index], None if folder is None else folder / file_name(stems[image], name, "npy")
+                )
+                for name, of_batch in by_name.items()
             }
             on_image()
-        if out is not None:
-            _draw(Path(out), latent, [(stems[name], image) for name, image in few], said)
-    if skipped:
-        where = "" if out is None else f" ({Path(out) / 'skipped.jsonl'})"
-        warnings.warn(
-            f"{len(skipped)} of {len(collection)} images could not be read{where}, first {skipped[0].name}: "
-            f"{skipped[0].reason}",
-            stacklevel=2,
-        )
-    if out is not None:
-        write_text(Path(out) / "predictions.json", json.dumps(told, indent=1) + "\n")
-        write_text(Path(out) / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
-    return told
+        if folder is not None:
+            _save_pictures(folder, latent, [(stems[name], pixels) for name, pixels in decoded], by_name)
+    _report_skipped(skipped, len(collection), folder)
+    if folder is not None:
+        write_text(folder / "predictions.json", json.dumps(predictions, indent=1) + "\n")
+        write_text(folder / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
+    return predictions
 
 
-@torch.no_grad()
-def ask_heads(student: ShouldersModel, heads: Sequence[str], pixels: Tensor) -> tuple[Features, dict[str, Any]]:
-    """The latent of pixels (B, 3, h, w) in [0, 1] and each head's own output: the encoder runs once for all of them."""
-    seen = student.forward_features(pixels)
-    return seen["latent"], {name: student.head(name)(predicted_taps(student, name, seen)) for name in heads}
+def _check(
+    run: Path | str,
+    student: ShouldersModel,
+    heads: Sequence[str],
+    probes: Sequence[str],
+    images: Path,
+    out: Path | None,
+) -> None:
+    if not heads and not probes:
+        raise RecipeError(f"{run}: this student keeps no heads; name some in keep_heads: of the recipe")
+    for name in heads:
+        student.head(name)
+    if out is not None and images.is_dir() and out.resolve().is_relative_to(images.resolve()):
+        raise RecipeError(f"--out: {out} is inside {images}, whose images are read; choose another folder")
 
 
-def _asked(run: Path, name: str) -> tuple[Probe, FeaturesOf]:
-    """A probe and the features that it was fitted on, its own adapter among them."""
+def _run_heads(
+    student: ShouldersModel, names: Sequence[str], decoded: Images, threshold: float
+) -> tuple[Features, dict[str, list[Any]]]:
+    """The latent of whole images at the student's size, and the predictions of kept heads."""
+    size = as_size(tuple(student.config.image_size))
+    pixels = torch.stack([render(image, WHOLE_IMAGE, size) for _, image in decoded]).to(student.device) / 255
+    sizes = [(image.shape[1], image.shape[2]) for _, image in decoded]
+    latent, outputs = run_heads(student, names, pixels)
+    return latent, {
+        name: post_process(student.head(name), output, sizes, threshold) for name, output in outputs.items()
+    }
+
+
+def _open_probes(run: Path, names: Sequence[str], threshold: float) -> dict[str, Predict]:
+    """Saved probes with the models whose features they need, as functions from images to predictions."""
+    return {name: _open_probe(run, name, threshold) for name in names}
+
+
+def _open_probe(run: Path, name: str, threshold: float) -> Predict:
+    # heads need no task: what fits and evaluates probes is imported where one is used
+    from shoulders.tasks import TASKS
+    from shoulders.tasks.saved_probes import open_probe, predict_with_probe
+
     probe = open_probe(run, name)
     probe.head.to(this_device())
-    if probe.model not in OWN:
-        specs = read_recipe(run / "recipe.yaml").teachers
-        if probe.model not in specs:
-            raise RecipeError(f"--probe: {name!r} is of {probe.model}, which is not among the teachers of {run}")
-        teacher = load_teacher(probe.model, specs[probe.model])
-        return probe, features_of_teacher(teacher.to(this_device()), TASKS[probe.task].spatial)
-    student = load(run)
+    spatial = TASKS[probe.task].needs_spatial
+    features_of = _features_of(run, name, probe, spatial)
+
+    @torch.no_grad()
+    def run_probe(decoded: Images) -> list[Any]:
+        """Predictions for images that are drawn as those that the probe was fitted on."""
+        sizes = [(image.shape[1], image.shape[2]) for _, image in decoded]
+        views = [WHOLE_IMAGE if spatial else central_view(size, probe.size) for size in sizes]
+        drawn = [render(image, view, probe.size) for (_, image), view in zip(decoded, views, strict=True)]
+        features = features_of(Batch(torch.arange(len(decoded)), {probe.size: torch.stack(drawn)}))
+        return predict_with_probe(probe, features, sizes, threshold)
+
+    return run_probe
+
+
+def _features_of(run: Path, name: str, probe: Any, spatial: bool) -> FeaturesOf:
+    """The features that a probe was fitted on, with the adapter that was finetuned with it."""
+    if probe.model not in ("student", "base"):
+        teachers = read_recipe(run / "recipe.yaml").teachers
+        if probe.model not in teachers:
+            raise RecipeError(f"--probe: {name!r} needs {probe.model}, which is not among the teachers of {run}")
+        return features_of_teacher(load_teacher(probe.model, teachers[probe.model]).to(this_device()), spatial)
+    student = load(run).to(this_device())
     if probe.adapter is not None:
-        student.encoder = adapted(student, probe.model, probe.adapter)
-    base = probe.model == "base" and probe.adapter is None
-    return probe, features_of_student(student.to(this_device()), probe.size, base)
+        return features_of_encoder(adapted_encoder(student, probe.model, probe.adapter), probe.size)
+    return features_of_student(student, probe.size, probe.model == "base")
 
 
-@torch.no_grad()
-def _answers(probe: Probe, features_of: FeaturesOf, few: list[tuple[str, Tensor]], threshold: float) -> list[Any]:
-    """What a probe says of a few images, each seen as those that it was fitted on."""
-    sizes = [(image.shape[1], image.shape[2]) for _, image in few]
-    views = [WHOLE if TASKS[probe.task].spatial else central_view(size, probe.size) for size in sizes]
-    drawn = [render(image, view, probe.size) for (_, image), view in zip(few, views, strict=True)]
-    features = features_of(Batch(torch.arange(len(few)), {probe.size: torch.stack(drawn)}))
-    return probe_answers(probe, features, sizes, threshold)
-
-
-def _open(path: Path) -> Collection:
-    """One image, or whatever holds images."""
+def _open_images(path: Path) -> Collection:
+    """One image, or all images of a folder or file."""
     if path.is_file() and path.suffix.lower() not in (".parquet", ".tar"):
         return Collection({"images": Folder(path.parent, [os.fsencode(path.name)])})
     return Collection({"images": open_source(path)})
 
 
-def _decoded(images: Collection, max_pixels: int, skipped: list[Skipped]) -> Iterator[list[tuple[str, Tensor]]]:
-    """Names and whole images (3, H, W) uint8, a few at a time; those that cannot be read go into ``skipped``.
+def _decode(images: Collection, max_pixels: int, skipped: list[Skipped]) -> Iterator[Images]:
+    """Names and whole images, a few at a time; those that cannot be read go into ``skipped``.
 
     Raises:
         DataError: none can be read.
     """
     for start in range(0, len(images), BATCH):
-        few = []
-        for at in range(start, min(start + BATCH, len(images))):
+        decoded = []
+        for index in range(start, min(start + BATCH, len(images))):
             try:
-                few.append((images.name(at), images.pixels(at, max_pixels, None)[0]))
+                decoded.append((images.name(index), images.pixels(index, max_pixels, None)[0]))
             except Undecodable as error:
-                skipped.append(Skipped(images.name(at), str(error)))
+                skipped.append(Skipped(images.name(index), str(error)))
         if len(skipped) == len(images):
             raise DataError(f"{skipped[0].name}: {skipped[0].reason}; leave it out")
-        if few:
-            yield few
+        if decoded:
+            yield decoded
 
 
-def _draw(out: Path, latent: Features, few: list[tuple[str, Tensor]], said: dict[str, list[Any]]) -> None:
-    """A picture for each image and head, and one of the latent's principal components."""
+def _report_skipped(skipped: Sequence[Skipped], total: int, out: Path | None) -> None:
+    if skipped:
+        listed = "" if out is None else f" ({out / 'skipped.jsonl'})"
+        warnings.warn(
+            f"{len(skipped)} of {total} images could not be read{listed}, first {skipped[0].name}: {skipped[0].reason}",
+            stacklevel=3,
+        )
+
+
+def _save_pictures(out: Path, latent: Features, decoded: Images, by_name: Mapping[str, list[Any]]) -> None:
+    """A picture per image and head, and one of the latent's principal components; ``decoded`` has file stems."""
     out.mkdir(parents=True, exist_ok=True)
-    shades = pca_pictures(latent, (480, 480))
-    for at, (stem, decoded) in enumerate(few):
-        original = Image.fromarray(decoded.permute(1, 2, 0).numpy())
-        shades[at].resize(display_size(original.size)).save(out / f"{stem}-latent.png")
-        for head, answer in said.items():
-            draw_prediction(original, answer[at]).save(out / _file(stem, head, "png"))
+    components = pca_pictures(latent, PICTURE_PX)
+    for index, (stem, pixels) in enumerate(decoded):
+        original = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        components[index].resize(display_size(original.size)).save(out / f"{stem}-latent.png")
+        for name, of_batch in by_name.items():
+            draw_prediction(original, of_batch[index]).save(out / file_name(stem, name, "png"))
 
 
-def _stems(names: Sequence[str]) -> dict[str, str]:
-    """{name of an image: what its pictures are called by}; without its extension, unless that says too little."""
+def picture_stems(names: Sequence[str]) -> dict[str, str]:
+    """{name of an image: stem of its pictures' file names}: without its extension, unless another has the same."""
 
     def flat(name: str) -> str:
         return name.replace("/", "-")
@@ -194,29 +234,31 @@ def _stems(names: Sequence[str]) -> dict[str, str]:
 
     shorts, longs = Counter(map(short, names)), Counter(map(flat, names))
     stems = {name: short(name) if shorts[short(name)] == 1 else flat(name) for name in names}
-    # a/b.jpg and a-b.jpg: told apart by their numbers; so are those that no file could be called by
+    # numbers distinguish a/b.jpg from a-b.jpg; names that are too long for a file get one, too
     return {
-        name: f"{stem[: LONGEST // 4]}-{number}" if longs[flat(name)] > 1 or len(os.fsencode(stem)) > LONGEST else stem
+        name: f"{stem[: MAX_STEM_BYTES // 4]}-{number}"
+        if longs[flat(name)] > 1 or len(os.fsencode(stem)) > MAX_STEM_BYTES
+        else stem
         for number, (name, stem) in enumerate(stems.items())
     }
 
 
-def _file(stem: str, head: str, kind: str) -> str:
-    """The name of what a head says of an image."""
-    return f"{stem}-{head.replace('/', '-')}.{kind}"
+def file_name(stem: str, head: str, extension: str) -> str:
+    """The name of a file with a head's prediction for an image."""
+    return f"{stem}-{head.replace('/', '-')}.{extension}"
 
 
-def _plain(answer: Any, file: Path | None) -> Any:
-    """An answer as JSON: masks as run lengths, depth as the file that it is written to, or rows of numbers."""
-    if isinstance(answer, dict):
-        depth = answer["predicted_depth"].float().cpu()
-        if file is None:
+def to_json(prediction: Any, depth_file: Path | None) -> Any:
+    """A prediction as JSON: masks as run lengths, depth as the name of the file that it is written to, or as lists."""
+    if isinstance(prediction, dict):
+        depth = prediction["predicted_depth"].float().cpu()
+        if depth_file is None:
             return {"predicted_depth": depth.tolist()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(file, depth.numpy())
-        return {"predicted_depth": file.name}
-    return [{key: _rle(value) if key == "mask" else value for key, value in one.items()} for one in answer]
+        depth_file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(depth_file, depth.numpy())
+        return {"predicted_depth": depth_file.name}
+    return [{key: _run_lengths(value) if key == "mask" else value for key, value in one.items()} for one in prediction]
 
 
-def _rle(mask: Tensor) -> dict[str, Any]:
-    return {"size": list(mask.shape), "counts": list_runs(mask.cpu().numpy())}
+def _run_lengths(mask: Tensor) -> dict[str, Any]:
+    return {"size": list(mask.shape), "counts": mask_to_runs(mask.cpu().numpy())}

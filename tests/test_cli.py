@@ -26,8 +26,8 @@ INTERFACE = {
     "plan": "{recipe} [overrides]... --json --help",
     "cache": "{recipe} [overrides]... --estimate --verify --info --json --help",
     "evaluate": (
-        "{run} --task --data --models --column --batch --workers --seed --heads --size --tune --scratch-steps --probe "
-        "--json --help"
+        "{run} --task --data --models --column --batch --workers --seed --heads --size --finetune --scratch-steps "
+        "--probe --json --help"
     ),
     "predict": "{run} {images} --head --probe --out --threshold --max-pixels --json --help",
     "report": "{run} --out --json --help",
@@ -66,7 +66,7 @@ def test_the_help_of_evaluate_lists_every_task_and_probe(monkeypatch: pytest.Mon
     monkeypatch.setitem(TASKS, "depth", TASKS["semantic"])
     text = " ".join(run_cli("evaluate", "--help").stdout.split())
     assert "One of classification, detection, semantic, instance, depth." in text
-    assert "upernet, rt_detr_v2, mask2former" in text
+    assert "rt_detr_v2, upernet, mask2former" in text
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def distill_with(override: str) -> list[str]:
         (["evaluate", "runs/x", "--task", "flying", "--data", "labelled"], "'flying' is not one of classification"),
         (["evaluate", "runs/x", "--task", "classification", "--data", "nowhere"], "nowhere"),
         (
-            ["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--heads", "--tune", "adapter"],
-            "--tune: --heads fits nothing",
+            ["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--heads", "--finetune", "adapter"],
+            "--finetune: --heads fits nothing",
         ),
         (["evaluate", "runs/x", "--task", "semantic", "--data", "labelled", "--size", "1,2,3"], "--size: '1,2,3'"),
         (["teachers"], "give a recipe, or --families"),

@@ -1,4 +1,4 @@
-"""The demo in a minute: everything that it leaves, and that it goes on from there."""
+"""The quick demo: its rows and files, and that it continues where it stopped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shoulders.demo import FULL, KINDS, METRICS, QUICK, TRIES, Row, demo, recipe
+from shoulders.demo import BASELINE_CANDIDATES, FULL, KINDS, QUICK, Row, demo, demo_recipe
 from shoulders.tasks import TASKS
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.supervised_baseline import BATCH, equal_flops
@@ -31,22 +31,24 @@ def rows(folder: Path) -> list[Row]:
 
 
 def test_every_task_is_measured_in_every_way(rows: list[Row], folder: Path) -> None:
-    assert [(row["task"], row["kind"]) for row in rows] == [(task, kind) for task in METRICS for kind in KINDS]
+    jobs = TEACHER_TASKS.values()
+    assert [(row["task"], row["kind"]) for row in rows] == [(job.task, kind) for job in jobs for kind in KINDS]
+    assert [row["metric"] for row in rows] == [TASKS[job.task].metric.in_heads for job in jobs for _ in KINDS]
     assert all(0 <= row["value"] <= 1 for row in rows)
-    teachers = {row["task"]: row["value"] for row in rows if row["kind"] == "teacher"}
-    assert all(teachers[task] > least for task, least in zip(METRICS, (0.9, 0.7, 0.6, 0.5), strict=True))
+    of_teachers = [row["value"] for row in rows if row["kind"] == "teacher"]
+    assert all(value > least for value, least in zip(of_teachers, (0.9, 0.7, 0.6, 0.5), strict=True))
     assert "</html>" in (folder / "report.html").read_text()
 
 
-def test_what_is_there_is_not_run_again(rows: list[Row], folder: Path) -> None:
-    for row in (folder / "measured").glob("inherited-*.json"):
-        row.unlink()
+def test_finished_parts_are_not_run_again(rows: list[Row], folder: Path) -> None:
+    for file in (folder / "measured").glob("teacher_head-*.json"):
+        file.unlink()
     trained = (folder / "student" / "model.safetensors").stat().st_mtime_ns
     assert demo(folder, quick=True) == rows
     assert (folder / "student" / "model.safetensors").stat().st_mtime_ns == trained
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_rows(rows: list[Row], folder: Path, tmp_path: Path) -> None:
+def test_a_killed_demo_continues_to_the_same_rows(rows: list[Row], folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "scenes", tmp_path / "run" / "scenes")
     command = [sys.executable, "-m", "shoulders", "demo", "--quick", "--out", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
@@ -61,17 +63,17 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_rows(rows: list[Row], folde
     assert sorted(set(steps)) == list(range(QUICK.steps + 1))
 
 
-def test_four_trainings_from_scratch_cost_what_the_one_distillation_did(rows: list[Row], folder: Path) -> None:
-    """The recorded steps against the FLOPs counted on the quick student, which is the full one's shape."""
-    assert len(TRIES) == 1
+def test_the_trainings_from_scratch_together_cost_the_flops_of_the_distillation(rows: list[Row], folder: Path) -> None:
+    """The steps of the full demo, by the FLOPs counted on the quick student, which has the same architecture."""
+    assert len(BASELINE_CANDIDATES) == 1
     images = FULL.steps * FULL.batch / (QUICK.steps * QUICK.batch)
-    for task, style, labels in TEACHER_TASKS.values():
-        goal = TASKS[task].tune(TASKS[task].find(folder / "scenes" / style / labels, "image"))
-        equal = equal_flops(folder, goal, (96, 96)).distillation * images / 4
-        supervised = equal_flops(folder, goal, (96, 96)).supervised
-        assert FULL.scratch[task] == pytest.approx(equal / supervised / BATCH, rel=0.05)
+    for teacher, (name, style, labels) in TEACHER_TASKS.items():
+        splits = TASKS[name].find_splits(folder / "scenes" / style / labels, "image")
+        flops = equal_flops(folder, TASKS[name].finetune(splits), (96, 96))
+        budget = flops.distillation * images / len(TEACHER_TASKS)
+        assert FULL.baseline_steps[teacher] == pytest.approx(budget / flops.supervised / BATCH, rel=0.05)
 
 
-def test_full_and_quick_differ_in_length_alone(tmp_path: Path) -> None:
-    full, quick = (recipe(tmp_path, effort).model_dump() for effort in (FULL, QUICK))
+def test_full_and_quick_differ_only_in_length(tmp_path: Path) -> None:
+    full, quick = (demo_recipe(tmp_path, settings).model_dump() for settings in (FULL, QUICK))
     assert {key for key in full if full[key] != quick[key]} == {"images", "transfer", "train"}

@@ -1,6 +1,6 @@
 """What the heads keep when one thing of the recipe is another: the grids that taps are inherited on, the adapter.
 
-    python benchmarks/four_tasks/ablations.py match_teacher_grid [--data DATA] [--work runs/four_tasks] [--only world|real]
+    python benchmarks/four_tasks/ablations.py match_teacher_grid [--data DATA] [--work DIR] [--only world|real]
     python benchmarks/four_tasks/ablations.py adapters --only world
 
 Distils a student for each variant and measures the teachers' heads on it. Writes ablations/NAME.json and NAME.md beside
@@ -18,7 +18,7 @@ import measure
 from jobs import SETTINGS, Job
 from kept import Kept, Row, publish
 from run import missing
-from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, mean, number, retention, short
+from tables import DOC, JOBS, insert, line_of, mean, number, retention, short
 
 from shoulders.storage.atomic import write_text
 
@@ -72,7 +72,7 @@ def table(variants: Sequence[str], rows: Sequence[Row]) -> str:
                     "-" if share is None else f"{short(mean(score))} ({share:.2f})"
                     for score, share in zip(scores, shares, strict=True)
                 ]
-                lines.append(line_of([f"{job.dataset} ({METRIC_NAMES[metric]})", number(teacher), *cells]))
+                lines.append(line_of([f"{job.dataset} ({job.metrics[metric].title})", number(teacher), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +101,7 @@ def main() -> None:
                     kept,
                     partial(heads, job, run, labels, given.seed, variant),
                     dataset=job.dataset,
-                    kind="inherited",
+                    kind="teacher_head",
                     variant=variant,
                     seed=given.seed,
                 )

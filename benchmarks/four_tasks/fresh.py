@@ -17,7 +17,7 @@ from pathlib import Path
 from jobs import SETTINGS
 from kept import Kept, Row, publish
 from measure import by_teacher, inherited
-from tables import DOC, METRIC_NAMES, insert, line_of, number, retention
+from tables import DOC, insert, line_of, number, retention
 
 from shoulders.storage.atomic import write_text
 from shoulders.world import write_world
@@ -36,12 +36,12 @@ def table(fresh: Sequence[Row], known: Sequence[Row]) -> str:
             teacher, student, known_teacher, known_student = (
                 [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
                 for rows in (fresh, known)
-                for kind in ("teacher", "inherited")
+                for kind in ("teacher", "teacher_head")
             )
             shares = retention(teacher, student), retention(known_teacher, known_student)
             if shares[0] is not None:
                 kept = ["-" if share is None else f"{share:.3f}" for share in shares]
-                name = f"{job.dataset} ({METRIC_NAMES[metric]})"
+                name = f"{job.dataset} ({job.metrics[metric].title})"
                 lines.append(line_of([name, number(teacher), number(student), *kept]))
     return "\n".join(lines) + "\n"
 
@@ -59,7 +59,7 @@ def main() -> None:
     for job in WORLD.jobs:
         if not kept.has(dataset=job.dataset, kind="teacher"):
             kept.keep(by_teacher(job, WORLD, scenes))
-        if not kept.has(dataset=job.dataset, kind="inherited", seed=given.seed):
+        if not kept.has(dataset=job.dataset, kind="teacher_head", seed=given.seed):
             kept.keep(inherited(job, run, scenes, given.seed))
     known = json.loads((HERE / "results.json").read_text())
     told = table(publish(kept.rows, given.out / "fresh.json"), known)

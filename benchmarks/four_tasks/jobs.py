@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from shoulders.tasks import TASKS, Metric
 from shoulders.world import write_world
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("teacher", "inherited", "student_probe", "base_probe", "scratch")
+KINDS = ("teacher", "teacher_head", "student_probe", "base_probe", "scratch")
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Job:
     labels: str
 
     @property
-    def metrics(self) -> dict[str, dict[str, str]]:
-        """What its rows tell."""
-        return METRICS[self.task]
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of its rows, by name."""
+        return {metric.name: metric for metric in TASKS[self.task].metrics}
 
 
 @dataclass(frozen=True)
@@ -63,21 +64,6 @@ class Setting:
         return data
 
 
-# task -> {our metric: {kind: its name in the rows of shoulders}}; a kind that is not named does not tell it
-METRICS: dict[str, dict[str, dict[str, str]]] = {
-    "classification": {
-        "top1": {"heads": "top1", "probe": "linear_top1", "scratch": "top1"},
-        "knn_top1": {"probe": "knn_top1"},
-    },
-    "detection": {"box_AP": {"heads": "AP", "probe": "AP", "scratch": "AP"}},
-    "semantic": {"mIoU": {"heads": "mIoU", "probe": "mIoU", "scratch": "mIoU"}},
-    "instance": {
-        "mask_AP": {"heads": "mask_AP", "probe": "mask_AP", "scratch": "mask_AP"},
-        "box_AP": {"heads": "AP", "probe": "AP", "scratch": "AP"},
-    },
-}
-TOLD = {"teacher": "heads", "inherited": "heads", "student_probe": "probe", "base_probe": "probe", "scratch": "scratch"}
-
 SETTINGS = {
     "world": Setting(
         "world",
@@ -107,3 +93,8 @@ SETTINGS = {
         },
     ),
 }
+
+
+def name_in_rows(metric: Metric, kind: str) -> str | None:
+    """The name of a metric in the rows of a kind of measurement; None where it does not have it."""
+    return metric.in_probes if kind.endswith("_probe") else metric.in_heads

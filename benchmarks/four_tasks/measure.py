@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import TOLD, Job, Setting
+from jobs import Job, Setting, name_in_rows
 
 from shoulders.config.recipe import as_size, read_recipe
 from shoulders.distillation import distill
 from shoulders.distributed.device import this_device
-from shoulders.evaluation.evaluate import evaluate_heads
-from shoulders.features import Batch, Features
-from shoulders.inference import FeaturesOf, HeadInput, features_of_student
+from shoulders.evaluation.teacher_heads import evaluate_heads
+from shoulders.features import Batch, Features, FeaturesOf
+from shoulders.inference import features_of_student, head_on_teacher
 from shoulders.model import load
-from shoulders.tasks import TASKS, Split, Splits
-from shoulders.tasks.teacher_head_eval import HEADS
+from shoulders.tasks import TASKS
+from shoulders.tasks.data.labelled import LabelledSplit, LabelledSplits
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
-from shoulders.training.supervised_baseline import scratch
+from shoulders.training.supervised_baseline import train_supervised_baseline
 
 BATCH = 50
 FIT_ON, REPORT = 5000, 2000  # images of classification that probes are fitted on, and that they report
@@ -43,7 +43,7 @@ def rows_of(job: Job, kind: str, answered: Sequence[Any], seed: int | None, prob
     by_metric = {row["metric"]: row for row in answered}
     rows = []
     for metric, names in job.metrics.items():
-        name = names.get(TOLD[kind])
+        name = name_in_rows(names, kind)
         if name is None:
             continue
         row = by_metric[name]
@@ -70,16 +70,15 @@ def by_teacher(job: Job, setting: Setting, labels: Path) -> list[Row]:
     spec = read_recipe(setting.recipe).teachers[job.teacher]
     device = this_device()
     teacher = load_teacher(job.teacher, spec).to(device)
-    kept_head = load_head(job.teacher, spec, teacher).to(device)
-    head = HeadInput(kept_head, teacher.size, lambda pixels: teacher(pixels.to(device)))
-    splits = TASKS[job.task].find(labels / job.labels, "image")
-    return rows_of(job, "teacher", HEADS[job.task](head, splits, BATCH, 0), None)
+    head = head_on_teacher(load_head(job.teacher, spec, teacher).to(device), teacher)
+    splits = TASKS[job.task].find_splits(labels / job.labels, "image")
+    return rows_of(job, "teacher", TASKS[job.task].evaluate_head(head, splits, BATCH, 0), None)
 
 
 def inherited(job: Job, run: Path, labels: Path, seed: int) -> list[Row]:
     """The teacher's head on the student."""
     told = evaluate_heads(run, job.task, labels / job.labels, ["student"], batch=BATCH, workers=0)
-    return rows_of(job, "inherited", [row for row in told if row["head"] == job.teacher], seed)
+    return rows_of(job, "teacher_head", [row for row in told if row["head"] == job.teacher], seed)
 
 
 def by_probe(
@@ -90,24 +89,24 @@ def by_probe(
     size = as_size(tuple(student.config.image_size))
     features_of = features_of_student(student, size, base=kind == "base_probe")
     if len(probe_seeds) > 1:
-        features_of = remembering(features_of, summaries=not TASKS[job.task].spatial)
-    splits = TASKS[job.task].find(labels / job.labels, "image")
+        features_of = remembering(features_of, summaries=not TASKS[job.task].needs_spatial)
+    splits = TASKS[job.task].find_splits(labels / job.labels, "image")
     splits = fewer(splits) if job.task == "classification" else splits
     for probe_seed in probe_seeds:
-        told = TASKS[job.task].run(features_of, splits, [size], BATCH, 0, probe_seed)
+        told = TASKS[job.task].fit_probe(features_of, splits, size, BATCH, 0, probe_seed)
         yield rows_of(job, kind, told, seed, probe_seed)
 
 
 def from_scratch(job: Job, run: Path, labels: Path, seed: int, steps: int | None) -> list[Row]:
     """The student's architecture with random weights, trained with all labels at the FLOPs of the distillation."""
-    splits = TASKS[job.task].find(labels / job.labels, "image")
-    return rows_of(job, "scratch", scratch(run, job.task, splits, steps, seed=seed), seed)
+    splits = TASKS[job.task].find_splits(labels / job.labels, "image")
+    return rows_of(job, "scratch", train_supervised_baseline(run, job.task, splits, steps, seed=seed), seed)
 
 
-def fewer(splits: Splits) -> Splits:
+def fewer(splits: LabelledSplits) -> LabelledSplits:
     """At most `FIT_ON` images to fit on and `REPORT` to report, evenly out of all."""
 
-    def thin(split: Split, most: int) -> Split:
+    def thin(split: LabelledSplit, most: int) -> LabelledSplit:
         count = len(split.indices)
         return split.take(np.linspace(0, count, min(most, count), endpoint=False).astype(np.int64))
 

@@ -41,16 +41,16 @@ def run(setting: Setting, kept: Kept, given: argparse.Namespace) -> None:
     folders = {}
     for seed in given.seeds if set(given.kinds) - {"teacher"} else ():
         folders[seed] = measure.distilled(setting, given.work, given.data, seed, given.overrides)
-        for job in setting.jobs if "inherited" in given.kinds else ():
+        for job in setting.jobs if "teacher_head" in given.kinds else ():
             missing(
                 kept,
                 partial(measure.inherited, job, folders[seed], labels, seed),
                 dataset=job.dataset,
-                kind="inherited",
+                kind="teacher_head",
                 seed=seed,
             )
     first = given.seeds[0]
-    if "inherited" in given.kinds:
+    if "teacher_head" in given.kinds:
         docs = None if setting.sources else given.doc.parent  # of real photos, the terms allow no copies there
         draw_sheets(setting, folders[first], labels, kept.rows, docs)
     for job in setting.jobs:

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from shoulders.config.recipe import as_size, read_recipe
 from shoulders.distributed.device import this_device
+from shoulders.inference import run_heads
 from shoulders.model import ShouldersModel, load
-from shoulders.prediction import ask_heads
 from shoulders.storage.atomic import write_text
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
@@ -59,7 +59,7 @@ def teachers_side(run: Path) -> Ask:
 def student_side(run: Path) -> Ask:
     """The student of a run with all its heads."""
     student, size = _student(run)
-    return lambda count: ask_heads(student, list(student.heads), _pixels(count, size))[1]
+    return lambda count: run_heads(student, list(student.heads), _pixels(count, size))[1]
 
 
 def projectors_side(run: Path) -> Ask:
@@ -78,7 +78,7 @@ def after_side(run: Path) -> Ask:
     """What comes after the heads of the student: boxes, masks and classes out of their outputs."""
     student, size = _student(run)
     heads = list(student.heads)
-    outputs = cache(lambda count: ask_heads(student, heads, _pixels(count, size))[1])
+    outputs = cache(lambda count: run_heads(student, heads, _pixels(count, size))[1])
     return lambda count: [post_process(student.head(name), outputs(count)[name], [size] * count) for name in heads]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jobs import Job, Setting
 from PIL import Image, ImageDraw, ImageFont
-from tables import METRIC_NAMES, retention, short
+from tables import retention, short
 from torch import Tensor
 
 from shoulders.config.recipe import TeacherSpec, as_size, read_recipe
@@ -19,8 +19,6 @@ from shoulders.images import View, render
 from shoulders.images.pictures import draw_prediction
 from shoulders.model import ShouldersModel, load
 from shoulders.tasks import TASKS
-from shoulders.tasks.data.coco import decode
-from shoulders.tasks.data.dense import IGNORED, read_mask
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
 from shoulders.teachers.heads.post_process import post_process
@@ -80,7 +78,7 @@ def shown(job: Job, labels: Path) -> tuple[list[Tensor], list[Answer], list[str]
 
     They are spread evenly; where an image has a class, each is of another.
     """
-    splits = TASKS[job.task].find(labels / job.labels, "image")
+    splits = TASKS[job.task].find_splits(labels / job.labels, "image")
     split = splits.val or splits.test
     if job.task == "classification":
         members = [np.flatnonzero(split.labels() == number) for number in range(min(SHOWN, splits.n_classes))]
@@ -89,50 +87,7 @@ def shown(job: Job, labels: Path) -> tuple[list[Tensor], list[Answer], list[str]
         chosen = np.linspace(0, len(split.indices) - 1, SHOWN + 2).round().astype(int)[1:-1].tolist()
     images = [split.images.pixels(int(split.indices[row]), MAX_PIXELS, None)[0] for row in chosen]
     classes = [str(name) for name in (split.images.classes if job.task == "classification" else splits.classes)]
-    return images, [TRUTHS[job.task](split, row, classes) for row in chosen], classes
-
-
-def class_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
-    """The class of an image."""
-    return [{"label": classes[int(split.labels()[row])], "score": None}]
-
-
-def box_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
-    """The boxes in an image."""
-    truth = split.truths[row]
-    corners = ("xmin", "ymin", "xmax", "ymax")
-    return [
-        {"label": classes[kind], "score": None, "box": dict(zip(corners, box, strict=True))}
-        for kind, box in zip(truth.classes.tolist(), truth.boxes.tolist(), strict=True)
-    ]
-
-
-def region_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
-    """A mask for each class in an image."""
-    mask = torch.from_numpy(read_mask(split.truths[row].path, len(classes)))
-    return [
-        {"label": classes[kind], "score": None, "mask": mask == kind}
-        for kind in mask.unique().tolist()
-        if kind != IGNORED
-    ]
-
-
-def mask_truth(split: Any, row: int, classes: Sequence[str]) -> Answer:
-    """The masks of the objects in an image."""
-    truth = split.truths[row]
-    masks = torch.from_numpy(decode(truth.masks or (), truth.size))
-    return [
-        {"label": classes[kind], "score": 1.0, "mask": mask}
-        for kind, mask in zip(truth.classes.tolist(), masks, strict=True)
-    ]
-
-
-TRUTHS: dict[str, Callable[[Any, int, Sequence[str]], Answer]] = {
-    "classification": class_truth,
-    "detection": box_truth,
-    "semantic": region_truth,
-    "instance": mask_truth,
-}
+    return images, [TASKS[job.task].labels_as_predictions(split, row, classes) for row in chosen], classes
 
 
 @torch.no_grad()
@@ -162,12 +117,12 @@ def title(job: Job, rows: Sequence[dict[str, Any]]) -> str:
     metric = next(iter(job.metrics))
     found = {
         kind: [row for row in rows if (row["dataset"], row["metric"], row["kind"]) == (job.dataset, metric, kind)]
-        for kind in ("teacher", "inherited")
+        for kind in ("teacher", "teacher_head")
     }
-    if retention(found["teacher"], found["inherited"]) is None:
+    if retention(found["teacher"], found["teacher_head"]) is None:
         return f"{job.dataset}, {job.task}"
     theirs, ours = (short(found[kind][0]["value"]) for kind in found)
-    what = f"{job.dataset}, {job.task}: {METRIC_NAMES[metric]}"
+    what = f"{job.dataset}, {job.task}: {job.metrics[metric].title}"
     return f"{what} {theirs} by the teacher, {ours} by its head on the student"
 
 

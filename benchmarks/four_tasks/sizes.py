@@ -15,17 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs import SETTINGS, TOLD, Job
+from jobs import SETTINGS, Job, name_in_rows
 from kept import Kept, Row, publish
 from measure import fewer
-from tables import DOC, JOBS, METRIC_NAMES, insert, line_of, short
+from tables import DOC, JOBS, insert, line_of, short
 
 from shoulders.distributed.device import this_device
-from shoulders.inference import features_of_student, teacher_head_on_student
+from shoulders.inference import features_of_student, head_on_student
 from shoulders.model import ShouldersModel, load
 from shoulders.storage.atomic import write_text
 from shoulders.tasks import TASKS
-from shoulders.tasks.teacher_head_eval import HEADS
 
 HERE = Path(__file__).resolve().parent
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
@@ -43,12 +42,12 @@ def sizes_of(student: ShouldersModel) -> dict[float, tuple[int, int]]:
 
 def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tuple[int, int]) -> list[Row]:
     """By the teacher's head on the student, or by probes on the student, at a size."""
-    if kind == "inherited":
-        told = HEADS[job.task](teacher_head_on_student(student, job.teacher, size), splits, BATCH, 0)
+    if kind == "teacher_head":
+        told = TASKS[job.task].evaluate_head(head_on_student(student, job.teacher, size), splits, BATCH, 0)
     else:
-        told = TASKS[job.task].run(features_of_student(student, size), splits, [size], BATCH, 0, 0)
+        told = TASKS[job.task].fit_probe(features_of_student(student, size), splits, size, BATCH, 0, 0)
     by_metric = {row["metric"]: row for row in told}
-    names = {metric: names[TOLD[kind]] for metric, names in job.metrics.items() if TOLD[kind] in names}
+    names = {metric: name_in_rows(names, kind) for metric, names in job.metrics.items()}
     return [
         {
             "metric": metric,
@@ -57,6 +56,7 @@ def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tu
             "seconds": by_metric[name]["seconds"],
         }
         for metric, name in names.items()
+        if name is not None
     ]
 
 
@@ -65,7 +65,7 @@ def table(rows: Sequence[Row]) -> str:
     titles = ["data set (metric)", "by", *(f"{factor:g}x" for factor in FACTORS)]
     lines = [line_of(titles), "|---" * len(titles) + "|"]
     for job in JOBS:
-        for kind in ("inherited", "student_probe"):
+        for kind in ("teacher_head", "student_probe"):
             for metric in job.metrics:
                 values = {
                     row["factor"]: row["value"]
@@ -74,8 +74,8 @@ def table(rows: Sequence[Row]) -> str:
                 }
                 if values:
                     cells = [short(values[factor]) if factor in values else "-" for factor in FACTORS]
-                    by = "the teacher's head" if kind == "inherited" else "probe"
-                    lines.append(line_of([f"{job.dataset} ({METRIC_NAMES[metric]})", by, *cells]))
+                    by = "the teacher's head" if kind == "teacher_head" else "probe"
+                    lines.append(line_of([f"{job.dataset} ({job.metrics[metric].title})", by, *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -94,9 +94,9 @@ def main() -> None:
         run, labels = given.work / name / f"seed-{given.seed}", setting.labels(given.work, given.data)
         student = load(run).to(this_device())
         for job in setting.jobs:
-            splits = TASKS[job.task].find(labels / job.labels, "image")
+            splits = TASKS[job.task].find_splits(labels / job.labels, "image")
             splits = fewer(splits) if job.task == "classification" else splits
-            for kind in ("inherited", "student_probe") if job.task == "classification" else ("inherited",):
+            for kind in ("teacher_head", "student_probe") if job.task == "classification" else ("teacher_head",):
                 for factor, size in sizes_of(student).items():
                     what = {"dataset": job.dataset, "kind": kind, "factor": factor, "seed": given.seed}
                     if not kept.has(**what):

@@ -13,7 +13,6 @@ from shoulders.storage.atomic import write_text
 
 Row = dict[str, Any]
 
-METRIC_NAMES = {"top1": "top-1", "knn_top1": "k-NN top-1", "box_AP": "box AP", "mIoU": "mIoU", "mask_AP": "mask AP"}
 DOC = ROOT / "docs" / "four_tasks.md"
 LEAST_AP = 0.25  # a teacher below this knows too little for what a student keeps of it to mean something
 JOBS = tuple(job for setting in SETTINGS.values() for job in setting.jobs)
@@ -43,15 +42,15 @@ def table(rows: Sequence[Row]) -> str:
 def _cells(job: Job, metric: str, rows: Sequence[Row]) -> list[str]:
     of_kind = {
         kind: [row for row in rows if row["kind"] == kind]
-        for kind in ("teacher", "inherited", "student_probe", "base_probe", "scratch")
+        for kind in ("teacher", "teacher_head", "student_probe", "base_probe", "scratch")
     }
-    kept = retention(of_kind["teacher"], of_kind["inherited"])
+    kept = retention(of_kind["teacher"], of_kind["teacher_head"])
     weak = metric.endswith("AP") and bool(of_kind["teacher"]) and mean(of_kind["teacher"]) < LEAST_AP
     return [
         job.dataset,
-        f"{job.task} ({METRIC_NAMES[metric]})",
+        f"{job.task} ({job.metrics[metric].title})",
         number(of_kind["teacher"]),
-        number(of_kind["inherited"]),
+        number(of_kind["teacher_head"]),
         "teacher AP < .25: not claimed" if weak else "-" if kept is None else f"{kept:.2f}",
         *(number(of_kind[kind]) for kind in ("student_probe", "base_probe", "scratch")),
     ]

@@ -29,11 +29,11 @@ CLASS_LAYERS = ("class_embed", "enc_score_head")
 def load_bccd(data: Path, split: str) -> tuple[detection.Labelled, Annotations]:
     """A split of BCCD in memory, as a batch and as annotations."""
     truth = read_annotations(data / "bccd" / f"{split}.json")
-    files = [data / "bccd" / split / picture.file for picture in truth.pictures]
+    files = [data / "bccd" / split / picture.file for picture in truth.images]
     pixels = torch.stack([common.to_pixels(Image.open(file)) for file in files])  # (B, 3, 480, 640)
     side = torch.tensor([pixels.shape[3], pixels.shape[2]]).repeat(2)
-    classes = [torch.from_numpy(picture.classes) for picture in truth.pictures]
-    boxes = [torch.from_numpy(picture.boxes).float() / side for picture in truth.pictures]
+    classes = [torch.from_numpy(picture.classes) for picture in truth.images]
+    boxes = [torch.from_numpy(picture.boxes).float() / side for picture in truth.images]
     padded = [nn.utils.rnn.pad_sequence(part, True, value) for part, value in ((classes, -1), (boxes, 0.0))]
     return detection.Labelled(pixels, *padded), truth
 

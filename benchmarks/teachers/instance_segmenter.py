@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForUniversalSegmentation, Mask2FormerForUniversalSegmentation
 
-from shoulders.tasks.average_precision import Matched, average_precision, interval, match
+from shoulders.tasks.average_precision import Matches, average_precision, interval, match
 from shoulders.tasks.data.coco import Annotations, decode, read_annotations
 
 SIDE, BATCH, MAX_OBJECTS = 192, 8, 12
@@ -37,7 +37,7 @@ class Photos:
     truth: Annotations
 
     def at(self, numbers: Sequence[int]) -> Photos:
-        pictures = tuple(self.truth.pictures[number] for number in numbers)
+        pictures = tuple(self.truth.images[number] for number in numbers)
         return Photos(
             [self.pixels[number] for number in numbers],
             [self.owners[number] for number in numbers],
@@ -50,7 +50,7 @@ def load_pennfudan(data: Path, split: str) -> Photos:
     folder = data / "pennfudan"
     truth = read_annotations(folder / f"{split}.json")
     pixels, owners = [], []
-    for picture in truth.pictures:
+    for picture in truth.images:
         pixels.append(common.to_pixels(Image.open(folder / split / picture.file)))
         owner = np.zeros(picture.size, dtype=np.uint8)
         for number, mask in enumerate(decode(picture.masks or (), picture.size), start=1):
@@ -105,7 +105,7 @@ def start_from(world: Path, classes: Sequence[str]) -> Mask2FormerForUniversalSe
     )
 
 
-def score(model: Mask2FormerForUniversalSegmentation, photos: Photos) -> tuple[Matched, Matched]:
+def score(model: Mask2FormerForUniversalSegmentation, photos: Photos) -> tuple[Matches, Matches]:
     """The model's detections matched with the annotations: boxes and masks."""
     detections = instances.detect(model, photos.pixels, (SIDE, SIDE), part=10)
     return match(photos.truth, detections, "boxes"), match(photos.truth, detections, "masks")

@@ -21,7 +21,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from shoulders.tasks.average_precision import Detections, Matched, average_precision, interval, match
+from shoulders.tasks.average_precision import Detections, Matches, average_precision, interval, match
 from shoulders.tasks.data.coco import AnnotatedImage, Annotations, encode
 from shoulders.world import CLASSES, SIZE
 
@@ -248,7 +248,7 @@ def train_world(out: Path, work: Path, steps: int | None = None) -> None:
         pixels, owner = turn(train_set.images[index], train_set.instances[index], generator)
         return common.normalize(pixels.float() / 255), classes[index], to_covered(owner, MAX_OBJECTS)
 
-    def matched(model: PreTrainedModel, scenes: world_data.Scenes) -> Matched:
+    def matched(model: PreTrainedModel, scenes: world_data.Scenes) -> Matches:
         truth = Annotations(CLASSES, tuple(to_pictures(scenes)))
         return match(truth, detect(model, list(scenes.images), (SIZE, SIZE)), "masks")
 

@@ -14,14 +14,11 @@ from pathlib import Path
 import torch
 
 from shoulders.config.recipe import TeacherSpec
-from shoulders.inference import HeadInput
+from shoulders.inference import head_on_teacher
 from shoulders.tasks import TASKS
-from shoulders.tasks.teacher_head_eval import HEADS
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
 from shoulders.world import STYLES, TEACHER_TASKS, TEACHERS, write_world
-
-METRICS = {"classification": "top1", "detection": "AP", "semantic": "mIoU", "instance": "mask_AP"}  # by task
 
 
 def evaluate_teachers(world: Path) -> list[dict[str, object]]:
@@ -30,12 +27,18 @@ def evaluate_teachers(world: Path) -> list[dict[str, object]]:
     for name, (task, _, folder) in TEACHER_TASKS.items():
         spec = TeacherSpec(model=str(TEACHERS / name))
         teacher = load_teacher(name, spec)
-        head = HeadInput(load_head(name, spec, teacher), teacher.size, teacher)
+        head = head_on_teacher(load_head(name, spec, teacher), teacher)
         for style in STYLES:
-            scores = HEADS[task](head, TASKS[task].find(world / style / folder, "image"), 50, 0)
-            value = next(row["value"] for row in scores if row["metric"] == METRICS[task])
+            scores = TASKS[task].evaluate_head(head, TASKS[task].find_splits(world / style / folder, "image"), 50, 0)
+            value = next(row["value"] for row in scores if row["metric"] == TASKS[task].metric.in_heads)
             rows.append(
-                {"teacher": name, "task": task, "style": style, "metric": METRICS[task], "value": round(value, 4)}
+                {
+                    "teacher": name,
+                    "task": task,
+                    "style": style,
+                    "metric": TASKS[task].metric.in_heads,
+                    "value": round(value, 4),
+                }
             )
             print(rows[-1], flush=True)
     return rows
@@ -46,7 +49,7 @@ def table(rows: list[dict[str, object]]) -> str:
     lines = [f"| teacher (task, metric) | {' | '.join(STYLES)} |", "|---|" + "---|" * len(STYLES)]
     for name, (task, _, _) in TEACHER_TASKS.items():
         cells = [f"{row['value']:.3f}" for row in rows if row["teacher"] == name]
-        lines.append(f"| {name} ({task}, {METRICS[task]}) | {' | '.join(cells)} |")
+        lines.append(f"| {name} ({task}, {TASKS[task].metric.in_heads}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

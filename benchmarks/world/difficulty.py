@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from shoulders.storage.atomic import write_text
-from shoulders.tasks.classification import Extracted, knn_top1, linear_top1
+from shoulders.tasks.classification import LabelledVectors, knn_top1, linear_top1
 from shoulders.world import CLASSES, SIZE, STYLES
 
 HERE = Path(__file__).resolve().parent
@@ -71,8 +71,8 @@ def probe(
     fitted["all"], held_out["all"] = torch.cat(list(fitted.values())), torch.cat(list(held_out.values()))
     scores: dict[str, dict[str, float]] = {"linear": {}, "k-NN": {}}
     for style in train:
-        train_set = Extracted(fitted[style], train[style][1], torch.arange(len(fitted[style])))
-        test_set = Extracted(held_out[style], test[style][1], torch.arange(len(held_out[style])))
+        train_set = LabelledVectors(fitted[style], train[style][1], torch.arange(len(fitted[style])))
+        test_set = LabelledVectors(held_out[style], test[style][1], torch.arange(len(held_out[style])))
         for name, measure in (("linear", linear_top1), ("k-NN", knn_top1)):
             scores[name][style] = round(100 * measure(train_set, None, test_set, len(CLASSES), SEED)[0], 1)
     return scores

@@ -38,9 +38,9 @@ def _task_names() -> str:
 
 
 def _probe_names() -> str:
-    from shoulders.tasks.transformer_probes import PROBES
+    from shoulders.tasks import TASKS
 
-    return ", ".join(name for probes in PROBES.values() for name in probes)
+    return ", ".join(name for task in TASKS.values() for name in task.larger_probes)
 
 
 # placeholder in the help of an option -> the names that it stands for

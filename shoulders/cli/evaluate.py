@@ -12,6 +12,8 @@ from shoulders.cli.options import AsJson, RunOrStudent, print_json
 from shoulders.cli.tables import print_table
 from shoulders.errors import RecipeError
 
+Rows = list[dict[str, Any]]
+
 
 def evaluate(
     run: RunOrStudent,
@@ -31,7 +33,7 @@ def evaluate(
     size: Annotated[
         str | None, typer.Option(help="Input size of student and base in px, N or H,W; default: that of training.")
     ] = None,
-    tune: Annotated[
+    finetune: Annotated[
         str | None, typer.Option(help="adapter: train it together with the fitted probe (student and base).")
     ] = None,
     scratch_steps: Annotated[
@@ -43,22 +45,41 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the student, its base and its teachers on a task."""
-    _check_heads(heads, {"--probe": probe, "--tune": tune, "--scratch-steps": scratch_steps})
+    _check_heads(heads, {"--probe": probe, "--finetune": finetune, "--scratch-steps": scratch_steps})
     input_size = _parse_size(size)
     names = models.split(",") if models else None
-    from shoulders.evaluation.evaluate import WHO, evaluate, evaluate_heads
-
     settings: dict[str, Any] = {"column": column, "batch": batch, "workers": workers, "size": input_size}
+    settings |= {"on_model": _show_progress}
     if heads:
-        rows = evaluate_heads(run, task, data, names or WHO, on_model=_show_progress, **settings)
+        rows = _evaluate_heads(run, task, data, names, settings)
     else:
-        settings |= {"seed": seed, "tune": tune, "scratch_steps": scratch_steps, "probe": probe}
-        rows = evaluate(run, task, data, names, on_model=_show_progress, **settings)
+        settings |= {"seed": seed, "finetune": finetune, "probe": probe}
+        rows = _evaluate_probes(run, task, data, names, scratch_steps, settings)
     if as_json:
         print_json(rows)
     else:
-        print(f"{task}: scores in %, {rows[0]['n']} images" + (f", {tune} tuned" if tune else ""))
+        print(f"{task}: scores in %, {rows[0]['n']} images" + (f", {finetune} finetuned" if finetune else ""))
         print_table(*_score_table(rows))
+
+
+def _evaluate_heads(run: Path, task: str, data: Path, names: list[str] | None, settings: dict[str, Any]) -> Rows:
+    from shoulders.evaluation.models import MODELS
+    from shoulders.evaluation.teacher_heads import evaluate_heads
+
+    return evaluate_heads(run, task, data, names or MODELS, **settings)
+
+
+def _evaluate_probes(
+    run: Path, task: str, data: Path, names: list[str] | None, scratch_steps: int | None, settings: dict[str, Any]
+) -> Rows:
+    from shoulders.evaluation.evaluate import evaluate
+    from shoulders.evaluation.models import BASELINE
+
+    if names and BASELINE in names:
+        from shoulders.training.supervised_baseline import evaluate_with_baseline
+
+        return evaluate_with_baseline(run, task, data, names, steps=scratch_steps, **settings)
+    return evaluate(run, task, data, names, **settings)
 
 
 def _check_heads(heads: bool, fit_options: dict[str, Any]) -> None:

@@ -1,14 +1,24 @@
 """Images: sources (folders, parquet files, tar shards), decoding, views, batches."""
 
-from shoulders.images.decode import Undecodable, decode, decode_with_size
+from shoulders.images.decode import MAX_PIXELS, Undecodable, decode, decode_with_size
 from shoulders.images.image_set import Collection, ImageSet
 from shoulders.images.loader import batches, evaluation_batches, listed_batches
 from shoulders.images.skips import SkipReport
 from shoulders.images.source import ImageSource, image_id
 from shoulders.images.sources import call_source, open_images, open_source
-from shoulders.images.views import View, central_view, longest_side, min_decode_side, random_view, render
+from shoulders.images.views import (
+    WHOLE_IMAGE,
+    View,
+    central_view,
+    longest_side,
+    min_decode_side,
+    random_view,
+    render,
+)
 
 __all__ = [
+    "MAX_PIXELS",
+    "WHOLE_IMAGE",
     "Collection",
     "ImageSet",
     "ImageSource",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoulders.errors import DataError
 
+MAX_PIXELS = 50_000_000  # of an image, by default; larger ones are not decoded
 # the formats that Pillow may try: EPS would start Ghostscript, and decoders of rare formats have more faults
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _ORIENTATION_TAG = 0x0112

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from shoulders.config import sections
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Skipped
+from shoulders.images.decode import MAX_PIXELS
 from shoulders.images.image_set import Collection, ImageSet
 from shoulders.images.view_datasets import CentralViews, ListedViews, Rendered, Size, TrainingViews
 from shoulders.images.workers import prefetch
@@ -74,7 +75,7 @@ def evaluation_batches(
     batch: int,
     indices: NDArray[np.int64] | None = None,
     workers: int = 0,
-    max_pixels: int = 50_000_000,
+    max_pixels: int = MAX_PIXELS,
     decode_sizes: Sequence[Size] = (),
     shape: Size | None = None,
 ) -> Iterator[Batch]:

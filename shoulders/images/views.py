@@ -25,6 +25,9 @@ class View:
     flip: bool = False
 
 
+WHOLE_IMAGE = View(0.0, 0.0, 1.0, 1.0)
+
+
 def random_view(
     seed: int, image_id: int, visit: int, scale: tuple[float, float], flip: bool, original: tuple[int, int]
 ) -> View:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoulders.report.markup import Html, element, missing, paragraph, section, table, time_text
 from shoulders.report.record import RunRecord
-from shoulders.report.results import METRICS
+from shoulders.tasks import TASKS
 
 
 def run_section(record: RunRecord) -> Html:
@@ -81,7 +81,7 @@ def _measurements(record: RunRecord) -> Html:
             str(row.get("n", "–")),
         ]
         for row in record.rows
-        if row.get("task") in METRICS and "/" not in str(row["metric"]) and row.get("value") is not None
+        if row.get("task") in TASKS and "/" not in str(row["metric"]) and row.get("value") is not None
     ]
     if not rows:
         return Html()

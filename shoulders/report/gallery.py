@@ -6,7 +6,7 @@ from shoulders.report.figures import Figures, PictureColumn
 from shoulders.report.markup import Html, element, figure, image, missing, paragraph, section
 from shoulders.report.predictions import PredictionPair, PredictionPicture
 from shoulders.report.record import RunRecord
-from shoulders.report.results import TASKS
+from shoulders.tasks import TASKS
 
 DEPTH = "Depth"
 MAX_HERO_PICTURES = 4
@@ -64,7 +64,7 @@ def heads_section(record: RunRecord, figures: Figures) -> Html:
 
 
 def _task_title(pair: PredictionPair) -> str:
-    return TASKS.get(str(pair.task), DEPTH)
+    return TASKS[pair.task].title if pair.task in TASKS else DEPTH
 
 
 def _sides(pair: PredictionPair) -> list[Html]:

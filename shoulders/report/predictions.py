@@ -16,9 +16,10 @@ from shoulders.images.pictures import BACKGROUND, Colours, assign_colours, draw_
 from shoulders.model import ShouldersModel
 from shoulders.report.inline import jpeg
 from shoulders.report.markup import Image
+from shoulders.tasks import task_of_head
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
-from shoulders.teachers.heads.post_process import post_process, task_of
+from shoulders.teachers.heads.post_process import post_process
 
 PICTURE_PX = 400  # longer side
 SCORE_THRESHOLD = 0.5  # objects with a lower score are not shown
@@ -96,7 +97,7 @@ def predict_pairs(
         colours = assign_colours(list(either))
         yield PredictionPair(
             name,
-            task_of(student.head(name)),
+            task_of_head(student.head(name)),
             None
             if of_teacher is None
             else _draw(small, of_teacher, colours, f"{title}: the teacher with the head of {name}"),

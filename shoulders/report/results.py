@@ -9,40 +9,21 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from shoulders.tasks import TASKS, Task
+
 Row = dict[str, Any]
 
 # kind of a measurement -> title of its column
 KINDS = {
     "teacher": "teacher",
-    "inherited": "teacher head",
+    "teacher_head": "teacher head",
     "student_probe": "probe on the student",
     "base_probe": "probe on the base",
-    "student_tuned": "student, adapter tuned",
-    "base_tuned": "base, adapter tuned",
+    "student_finetuned": "student, adapter finetuned",
+    "base_finetuned": "base, adapter finetuned",
     "scratch": "from scratch",
 }
 PROBES = ("student_probe", "base_probe", "teacher_probe")
-# task -> the metric that is shown, under all its names in rows, with the preferred name first
-METRICS = {
-    "classification": ("linear_top1", "top1", "zero_shot_top1"),
-    "detection": ("box_AP", "AP"),
-    "semantic": ("mIoU",),
-    "instance": ("mask_AP",),
-}
-TASKS = {
-    "classification": "Image classification",
-    "detection": "Object detection",
-    "semantic": "Semantic segmentation",
-    "instance": "Instance segmentation",
-}
-# task -> name of its metric on the page
-NAMES = {"classification": "top-1", "detection": "box AP", "semantic": "mIoU", "instance": "mask AP"}
-TASK_FOLDERS = (
-    "classification",
-    "detection",
-    "instances",
-    "semantic",
-)  # folders of a task, which do not identify a data set
 
 
 class Cell(NamedTuple):
@@ -60,13 +41,13 @@ class Line:
     """One line of the table.
 
     Args:
-        task: a name in `METRICS`.
+        task: the task.
         data: short name of the data set.
         head: the teacher of the head, if it is known.
         cells: by kind; kinds that were not measured are absent.
     """
 
-    task: str
+    task: Task
     data: str
     head: str | None
     cells: dict[str, Cell]
@@ -74,8 +55,8 @@ class Line:
     @property
     def retention(self) -> float | None:
         """The score of the teacher's head on the student, as a fraction of its score on the teacher."""
-        if "inherited" in self.cells and self.cells.get("teacher", Cell(0, None, None, 0)).value > 0:
-            return self.cells["inherited"].value / self.cells["teacher"].value
+        if "teacher_head" in self.cells and self.cells.get("teacher", Cell(0, None, None, 0)).value > 0:
+            return self.cells["teacher_head"].value / self.cells["teacher"].value
         return None
 
     @property
@@ -89,20 +70,21 @@ def kind_of(row: Row) -> str:
     """The kind of a measurement: a key of `KINDS`, or ``teacher_probe``."""
     if "kind" in row:
         return str(row["kind"])
-    model, tuned = row.get("model"), (row.get("settings") or {}).get("tune")
+    model, finetuned = row.get("model"), (row.get("settings") or {}).get("finetune")
     if row.get("head"):
-        return "inherited" if model == "student" else "teacher"
+        return "teacher_head" if model == "student" else "teacher"
     if model == "scratch":
         return "scratch"
     if model in ("student", "base"):
-        return f"{model}_{'tuned' if tuned else 'probe'}"
+        return f"{model}_{'finetuned' if finetuned else 'probe'}"
     return "teacher_probe"
 
 
 def data_of(row: Row) -> str:
     """The data set of a row: its last two folders that are not named after a task."""
     parts = [part for part in PurePath(str(row.get("dataset") or row.get("data") or "")).parts if part != "/"]
-    names = [part for part in parts if part not in TASK_FOLDERS]
+    task_folders = {folder for task in TASKS.values() for folder in task.folders}
+    names = [part for part in parts if part not in task_folders]
     return "/".join((names or parts)[-2:])
 
 
@@ -113,27 +95,27 @@ def _short_names(data: Iterable[str]) -> dict[str, str]:
 
 
 def table_lines(rows: Iterable[Row]) -> list[Line]:
-    """The lines of the results table, in the order of `METRICS`.
+    """The lines of the results table, in the order of the tasks.
 
     Args:
         rows: see `shoulders.report.write_report`.
     """
     groups: dict[tuple[str, str, Any], list[Row]] = {}
     for row in rows:
-        if row.get("task") in METRICS and _is_number(row.get("value")):
+        if row.get("task") in TASKS and _is_number(row.get("value")):
             groups.setdefault((row["task"], data_of(row), row.get("n")), []).append(row)
     lines = []
-    names = {task: _short_names({data for of_task, data, _ in groups if of_task == task}) for task in METRICS}
-    for (task, data, _), group in groups.items():
+    names = {name: _short_names({data for of_task, data, _ in groups if of_task == name}) for name in TASKS}
+    for (name, data, _), group in groups.items():
         heads = list(dict.fromkeys(row["head"] for row in group if row.get("head"))) or [None]
         for head in heads:
-            cells = _cells(task, [row for row in group if row.get("head") in (None, head)])
+            cells = _cells(TASKS[name], [row for row in group if row.get("head") in (None, head)])
             if cells:
-                lines.append(Line(task, names[task][data], head, cells))
-    return sorted(lines, key=lambda line: list(METRICS).index(line.task))
+                lines.append(Line(TASKS[name], names[name][data], head, cells))
+    return sorted(lines, key=lambda line: list(TASKS).index(line.task.name))
 
 
-def _cells(task: str, rows: Sequence[Row]) -> dict[str, Cell]:
+def _cells(task: Task, rows: Sequence[Row]) -> dict[str, Cell]:
     by_kind: dict[str, list[Row]] = {}
     for row in _drop_other_probes(rows):
         by_kind.setdefault(kind_of(row), []).append(row)
@@ -165,9 +147,9 @@ def _probe_of(row: Row) -> Any:
     return (row.get("settings") or {}).get("head")
 
 
-def _main_cell(task: str, rows: Sequence[Row]) -> Cell | None:
+def _main_cell(task: Task, rows: Sequence[Row]) -> Cell | None:
     """The main metric of a task, under the first of its names that the rows have."""
-    return next(filter(None, (_cell(rows, name) for name in METRICS[task])), None)
+    return next(filter(None, (_cell(rows, name) for name in task.metric.in_rows)), None)
 
 
 def _cell(rows: Sequence[Row], metric: str) -> Cell | None:

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from shoulders.report.charts import bar_chart
 from shoulders.report.markup import Html, element, list_text, missing, paragraph, section, table
 from shoulders.report.record import RunRecord
-from shoulders.report.results import KINDS, NAMES, TASKS, Cell, Line
+from shoulders.report.results import KINDS, Cell, Line
 
 EXPLANATIONS = {
-    "inherited": "Teacher head: the teacher’s own head on the student’s features, without labels and without training.",
+    "teacher_head": "Teacher head: the teacher’s own head on the student’s features, without labels or training.",
     "student_probe": "Probe: a small head trained with labels on frozen features, the same for student and base.",
-    "student_tuned": "Adapter tuned: the probe and the adapter trained together with labels.",
+    "student_finetuned": "Adapter finetuned: the probe and the adapter trained together with labels.",
     "scratch": "From scratch: the student’s architecture trained with labels alone, at equal training cost.",
 }
 ABSENT = {
-    "inherited": "the teachers’ heads on the student (--heads)",
+    "teacher_head": "the teachers’ heads on the student (--heads)",
     "student_probe": "probes on the student",
     "base_probe": "probes on the base",
     "scratch": "the same architecture trained from scratch (--models scratch)",
@@ -49,16 +49,16 @@ def _table(kinds: Sequence[str], lines: Sequence[Line]) -> Html:
     titles: list[object] = ["task", "overview"]
     for kind in kinds:
         titles.append(Html(element("i", class_=f"key {kind}") + KINDS[kind]))
-        if kind == "inherited" and has_retention:
+        if kind == "teacher_head" and has_retention:
             titles.append("retention")
     rows = [[_task(line), _bars(line, kinds), *_numbers(line, kinds, has_retention)] for line in lines]
     return table("Results on test images, fractions from 0 to 1", titles, rows, "results")
 
 
 def _task(line: Line) -> Html:
-    metric = NAMES[line.task] + (f", on {line.data}" if line.data else "")
+    metric = line.task.metric.title + (f", on {line.data}" if line.data else "")
     head = [element("small", f"head of {line.head}")] if line.head else []
-    return Html("".join([element("span", TASKS[line.task]), element("small", metric), *head]))
+    return Html("".join([element("span", line.task.title), element("small", metric), *head]))
 
 
 def _bars(line: Line, kinds: Sequence[str]) -> Html:
@@ -71,7 +71,7 @@ def _numbers(line: Line, kinds: Sequence[str], has_retention: bool) -> list[Html
     cells = []
     for kind in kinds:
         cells.append(_cell(kind, line.cells.get(kind), best=kind == line.best))
-        if kind == "inherited" and has_retention:
+        if kind == "teacher_head" and has_retention:
             retention = "–" if line.retention is None else f"{100 * line.retention:.0f} %"
             label = element("span", "retention", class_="label")
             cells.append(element("td", label, element("span", retention), class_="number"))

@@ -20,7 +20,7 @@ def upsert_results(path: Path, rows: list[dict[str, Any]]) -> None:
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         settings = row.get("settings", {})
-        probe = (settings.get("tune"), settings.get("head"))
+        probe = (settings.get("finetune"), settings.get("head"))
         return *probe, *(row.get(column) for column in ("model", "head", "task", "data", "metric", "seed"))
 
     replaced = {key(row) for row in rows}

@@ -1,53 +1,52 @@
-"""What we measure: one file per task; each knows a function from images to Features, never a model."""
+"""Tasks: one file per task, each with one row, and the table of the rows."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from __future__ import annotations
+
+from importlib.util import find_spec
 from typing import Any
 
-from shoulders.tasks import classification, objects, semantic
-from shoulders.tasks.data.dense import DenseSplit, DenseSplits, find_masks, find_objects
-from shoulders.tasks.data.labelled import Split, Splits, find_splits
-from shoulders.tasks.goals import Classify, Find, FinetuneTask, Segment
-from shoulders.tasks.rows import Row
+from shoulders.errors import RecipeError
+from shoulders.tasks import classification, detection, instance, semantic
+from shoulders.tasks.task import FinetuneTask, Metric, ProbeHead, Row, Task
 
-
-@dataclass(frozen=True)
-class Task:
-    """How a task is measured.
-
-    Args:
-        find: (path, image column of parquet files) -> the splits there.
-        run: (features_of, those splits, sizes, batch, workers, seed) -> rows.
-        spatial: whether the features need a spatial part.
-        tune: those splits -> what training from pixels to labels needs to know.
-    """
-
-    find: Callable[[Path | str, str], Any]
-    run: Callable[..., list[Row]]
-    spatial: bool
-    tune: Callable[[Any], FinetuneTask]
-
-
-TASKS = {
-    "classification": Task(find_splits, classification.run, spatial=False, tune=Classify),
-    "detection": Task(find_objects, objects.run, spatial=True, tune=Find),
-    "semantic": Task(find_masks, semantic.run, spatial=True, tune=Segment),
-    "instance": Task(
-        partial(find_objects, masks=True), partial(objects.run, masks=True), True, partial(Find, masks=True)
-    ),
+# in the order of tables; everything that depends on a task reads its row
+TASKS: dict[str, Task] = {
+    task.name: task for task in (classification.TASK, detection.TASK, semantic.TASK, instance.TASK)
 }
 
-__all__ = [
-    "TASKS",
-    "DenseSplit",
-    "DenseSplits",
-    "Row",
-    "Split",
-    "Splits",
-    "Task",
-    "find_masks",
-    "find_objects",
-    "find_splits",
-]
+
+def find_task(name: str) -> Task:
+    """The row of a task.
+
+    Raises:
+        RecipeError: there is no task of this name.
+    """
+    if name not in TASKS:
+        raise RecipeError(f"--task: {name!r} is not one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def task_of_head(head: Any) -> str | None:
+    """The name of the task that a teacher's head does, by the name of its transformers class; None for another."""
+    name = type(head.model).__name__
+    return next((task.name for task in TASKS.values() if name.endswith(task.head_classes)), None)
+
+
+def check_probe(task: Task, name: str, finetune: str | None = None) -> None:
+    """Refuse a probe that the task does not have, that cannot be fitted on this machine, or not be finetuned.
+
+    Raises:
+        RecipeError: naming the probes of the task, or the package to install.
+    """
+    default = task.probe_head.name
+    allowed = (default, *task.larger_probes)
+    if name not in allowed:
+        raise RecipeError(f"--probe: {name!r} is none of {', '.join(allowed)}, the probes of {task.name}")
+    if finetune and name != default:
+        raise RecipeError(f"--probe: {name} is fitted on frozen features only; leave --finetune or --probe out")
+    package = task.probe_packages.get(name)
+    if package and find_spec(package) is None:
+        raise RecipeError(f'--probe: the loss of {name} needs {package}; install it with pip install "shoulders[det]"')
+
+
+__all__ = ["TASKS", "FinetuneTask", "Metric", "ProbeHead", "Row", "Task", "check_probe", "find_task", "task_of_head"]

@@ -1,36 +1,37 @@
-"""Image classification by frozen features: k nearest neighbours, a linear probe, and few labelled images.
-
-A task knows a function from images to Features, never a model, so that teachers, base and student are
-measured by the same lines.
-"""
+"""Image classification: k nearest neighbours, a linear probe, few labelled images; finetuning; teacher heads."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.errors import DataError, NumericError
-from shoulders.features import Batch, Features, Skipped
-from shoulders.images import evaluation_batches
-from shoulders.tasks.data.labelled import Split, Splits
-from shoulders.tasks.rows import Row
+from shoulders.errors import DataError, NumericError, RecipeError
+from shoulders.features import Batch, Features, FeaturesOf, Skipped
+from shoulders.images import MAX_PIXELS, Undecodable, View, evaluation_batches
+from shoulders.tasks.data.labelled import LabelledSplit, LabelledSplits, find_labelled
+from shoulders.tasks.heads.linear import LinearHead, fit_logistic, linear_logits
+from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Task
+from shoulders.tasks.teacher_head_eval import class_indices, head_outputs, head_rows
 
 Settings = dict[str, float | int | str]
 
 # From strong to weak, each fit starting from the one before; the features are standardized.
 L2_GRID = (1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5)
 FEW_SHOT_DRAWS = 5
+NUM_BEST_CLASSES = 5  # that a prediction lists
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """The frozen features of a labelled split.
+class LabelledVectors:
+    """The features of a labelled split.
 
     Args:
         x: (n, C) float32 on the CPU, one vector per image.
@@ -45,48 +46,50 @@ class Extracted:
     skipped: tuple[Skipped, ...] = ()
 
 
-def run(
-    features_of: Callable[[Batch], Features],
-    splits: Splits,
-    sizes: list[tuple[int, int]],
+def fit_classification_probes(
+    features_of: FeaturesOf,
+    splits: LabelledSplits,
+    size: Size,
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
     on_head: Callable[[nn.Module], object] = lambda head: None,
-    effort: float = 1.0,
+    step_fraction: float = 1.0,
 ) -> list[Row]:
-    """Every metric of one function from images to Features on labelled images, from end to end.
+    """Rows of every probe of one model, from labelled images to scores.
 
     Args:
-        features_of: Features of a batch, rendered at ``sizes``; whoever gives it puts it on its device.
-        splits: see `find_splits`.
-        sizes: the (h, w) that ``features_of`` asks its batches for.
-        batch: images at a time.
+        features_of: Features of a batch, rendered at ``size``, on whichever device it computes.
+        splits: see `find_labelled`.
+        size: (h, w) of the model's input in px.
+        batch: images per batch.
         workers: processes that decode.
         seed: of what is held out of train, and of the few-shot draws.
-        on_head: called with the fitted `Linear`.
-        effort: of tasks whose heads take steps to fit, the share of them; here nothing.
+        on_head: called with the fitted `LinearHead`.
+        step_fraction: shortens fits that take steps; these do not.
     """
-    begun = time.perf_counter()
+    started_at = time.perf_counter()
 
-    def extracted(split: Split) -> Extracted:
-        return extract(features_of, evaluation_batches(split.images, sizes, batch, split.indices, workers=workers))
+    def extract(split: LabelledSplit) -> LabelledVectors:
+        return extract_vectors(
+            features_of, evaluation_batches(split.images, [size], batch, split.indices, workers=workers)
+        )
 
-    train, test = extracted(splits.train), extracted(splits.test)
-    val = None if splits.val is None else extracted(splits.val)
-    told: Settings = {
+    train, test = extract(splits.train), extract(splits.test)
+    val = None if splits.val is None else extract(splits.val)
+    common: Settings = {
         "split": splits.how,
         "train": len(train.x),
         "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
-        "features_seconds": time.perf_counter() - begun,
+        "features_seconds": time.perf_counter() - started_at,
     }
-    rows = evaluate(train, val, test, splits.n_classes, seed, on_head)
-    return [Row(**{**row, "settings": row["settings"] | told}) for row in rows]
+    rows = evaluate_vectors(train, val, test, splits.n_classes, seed, on_head)
+    return [Row(**{**row, "settings": row["settings"] | common}) for row in rows]
 
 
 @torch.no_grad()
-def extract(features_of: Callable[[Batch], Features], batches: Iterable[Batch]) -> Extracted:
-    """One vector per image: the summary, or the mean over the places where there is none.
+def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch]) -> LabelledVectors:
+    """One vector per image, see `image_vectors`.
 
     Raises:
         DataError: if the images have no labels, or there are none.
@@ -111,108 +114,90 @@ def extract(features_of: Callable[[Batch], Features], batches: Iterable[Batch]) 
     if not x.isfinite().all():
         bad = int((~x.isfinite().all(1)).sum())
         raise NumericError(f"features of {bad} of {len(x)} images are not finite: check the weights")
-    return Extracted(x, torch.cat(labels), torch.cat(ids), tuple(skipped))
+    return LabelledVectors(x, torch.cat(labels), torch.cat(ids), tuple(skipped))
 
 
 def image_vectors(features: Features) -> Tensor:
-    """(B, C): the summary, or the mean over the places."""
+    """(B, C): the summary, or the mean over the tokens where there is none."""
     if features.summary is not None:
         return features.summary
     assert features.spatial is not None  # noqa: S101  (Features guarantees one of the two)
     return features.spatial.mean(1)
 
 
-def evaluate(
-    train: Extracted,
-    val: Extracted | None,
-    test: Extracted,
+def evaluate_vectors(
+    train: LabelledVectors,
+    val: LabelledVectors | None,
+    test: LabelledVectors,
     n_classes: int,
     seed: int,
     on_head: Callable[[nn.Module], object] = lambda head: None,
 ) -> list[Row]:
-    """Fit on train, choose on val (or a tenth of train), score on test.
+    """Fit on train, select on val (or a tenth of train), evaluate on test.
 
-    A few-shot row is left out where a class has fewer training images than it asks for.
+    A few-shot row is left out where a class has fewer training images than it needs.
     """
     rows: list[Row] = []
-    for metric, measure in (METRICS | {"linear_top1": partial(linear_top1, on_head=on_head)}).items():
-        begun = time.perf_counter()
-        scored = measure(train, val, test, n_classes, seed)
-        if scored is None:
-            continue
-        rows.append(
-            Row(
-                task="classification",
-                metric=metric,
-                value=scored[0],
-                n=len(test.x),
-                seconds=time.perf_counter() - begun,
-                settings=scored[1],
+    for metric, evaluate in (PROBES | {"linear_top1": partial(linear_top1, on_head=on_head)}).items():
+        started_at = time.perf_counter()
+        result = evaluate(train, val, test, n_classes, seed)
+        if result is not None:
+            seconds = time.perf_counter() - started_at
+            rows.append(
+                Row(
+                    task="classification",
+                    metric=metric,
+                    value=result[0],
+                    n=len(test.x),
+                    seconds=seconds,
+                    settings=result[1],
+                )
             )
-        )
     return rows
 
 
 def knn_top1(
-    train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int
+    train: LabelledVectors, val: LabelledVectors | None, test: LabelledVectors, n_classes: int, seed: int
 ) -> tuple[float, Settings]:
     """Weighted vote of the 20 nearest by cosine, temperature 0.07 (DINO, arXiv 2104.14294)."""
     k, temperature = min(20, len(train.x)), 0.07
     bank = F.normalize(train.x).T.contiguous()  # (C, n)
-    rows_at_once = max(1, 2**25 // len(train.x))  # 128 MB of similarities
+    chunk = max(1, 2**25 // len(train.x))  # 128 MB of similarities
     predicted = []
-    for queries in F.normalize(test.x).split(rows_at_once):
-        similarity, neighbours = (queries @ bank).topk(k)  # (rows, k) each
+    for queries in F.normalize(test.x).split(chunk):
+        similarity, neighbours = (queries @ bank).topk(k)  # (chunk, k) each
         votes = torch.zeros(len(queries), n_classes)
         votes.scatter_add_(1, train.labels[neighbours], (similarity / temperature).exp())
         predicted.append(votes.argmax(1))
     return top1(torch.cat(predicted), test.labels), {"k": k, "temperature": temperature}
 
 
-class Linear(nn.Module):
-    """Standardized vectors (B, C) to logits (B, K); at birth it says nothing and leaves vectors as they are."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, width: int, n_classes: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
-        self.weights = nn.Parameter(torch.zeros(width + 1, n_classes))  # the last row is the bias
-
-    def standardized(self, x: Tensor) -> Tensor:
-        """(B, C) with the mean and the deviation of the images it was fitted on taken out."""
-        return (x - self.mean) / self.std
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits(self.weights, self.standardized(x))
-
-
 def linear_top1(
-    train: Extracted,
-    val: Extracted | None,
-    test: Extracted,
+    train: LabelledVectors,
+    val: LabelledVectors | None,
+    test: LabelledVectors,
     n_classes: int,
     seed: int,
     on_head: Callable[[nn.Module], object] = lambda head: None,
 ) -> tuple[float, Settings]:
-    """Top-1 of `fit_linear`."""
-    head, settings = fit_linear(train, val, n_classes, seed)
+    """Top-1 of `fit_linear_head`."""
+    head, settings = fit_linear_head(train, val, n_classes, seed)
     on_head(head)
     with torch.no_grad():
         return top1(head(test.x).argmax(1), test.labels), settings
 
 
-def fit_linear(train: Extracted, val: Extracted | None, n_classes: int, seed: int) -> tuple[Linear, Settings]:
+def fit_linear_head(
+    train: LabelledVectors, val: LabelledVectors | None, n_classes: int, seed: int
+) -> tuple[LinearHead, Settings]:
     """Multinomial logistic regression on features standardized with the statistics of train."""
-    head = Linear(train.x.shape[1], n_classes)
+    head = LinearHead(train.x.shape[1], n_classes)
     head.mean, std = train.x.mean(0), train.x.std(0, correction=0)
-    std[std < 1e-6 * std.max()] = 1  # a constant channel says nothing: it stays 0
+    std[std < 1e-6 * std.max()] = 1  # a constant channel stays 0
     head.std = std
-    x = head.standardized(train.x)
+    x = head.standardize(train.x)
     if val is not None:
-        fit_x, fit_labels, val_x, val_labels = x, train.labels, head.standardized(val.x), val.labels
+        fit_x, fit_labels, val_x, val_labels = x, train.labels, head.standardize(val.x), val.labels
     else:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
         held, kept = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
@@ -221,19 +206,24 @@ def fit_linear(train: Extracted, val: Extracted | None, n_classes: int, seed: in
     fits: list[tuple[float, float, Tensor]] = []  # (value on val, l2, weights)
     start = None
     for l2 in L2_GRID:
-        start = fit_logistic(fit_x, fit_labels, n_classes, l2, start, iterations=50)  # enough to compare
-        fits.append((top1(logits(start, val_x).argmax(1), val_labels), l2, start))
+        start = fit_logistic(fit_x, fit_labels, n_classes, l2, start, max_iterations=50)  # enough to compare
+        fits.append((top1(linear_logits(start, val_x).argmax(1), val_labels), l2, start))
     _, l2, weights = max(fits, key=lambda fit: fit[:2])  # of equals, the strongest regularization
     head.weights = nn.Parameter(fit_logistic(x, train.labels, n_classes, l2, start=weights))
     return head.eval(), {"l2": l2, "selected_on": "a tenth of train" if val is None else "val"}
 
 
 def few_shot_top1(
-    shots: int, train: Extracted, val: Extracted | None, test: Extracted, n_classes: int, seed: int
+    shots: int,
+    train: LabelledVectors,
+    val: LabelledVectors | None,
+    test: LabelledVectors,
+    n_classes: int,
+    seed: int,
 ) -> tuple[float, Settings] | None:
-    """Nearest class mean of unit vectors by cosine (as SimpleShot, arXiv 1911.04623, but for that), of several draws.
+    """Nearest class mean of unit vectors, the mean of several draws; None where a class has too few training images.
 
-    None where a class has fewer than ``shots`` training images.
+    As SimpleShot (arXiv 1911.04623), but by cosine.
     """
     counts = train.labels.bincount(minlength=n_classes)  # (K,)
     if counts.min() < shots:
@@ -252,8 +242,8 @@ def few_shot_top1(
     return spread.mean().item(), {"draws": FEW_SHOT_DRAWS, "std": spread.std().item()}
 
 
-# Each: (train, val, test, n_classes, seed) -> (value, settings), or None where it cannot be measured.
-METRICS: dict[str, Callable[..., tuple[float, Settings] | None]] = {
+# metric -> (train, val, test, n_classes, seed) -> (value, settings), or None where it cannot be computed
+PROBES: dict[str, Callable[..., tuple[float, Settings] | None]] = {
     "knn_top1": knn_top1,
     "linear_top1": linear_top1,
     "1shot_top1": partial(few_shot_top1, 1),
@@ -263,33 +253,99 @@ METRICS: dict[str, Callable[..., tuple[float, Settings] | None]] = {
 
 
 def top1(predicted: Tensor, labels: Tensor) -> float:
-    """Fraction of the images whose predicted class is theirs; both (n,)."""
+    """Fraction of the images whose predicted class is their label; both (n,)."""
     return (predicted == labels).double().mean().item()
 
 
-def fit_logistic(
-    x: Tensor, labels: Tensor, n_classes: int, l2: float, start: Tensor | None = None, iterations: int = 100
-) -> Tensor:
-    """Weights (C + 1, K), the last row the bias, that minimise mean cross-entropy + l2 / 2 |weights|^2.
-
-    The bias is not regularized. Full-batch L-BFGS, from ``start`` or from zero.
-    """
-    weights = torch.zeros(x.shape[1] + 1, n_classes) if start is None else start.clone()  # (C + 1, K)
-    weights.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=iterations, history_size=20, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = F.cross_entropy(logits(weights, x), labels) + l2 / 2 * weights[:-1].square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return weights.detach()
+@torch.no_grad()
+def predict_classes(
+    head: LinearHead, classes: Sequence[str], features: Features, sizes: Sequence[Size], threshold: float
+) -> list[Any]:
+    """``[{label, score}]`` for each image, the best five first; the threshold does not apply."""
+    scores, indices = head(image_vectors(features).float()).softmax(-1).sort(descending=True)
+    best = scores[:, :NUM_BEST_CLASSES].tolist(), indices[:, :NUM_BEST_CLASSES].tolist()
+    return [
+        [{"label": classes[index], "score": score} for score, index in zip(*pair, strict=True)]
+        for pair in zip(*best, strict=True)
+    ]
 
 
-def logits(weights: Tensor, x: Tensor) -> Tensor:
-    """(n, K) of weights (C + 1, K) and features (n, C)."""
-    return torch.addmm(weights[-1], x, weights[:-1])
+@dataclass(frozen=True)
+class ClassificationTask:
+    """Finetuning: cross-entropy of the linear head on `image_vectors`."""
+
+    splits: LabelledSplits
+    task: str = "classification"
+    metric: str = "top1"
+    whole_images: bool = False
+
+    def build_head(self, width: int) -> nn.Module:
+        """A fresh linear head."""
+        return LinearHead(width, self.splits.n_classes)
+
+    def read_image(self, split: LabelledSplit, position: int, min_side: int) -> tuple[Tensor, Size] | Skipped:
+        """A decoded image and its full size."""
+        index = int(split.indices[position])
+        try:
+            return split.images.pixels(index, MAX_PIXELS, min_side)
+        except Undecodable as error:
+            return Skipped(split.images.name(index), str(error))
+
+    def target(self, split: LabelledSplit, position: int, view: View, grid: tuple[int, int]) -> int:
+        """The class of the image, whatever the view."""
+        return int(split.take(np.array([position])).labels()[0])
+
+    def loss(self, head: nn.Module, features: Features, targets: Sequence[int]) -> Tensor:
+        """Mean cross-entropy."""
+        vectors = image_vectors(features)  # (B, C)
+        return F.cross_entropy(head(vectors), torch.tensor(targets, device=vectors.device))
+
+    @torch.no_grad()
+    def evaluate(
+        self, head: nn.Module, features_of: FeaturesOf, split: LabelledSplit, size: Size, batch: int, workers: int
+    ) -> tuple[dict[str, float], int]:
+        """Top-1."""
+        batches = evaluation_batches(split.images, [size], batch, split.indices, workers=workers)
+        vectors = extract_vectors(features_of, batches)
+        device = next(head.parameters()).device
+        predicted = head(vectors.x.to(device)).argmax(1).cpu()
+        return {"top1": top1(predicted, vectors.labels)}, len(vectors.x)
+
+
+def evaluate_classification_head(head: HeadWithInput, splits: LabelledSplits, batch: int, workers: int) -> list[Row]:
+    """Top-1 of a teacher's head on the test images."""
+    started_at = time.perf_counter()
+    names = splits.test.images.classes
+    if names is None and splits.n_classes > len(head.classes):
+        raise RecipeError(f"the head has {len(head.classes)} classes, the data {splits.n_classes}")
+    indices = torch.tensor(class_indices(head.classes, names) if names else range(len(head.classes)))
+    labels = torch.from_numpy(splits.test.labels())
+    hits = 0
+    for positions, _, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
+        hits += int((indices[output.logits.argmax(-1).cpu()] == labels[positions]).sum())
+    return head_rows("classification", {"top1": hits / len(labels)}, len(labels), started_at)
+
+
+def class_label(split: LabelledSplit, position: int, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The class of an image in the form of a prediction."""
+    return [{"label": classes[int(split.labels()[position])], "score": None}]
+
+
+TASK = Task(
+    name="classification",
+    title="Image classification",
+    metrics=(
+        Metric("top1", "top-1", "linear_top1", "top1", ("linear_top1", "top1", "zero_shot_top1")),
+        Metric("knn_top1", "k-NN top-1", "knn_top1", None, ("knn_top1",)),
+    ),
+    find_splits=find_labelled,
+    needs_spatial=False,
+    fit_probe=fit_classification_probes,
+    probe_head=ProbeHead("linear", LinearHead, lambda head: len(head.mean), predict_classes),
+    finetune=ClassificationTask,
+    evaluate_head=evaluate_classification_head,
+    head_classes=("ForImageClassification", "CLIPModel", "SiglipModel", "Siglip2Model"),
+    labels_as_predictions=class_label,
+    zero_shot=True,
+    folders=("classification",),
+)

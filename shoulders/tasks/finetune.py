@@ -1,17 +1,10 @@
-"""An encoder and the head of a task, trained together from pixels to labels, and scored as frozen features are.
-
-Views are pure functions of (seed, image, step) and minibatches of (seed, step): the same settings give the same bits.
-"""
+"""Training of an encoder and a task's head together, from pixels to labels, and its evaluation."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -19,304 +12,216 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from shoulders.distributed.device import use_bf16
-from shoulders.errors import DataError, NumericError
-from shoulders.features import Batch, Features, Skipped
-from shoulders.images import View, min_decode_side, random_view, render
-from shoulders.tasks.feature_bank import WHOLE, held_out, minibatches
-from shoulders.tasks.goals import FinetuneTask
-from shoulders.tasks.rows import Row
+from shoulders.errors import NumericError
+from shoulders.features import Batch, Features
+from shoulders.optimizers import MuonAdamW, split_parameters, warmup_cosine
+from shoulders.tasks.feature_bank import held_out_indices
+from shoulders.tasks.task import FinetuneTask, Row, Size, rows_of
+from shoulders.tasks.views import AugmentedViews
 
-KEEP_BYTES = 2 * 2**30  # of decoded images that are kept
-CLIP = 1.0  # gradient norm
-WARM_UP = 0.05  # of the steps
-CHOOSING = 0.2  # of the steps, for each learning rate that is tried
+MAX_GRAD_NORM = 1.0
+WARMUP_FRACTION = 0.05  # of the steps
+SEARCH_FRACTION = 0.2  # of the steps, for each candidate
 
 
 @dataclass(frozen=True)
 class HParams:
-    """An optimizer (``adamw``; ``muon``: of the encoder's matrices, AdamW of all else) and its learning rate."""
+    """An optimizer (``muon``: for the encoder's matrices, AdamW for all else) and its peak learning rate."""
 
     optimizer: Literal["adamw", "muon"]
-    rate: float
+    lr: float
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast.
+class FinetuneSchedule:
+    """How long to train, and with which hyperparameters.
 
     Args:
         steps: of the training that is reported.
-        batch: images a step.
-        tries: kinds of optimizer and learning rates, each for a fifth of the steps on top of them; one alone is taken
-            as it is.
-        weight_decay: of all that is not a bias, a scale or a norm.
-        scale: least and most area of a view, as fractions of the image.
+        batch: images per step.
+        candidates: hyperparameters to select from, each trained for a fifth of the steps in addition; a single one is
+            used as it is.
+        weight_decay: of all weights but biases, scales and norms.
+        scale: smallest and largest area of a view, as fractions of the image.
     """
 
     steps: int
     batch: int
-    tries: tuple[HParams, ...]
+    candidates: tuple[HParams, ...]
     weight_decay: float = 0.05
     scale: tuple[float, float] = (0.6, 1.0)
 
 
 @dataclass(frozen=True)
 class FinetuneModel:
-    """An encoder and a head that learn.
+    """An encoder and a head to be trained.
 
     Args:
-        see: pixels (B, 3, h, w) in [0, 1] -> Features, on the device of the encoder.
-        encoder: the module behind it: what of it has a gradient learns.
-        head: of a goal.
+        features_of: pixels (B, 3, h, w) in [0, 1] -> Features, on the device of the encoder.
+        encoder: the module behind it; its parameters with gradients are trained.
+        head: of a task.
     """
 
-    see: Callable[[Tensor], Features]
+    features_of: Callable[[Tensor], Features]
     encoder: nn.Module
     head: nn.Module
 
-    def learns(self) -> list[nn.Parameter]:
-        """What an optimizer moves."""
-        return [p for part in (self.encoder, self.head) for p in part.parameters() if p.requires_grad]
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters of encoder and head with gradients."""
+        return [p for module in (self.encoder, self.head) for p in module.parameters() if p.requires_grad]
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device of the encoder."""
         return next(self.encoder.parameters()).device
 
 
-class Views:
-    """Augmented views of the images of a split, and their targets.
-
-    Args:
-        goal: reads images and tells targets.
-        split: of that goal.
-        size: (h, w) of the views in px.
-        scale: see `Plan`.
-        seed: of the views and of their order.
-
-    Attributes:
-        unread: images that could not be read, by row, as far as they were asked for.
-    """
-
-    def __init__(
-        self, goal: FinetuneTask, split: Any, size: tuple[int, int], scale: tuple[float, float], seed: int
-    ) -> None:
-        self.goal, self.split, self.size, self.scale, self.seed = goal, split, size, scale, seed
-        self.unread: dict[int, Skipped] = {}
-        at_least = min_decode_side([size], scale)
-        many = max(1, KEEP_BYTES // (3 * (2 * at_least) ** 2))
-        self.read = lru_cache(maxsize=many)(partial(_decoded, goal, split, at_least=at_least))
-
-    def draw(self, row: int, step: int, grid: tuple[int, int]) -> tuple[Tensor, Any] | None:
-        """The view (3, h, w) uint8 of an image at a step and its target; None where it cannot be read."""
-        read = self.read(row)
-        if isinstance(read, Skipped):
-            self.unread[row] = read
-            return None
-        pixels, full_size = read
-        identity = int(self.split.images.ids[self.split.indices[row]])
-        shape = self.size if self.goal.whole else full_size
-        view = _on_pixels(random_view(self.seed, identity, step, self.scale, True, shape), full_size)
-        return render(pixels, view, self.size), self.goal.target(self.split, row, view, grid)
-
-    def batches(
-        self, batch: int, steps: int, grid: tuple[int, int], workers: int = 0
-    ) -> Iterator[tuple[Tensor, list[Any]]]:
-        """Pixels (B, 3, h, w) in [0, 1] and B targets for each step.
-
-        Raises:
-            DataError: none of the images of a step can be read.
-        """
-        order = minibatches(len(self.split.indices), batch, steps, torch.Generator().manual_seed(self.seed))
-        with ThreadPoolExecutor(workers) if workers else nullcontext() as pool:
-            for step, rows in enumerate(order):
-                few = list((pool.map if pool else map)(partial(self.draw, step=step, grid=grid), rows))
-                drawn = [pair for pair in few if pair is not None]
-                if not drawn:
-                    first = self.unread[rows[0]]
-                    raise DataError(f"none of {len(rows)} images can be read; the first: {first.name} ({first.reason})")
-                yield torch.stack([pixels for pixels, _ in drawn]).float() / 255, [target for _, target in drawn]
-
-
-class Movers:
-    """What moves a trainee: AdamW, and where it is asked for Muon, of linear layers and convolutions of the encoder."""
-
-    def __init__(self, trainee: FinetuneModel, plan: Plan, how: HParams) -> None:
-        self.rate, self.learns = how.rate, trainee.learns()
-        layers = [m.weight for m in trainee.encoder.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        matrices = [p for p in layers if p.requires_grad] if how.optimizer == "muon" else []
-        taken = {id(p) for p in matrices}
-        rest = [p for p in self.learns if id(p) not in taken]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.ndim > 1]},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(groups, lr=how.rate, weight_decay=plan.weight_decay, fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [adamw]
-        # a kernel (C', C, k, k) is moved as the matrix (C', C k k), in the same memory
-        self.rows = {p: nn.Parameter(p.detach().view(len(p), -1)) for p in matrices}
-        if matrices:  # by steps of AdamW's own magnitude (arXiv 2502.16982)
-            rows = list(self.rows.values())
-            self.optimizers.append(
-                torch.optim.Muon(rows, how.rate, plan.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-            )
-
-    def step(self, share: float) -> None:
-        """Move by what is in the gradients, at this share of the learning rate, and clear them."""
-        for p, row in self.rows.items():
-            row.grad = None if p.grad is None else p.grad.flatten(1)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * share
-            optimizer.step()
-        for p in self.learns:
-            p.grad = None
+def build_optimizer(model: FinetuneModel, weight_decay: float, hparams: HParams) -> MuonAdamW:
+    """AdamW, and with ``muon`` Muon for linear layers and convolutions of the encoder."""
+    layers = [module for module in model.encoder.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    matrices = [p for p in (layer.get_parameter("weight") for layer in layers) if p.requires_grad]
+    muon = matrices if hparams.optimizer == "muon" else []
+    by_muon = set(map(id, muon))
+    others = [p for p in model.trainable_parameters() if id(p) not in by_muon]
+    return MuonAdamW(muon, *split_parameters(others), hparams.lr, weight_decay)
 
 
 def train_end_to_end(
-    trainee: FinetuneModel, views: Views, plan: Plan, steps: int, how: HParams, workers: int = 0
+    model: FinetuneModel,
+    views: AugmentedViews,
+    schedule: FinetuneSchedule,
+    steps: int,
+    hparams: HParams,
+    workers: int = 0,
 ) -> None:
     """Train an encoder and a head together, in place: linear warm-up, cosine to zero.
 
     The encoder computes in bfloat16 where the hardware has it, as in a distillation.
 
     Raises:
-        NumericError: the loss is no longer finite.
+        NumericError: the gradients are no longer finite.
         DataError: images that cannot be read.
     """
-    learns, goal, bf16 = trainee.learns(), views.goal, use_bf16("auto", trainee.device)
-    movers = Movers(trainee, plan, how)
-    trainee.encoder.train()
-    trainee.head.train()
-    batches = views.batches(plan.batch, steps, grid_of(trainee, views.size), workers)
+    parameters, task, bf16 = model.trainable_parameters(), views.task, use_bf16("auto", model.device)
+    optimizer, warmup = build_optimizer(model, schedule.weight_decay, hparams), max(1, round(WARMUP_FRACTION * steps))
+    model.encoder.train()
+    model.head.train()
+    batches = views.batches(schedule.batch, steps, feature_grid(model, views.size), workers)
     for step, (pixels, targets) in enumerate(tqdm(batches, total=steps, unit=" steps", leave=False, disable=None)):
-        with torch.autocast(trainee.device.type, torch.bfloat16, enabled=bf16):
-            seen = trainee.see(pixels.to(trainee.device))
-        loss = goal.loss(trainee.head, seen.map(Tensor.float), targets)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            features = model.features_of(pixels.to(model.device))
+        loss = task.loss(model.head, features.map(Tensor.float), targets)
         loss.backward()
-        if not nn.utils.clip_grad_norm_(learns, CLIP).isfinite():
-            raise NumericError(f"{goal.task}: the gradients are no longer finite at step {step} with {how}")
-        movers.step(_share(step, steps))
-    trainee.encoder.eval()
-    trainee.head.eval()
+        if not nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM).isfinite():
+            raise NumericError(f"{task.task}: the gradients are no longer finite at step {step} with {hparams}")
+        optimizer.step(hparams.lr * warmup_cosine(step + 1, steps, warmup, ends_at_zero=False))
+    model.encoder.eval()
+    model.head.eval()
 
 
-def run(
-    make: Callable[[], FinetuneModel],
-    goal: FinetuneTask,
-    size: tuple[int, int],
-    plan: Plan,
+def finetune(
+    build: Callable[[], FinetuneModel],
+    task: FinetuneTask,
+    size: Size,
+    schedule: FinetuneSchedule,
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
-    told: dict[str, float | int | str] | None = None,
+    settings: dict[str, float | int | str] | None = None,
 ) -> tuple[list[Row], FinetuneModel]:
-    """Choose one of the tries on val (or a fifth of train), train with all of train, score on test.
+    """Select hyperparameters on val (or a fifth of train), train with all of train, evaluate on test.
 
     Args:
-        make: a trainee at its beginning, the same each time.
-        goal: a task and its images.
+        build: the model in its initial state, the same each time.
+        task: the task and its images.
         size: (h, w) of the encoder's input in px.
-        batch: images at a time where nothing is trained.
+        schedule: steps and candidates.
+        batch: images per batch of an evaluation.
         workers: threads that decode.
-        told: what else the settings of the rows are to say.
+        seed: of the views and of their order.
+        settings: more settings for the rows.
 
     Returns:
-        Rows as of a frozen probe, and what was trained.
+        Rows as of a probe, and the trained model.
     """
-    begun = time.perf_counter()
-    splits = goal.splits
-    how, tried = plan.tries[0], 0
-    if len(plan.tries) > 1:
-        fit_on, choose_on = _parts(splits)
-        tried = max(1, round(CHOOSING * plan.steps))
-        values, failed = {}, None
-        for candidate in plan.tries:
-            trainee = make()
-            try:
-                train_end_to_end(trainee, Views(goal, fit_on, size, plan.scale, seed), plan, tried, candidate, workers)
-            except NumericError as error:  # too fast; the others may not be
-                failed = error
-                continue
-            values[candidate] = _measure(goal, trainee, choose_on, size, batch, workers)[0].get(goal.metric, 0.0)
-        if failed and not values:
-            raise failed
-        how = max(values, key=values.__getitem__)
-    trainee, views = make(), Views(goal, splits.train, size, plan.scale, seed)
-    train_end_to_end(trainee, views, plan, plan.steps, how, workers)
-    measured, n = _measure(goal, trainee, splits.test, size, batch, workers)
-    settings: dict[str, float | int | str] = {
-        "optimizer": how.optimizer,
-        "lr": how.rate,
-        "steps": plan.steps,
-        "batch": plan.batch,
-        "weight_decay": plan.weight_decay,
+    started_at, splits = time.perf_counter(), task.splits
+    search_steps = max(1, round(SEARCH_FRACTION * schedule.steps)) if len(schedule.candidates) > 1 else 0
+    hparams = schedule.candidates[0]
+    if search_steps:
+        hparams = select_hparams(build, task, size, schedule, search_steps, batch, workers, seed)
+    model, views = build(), AugmentedViews(task, splits.train, size, schedule.scale, seed)
+    train_end_to_end(model, views, schedule, schedule.steps, hparams, workers)
+    values, n = evaluate_model(task, model, splits.test, size, batch, workers)
+    described: dict[str, float | int | str] = {
+        "optimizer": hparams.optimizer,
+        "lr": hparams.lr,
+        "steps": schedule.steps,
+        "batch": schedule.batch,
+        "weight_decay": schedule.weight_decay,
         "seed": seed,
-        "search_steps": tried,
-        "tries": ", ".join(f"{one.optimizer} {one.rate:g}" for one in plan.tries),
-        "selected_on": "nothing" if not tried else "val" if splits.val is not None else "a fifth of train",
+        "search_steps": search_steps,
+        "candidates": ", ".join(f"{one.optimizer} {one.lr:g}" for one in schedule.candidates),
+        "selected_on": "nothing" if not search_steps else "val" if splits.val is not None else "a fifth of train",
         "split": splits.how,
         "train": len(splits.train.indices),
-        "skipped": len(views.unread),
-        **(told or {}),
+        "skipped": len(views.skipped),
+        **(settings or {}),
     }
-    seconds = time.perf_counter() - begun
-    return [
-        Row(task=goal.task, metric=metric, value=value, n=n, seconds=seconds, settings=settings)
-        for metric, value in measured.items()
-    ], trainee
+    return rows_of(task.task, values, n, time.perf_counter() - started_at, described), model
 
 
-def grid_of(trainee: FinetuneModel, size: tuple[int, int]) -> tuple[int, int]:
-    """The grid of the features at an input size; (0, 0) where they have no places."""
+def select_hparams(
+    build: Callable[[], FinetuneModel],
+    task: FinetuneTask,
+    size: Size,
+    schedule: FinetuneSchedule,
+    steps: int,
+    batch: int,
+    workers: int,
+    seed: int,
+) -> HParams:
+    """The candidate with the best value after ``steps``; one whose training diverges is left out.
+
+    Raises:
+        NumericError: the training of every candidate diverges.
+    """
+    fit_on, select_on = _search_splits(task.splits)
+    values: dict[HParams, float] = {}
+    diverged: NumericError | None = None
+    for candidate in schedule.candidates:
+        model, views = build(), AugmentedViews(task, fit_on, size, schedule.scale, seed)
+        try:
+            train_end_to_end(model, views, schedule, steps, candidate, workers)
+        except NumericError as error:  # its learning rate is too high; the others may not be
+            diverged = error
+            continue
+        values[candidate] = evaluate_model(task, model, select_on, size, batch, workers)[0].get(task.metric, 0.0)
+    if diverged and not values:
+        raise diverged
+    return max(values, key=values.__getitem__)
+
+
+def feature_grid(model: FinetuneModel, size: Size) -> tuple[int, int]:
+    """The grid of the features at an input size; (0, 0) where they have no spatial component."""
     with torch.no_grad():
-        return trainee.see(torch.zeros(1, 3, *size, device=trainee.device)).grid
+        return model.features_of(torch.zeros(1, 3, *size, device=model.device)).grid
 
 
-def _measure(
-    goal: FinetuneTask, trainee: FinetuneModel, split: Any, size: tuple[int, int], batch: int, workers: int
+def evaluate_model(
+    task: FinetuneTask, model: FinetuneModel, split: Any, size: Size, batch: int, workers: int
 ) -> tuple[dict[str, float], int]:
+    """Values by metric on a split, and the number of images."""
+
     def features_of(images: Batch) -> Features:
         with torch.no_grad():
-            return trainee.see(images.to(trainee.device).pixels(size))
+            return model.features_of(images.to(model.device).pixels(size))
 
-    return goal.measure(trainee.head, features_of, split, size, batch, workers)
+    return task.evaluate(model.head, features_of, split, size, batch, workers)
 
 
-def _parts(splits: Any) -> tuple[Any, Any]:
-    """Images to fit on and to choose on while nothing is reported yet."""
+def _search_splits(splits: Any) -> tuple[Any, Any]:
+    """Images to fit on and to select on."""
     if splits.val is not None:
         return splits.train, splits.val
-    kept, held = held_out(splits.train.images.ids[splits.train.indices])
-    return splits.train.take(kept), splits.train.take(held)
-
-
-def _decoded(goal: FinetuneTask, split: Any, row: int, at_least: int) -> tuple[Tensor, tuple[int, int]] | Skipped:
-    """An image no larger than twice what its views need, so that many can be kept."""
-    read = goal.read(split, row, at_least)
-    if isinstance(read, Skipped):
-        return read
-    pixels, full_size = read
-    times = min(pixels.shape[1:]) / at_least
-    if times <= 2:
-        return pixels, full_size
-    return render(pixels, WHOLE, (round(pixels.shape[1] / times), round(pixels.shape[2] / times))), full_size
-
-
-def _on_pixels(view: View, size: tuple[int, int]) -> View:
-    """The view with its sides on whole pixels of the original, so that labels are cut exactly where pixels are."""
-
-    def snapped(start: float, length: float, side: int) -> tuple[float, float]:
-        first = min(round(start * side), side - 1)
-        return first / side, (max(first + 1, min(side, round((start + length) * side))) - first) / side
-
-    (top, height), (left, width) = snapped(view.top, view.height, size[0]), snapped(view.left, view.width, size[1])
-    return View(top, left, height, width, view.flip)
-
-
-def _share(step: int, steps: int) -> float:
-    """Of the learning rate, at a step from 0."""
-    warm_up = max(1, round(WARM_UP * steps))
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    fit, select = held_out_indices(splits.train.images.ids[splits.train.indices])
+    return splits.train.take(fit), splits.train.take(select)

@@ -1,256 +1,276 @@
-"""Detection and instance segmentation by frozen features: one small dense head, scored as COCO does."""
+"""What detection and instance segmentation share: the dense probe, its targets and predictions, COCO's scores."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.features import Batch, Features
-from shoulders.images import View
-from shoulders.tasks.average_precision import Detections, average_precision, match
+from shoulders.features import Features, FeaturesOf, Skipped
+from shoulders.images import WHOLE_IMAGE, View
+from shoulders.tasks.average_precision import Detections, Kind, average_precision, interval, match
 from shoulders.tasks.data.coco import AnnotatedImage, Annotations, decode, encode
-from shoulders.tasks.data.dense import DenseSplit, DenseSplits
-from shoulders.tasks.feature_bank import WHOLE, FeatureBank, hold_out, minibatches
-from shoulders.tasks.heads.objects import ObjectHead, Objects, Target, losses, pick
-from shoulders.tasks.rows import Row
+from shoulders.tasks.data.splits import AnnotatedSplit, AnnotatedSplits
+from shoulders.tasks.feature_bank import FeatureBank, read_image, to_float16
+from shoulders.tasks.heads.object_loss import ObjectTarget, object_losses
+from shoulders.tasks.heads.objects import ImageObjects, ObjectHead, select_objects
+from shoulders.tasks.probe import ProbeSettings, SpatialProbe
+from shoulders.tasks.task import HeadWithInput, Row, Size
+from shoulders.tasks.teacher_head_eval import check_sizes, class_indices, head_outputs, head_rows
 
-LR = 1e-3
-WEIGHT_DECAY = 0.01
-BATCH = 16
-EPOCHS = 20
-FEWEST_STEPS, MOST_STEPS = 600, 20_000
-WARM_UP = 50  # steps
-AVERAGE = 0.99  # what the averaged weights keep of themselves at each step
-LOOKS = 4  # at val, evenly over the steps
-AT_ONCE = 2**26  # pixels of masks that are drawn together
-SHOWN = 0.25  # of a box that a view has to show, so that the object counts
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A head, the steps it took, and how well it does on what it was chosen on (nan: nothing was looked at)."""
-
-    head: ObjectHead
-    steps: int
-    value: float = math.nan
+MAX_MASK_PIXELS = 2**26  # of masks that are upsampled together
+MIN_VISIBLE = 0.25  # fraction of a box inside a view, for its object to count
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+SETTINGS = ProbeSettings(
+    lrs=(1e-3,),
+    weight_decay=0.01,
+    schedule="constant",
+    warmup_steps=50,
+    min_steps=600,
+    max_grad_norm=10.0,
+    ema=0.99,
+    num_evals=4,
+)
 
 
-def run(
-    features_of: Callable[[Batch], Features],
-    splits: DenseSplits[AnnotatedImage],
-    sizes: list[tuple[int, int]],
-    batch: int = 64,
-    workers: int = 0,
-    seed: int = 0,
-    masks: bool = False,
-    on_head: Callable[[nn.Module], object] = lambda head: None,
-    effort: float = 1.0,
-) -> list[Row]:
-    """AP of boxes and, as ``mask_AP``, of masks where they are asked for; see `classification.run`."""
-    begun = time.perf_counter()
-
-    def frozen(split: DenseSplit[AnnotatedImage]) -> FeatureBank[AnnotatedImage]:
-        return FeatureBank(features_of, split, sizes[0], batch, workers)
-
-    train, test = frozen(splits.train), frozen(splits.test)
-    val = None if splits.val is None else frozen(splits.val)
-    fit_on, choose_on = hold_out(train) if val is None else (train, val)
-    computed = time.perf_counter()
-    metric = "mask_AP" if masks else "AP"
-    fitted = fit(
-        fit_on,
-        splits.classes,
-        masks,
-        seed,
-        steps_for(len(fit_on), effort),
-        lambda head: measure(head, choose_on, splits.classes, masks).get(metric, 0.0),
+def dense_probe(task: str, metric: str, masks: bool) -> SpatialProbe:
+    """The default probe of a task on objects."""
+    return SpatialProbe(
+        task=task,
+        name="dense",
+        metric=metric,
+        build=lambda width, n_classes: ObjectHead(width, n_classes, masks),
+        targets=lambda bank, n_classes: [object_target(image, bank.grid, masks) for image in bank.annotations],
+        loss=dense_loss,
+        evaluate=lambda head, bank, classes: object_scores(detect(head, bank), bank.annotations, classes, masks),
+        settings=SETTINGS,
     )
-    if val is None:  # with what was held out
-        fitted = fit(train, splits.classes, masks, seed, fitted.steps)
-    on_head(fitted.head)
-    values = measure(fitted.head, test, splits.classes, masks)
-    settings: dict[str, float | int | str] = {
-        "head": "dense",
-        "lr": LR,
-        "steps": fitted.steps,
-        "batch": BATCH,
-        "weight_decay": WEIGHT_DECAY,
-        "seed": seed,
-        "selected_on": "val" if val is not None else "a fifth of train",
-        "split": splits.how,
-        "train": len(train),
-        "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
-        "features_seconds": computed - begun,
-    }
-    seconds, task = time.perf_counter() - computed, "instance" if masks else "detection"
-    return [
-        Row(task=task, metric=metric, value=value, n=len(test), seconds=seconds, settings=settings)
-        for metric, value in values.items()
-    ]
 
 
-def steps_for(images: int, effort: float = 1.0) -> int:
-    """How many minibatches a fit takes at most."""
-    return max(1, round(effort * min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)))
+def dense_loss(head: ObjectHead, maps: Tensor, targets: Sequence[ObjectTarget]) -> Tensor:
+    """The sum of the terms of `object_losses` for features (B, C, H, W)."""
+    on_device = [target.to(maps.device) for target in targets]
+    terms = object_losses(head(maps), on_device, (2 * maps.shape[2], 2 * maps.shape[3]))
+    return torch.stack(list(terms.values())).sum()
 
 
-def fit(
-    frozen: FeatureBank[AnnotatedImage],
-    classes: tuple[str, ...],
-    masks: bool,
-    seed: int,
-    steps: int,
-    look: Callable[[ObjectHead], float] | None = None,
-) -> Fitted:
-    """The averaged weights after `steps`, or after those of the looks at which they did best.
+def object_target(image: AnnotatedImage, grid: tuple[int, int], masks: bool, view: View = WHOLE_IMAGE) -> ObjectTarget:
+    """The objects of a view in anchors, masks at four times the grid of the features.
 
-    The rate stays what it is after the warm-up, so that a fit that stops early is the beginning of a longer one.
+    Objects of which a view shows less than a quarter are left out; the sides of the view are whole px.
     """
-    targets = [target_of(picture, frozen.grid, masks) for picture in frozen.truths]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = ObjectHead(frozen.width, len(classes), masks).to(frozen.device)
-    averaged = copy.deepcopy(head).eval()
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
-    places = (2 * frozen.grid[0], 2 * frozen.grid[1])
-    looks = [round(steps * (number + 1) / LOOKS) for number in range(LOOKS)]
-    best: Fitted | None = None
-    order = minibatches(len(frozen), BATCH, steps, torch.Generator().manual_seed(seed))
-    for step, rows in enumerate(order, start=1):
-        wanted = [on(targets[row], frozen.device) for row in rows]
-        terms = losses(head(frozen.maps(rows)), wanted, places)
-        optimizer.zero_grad()
-        torch.stack(list(terms.values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 10.0)
-        optimizer.step()
-        schedule.step()
-        follow(averaged, head, min(AVERAGE, step / (step + 10)))
-        if look is not None and step in looks:
-            value = look(averaged)
-            if best is None or value >= best.value:  # a longer fit of the same value is the better guess
-                best = Fitted(copy.deepcopy(averaged), step, value)
-    return best or Fitted(averaged, steps)
+    top, left = round(view.top * image.size[0]), round(view.left * image.size[1])
+    h, w = round(view.height * image.size[0]), round(view.width * image.size[1])
+    anchors_per_px = torch.tensor([2 * grid[1] / w, 2 * grid[0] / h]).repeat(2)  # (4,)
+    boxes, kept = torch.from_numpy(image.boxes).float(), np.arange(len(image.boxes))
+    if view != WHOLE_IMAGE:
+        boxes, visible = crop_boxes(boxes - torch.tensor([left, top]).repeat(2), (h, w), view.flip)
+        kept = (visible >= MIN_VISIBLE).nonzero()[:, 0].numpy()
+    small = None
+    if masks:
+        encoded = tuple(image.masks[index] for index in kept) if image.masks else ()
+        full = torch.from_numpy(decode(encoded, image.size))[:, top : top + h, left : left + w].float()  # (n, h, w)
+        full = full.flip(2) if view.flip else full
+        size = (4 * grid[0], 4 * grid[1])
+        # an empty batch cannot be resized
+        small = F.adaptive_avg_pool2d(full, size) >= 0.5 if len(full) else torch.zeros(0, *size, dtype=torch.bool)
+    classes, crowd = torch.from_numpy(image.classes[kept]), torch.from_numpy(image.crowd[kept])
+    return ObjectTarget(classes, boxes[torch.from_numpy(kept)] * anchors_per_px, crowd, small)
+
+
+def crop_boxes(boxes: Tensor, size: Size, flip: bool) -> tuple[Tensor, Tensor]:
+    """Boxes (n, 4) clipped to a view of ``size`` = (h, w) and mirrored, and the visible fraction (n,) of each."""
+    limits = torch.tensor([size[1], size[0]]).repeat(2)
+    inside = torch.minimum(boxes.clamp(min=0), limits)
+    areas, full_areas = ((part[:, 2:] - part[:, :2]).prod(1) for part in (inside, boxes))
+    if flip:
+        inside = torch.stack([size[1] - inside[:, 2], inside[:, 1], size[1] - inside[:, 0], inside[:, 3]], 1)
+    return inside, areas / full_areas
 
 
 @torch.no_grad()
-def follow(averaged: ObjectHead, head: ObjectHead, keep: float) -> None:
-    """Move the averaged weights towards the head's."""
-    for ours, theirs in zip(averaged.parameters(), head.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - keep)
-    for count, theirs_count in zip(averaged.buffers(), head.buffers(), strict=True):
-        count.copy_(theirs_count)
+def detect(head: ObjectHead, bank: FeatureBank[AnnotatedImage]) -> list[Detections]:
+    """The detections of the dense head in each image, in px of the original."""
+    detections = []
+    for indices, maps in bank.batches():
+        predictions = head(maps)
+        for position, index in enumerate(indices):
+            objects = select_objects(predictions, position)
+            detections.append(to_detections(objects, bank.annotations[index].size, bank.grid))
+    return detections
 
 
-def target_of(picture: AnnotatedImage, grid: tuple[int, int], masks: bool, view: View = WHOLE) -> Target:
-    """The objects of a view in places of twice the grid, masks at four times the grid.
+@torch.no_grad()
+def detect_with_processor(
+    head: Any, bank: FeatureBank[AnnotatedImage], interpret: Callable[[Any, Any, list[Size]], Iterator[Detections]]
+) -> list[Detections]:
+    """The detections of a transformers head in each image, in px of the original.
 
-    What a view shows less than a quarter of is left out; the sides of the view are whole px.
+    Args:
+        interpret: `boxes_of_output` or `masks_of_output`.
     """
-    top, left = round(view.top * picture.size[0]), round(view.left * picture.size[1])
-    h, w = round(view.height * picture.size[0]), round(view.width * picture.size[1])
-    per_px = torch.tensor([2 * grid[1] / w, 2 * grid[0] / h]).repeat(2)  # (4,)
-    boxes, kept = torch.from_numpy(picture.boxes).float(), np.arange(len(picture.boxes))
-    if view != WHOLE:
-        boxes, shown = cut(boxes - torch.tensor([left, top]).repeat(2), (h, w), view.flip)
-        kept = (shown >= SHOWN).nonzero()[:, 0].numpy()
-    small = None
-    if masks:
-        of_kept = tuple(picture.masks[row] for row in kept) if picture.masks else ()
-        drawn = torch.from_numpy(decode(of_kept, picture.size))[:, top : top + h, left : left + w].float()  # (n, h, w)
-        drawn = drawn.flip(2) if view.flip else drawn
-        size = (4 * grid[0], 4 * grid[1])
-        # an empty batch cannot be resized
-        small = F.adaptive_avg_pool2d(drawn, size) >= 0.5 if len(drawn) else torch.zeros(0, *size, dtype=torch.bool)
-    classes, crowd = torch.from_numpy(picture.classes[kept]), torch.from_numpy(picture.crowd[kept])
-    return Target(classes, boxes[torch.from_numpy(kept)] * per_px, crowd, small)
+    detections: list[Detections] = []
+    for indices, maps in bank.batches():
+        detections += interpret(head.processor, head(maps), [bank.annotations[index].size for index in indices])
+    return detections
 
 
-def cut(boxes: Tensor, size: tuple[int, int], flip: bool) -> tuple[Tensor, Tensor]:
-    """Boxes (n, 4) cut off at the sides of a view of ``size`` = (h, w) and mirrored, and how much of each is shown."""
-    most = torch.tensor([size[1], size[0]]).repeat(2)
-    inside = torch.minimum(boxes.clamp(min=0), most)
-    areas, before = ((part[:, 2:] - part[:, :2]).prod(1) for part in (inside, boxes))
-    if flip:
-        inside = torch.stack([size[1] - inside[:, 2], inside[:, 1], size[1] - inside[:, 0], inside[:, 3]], 1)
-    return inside, areas / before
-
-
-def on(target: Target, device: torch.device) -> Target:
-    """The same target on a device."""
-    masks = None if target.masks is None else target.masks.to(device)
-    return Target(target.classes.to(device), target.boxes.to(device), target.crowd.to(device), masks)
-
-
-def measure(
-    head: ObjectHead, frozen: FeatureBank[AnnotatedImage], classes: tuple[str, ...], masks: bool
+def object_scores(
+    detections: Sequence[Detections], images: Sequence[AnnotatedImage], classes: tuple[str, ...], masks: bool
 ) -> dict[str, float]:
-    """AP by metric, those of masks with ``mask_`` in front; none where there is no object to find."""
-    truth = Annotations(classes, tuple(frozen.truths))
-    found = find(head, frozen)
-    values = average_precision(match(truth, found, "boxes"))
+    """AP by metric, those of masks with ``mask_`` in front; none where there is no object."""
+    annotations = Annotations(classes, tuple(images))
+    values = average_precision(match(annotations, detections, "boxes"))
     if masks:
-        of_masks = average_precision(match(truth, found, "masks"))
+        of_masks = average_precision(match(annotations, detections, "masks"))
         values |= {f"mask_{name}": value for name, value in of_masks.items()}
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-@torch.no_grad()
-def find(head: ObjectHead, frozen: FeatureBank[AnnotatedImage]) -> list[Detections]:
-    """What the head finds in each image, in px of the original."""
-    found = []
-    for start in range(0, len(frozen), BATCH):
-        rows = range(start, min(start + BATCH, len(frozen)))
-        answer = head(frozen.maps(rows))
-        found += [to_original(pick(answer, i), frozen.truths[row].size, frozen.grid) for i, row in enumerate(rows)]
-    return found
-
-
-def to_original(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Detections:
-    """Objects in places as `Detections` in an image of ``size`` = (h, w) px."""
-    boxes, masks = in_pixels(objects, size, grid), objects.masks
-    few = max(1, AT_ONCE // (size[0] * size[1]))
-    drawn = (
-        None
-        if masks is None
-        else (
-            mask
-            for part, inside in zip(masks.split(few), boxes.split(few), strict=True)
-            for mask in encode(draw(part, inside, size).numpy())
-        )
-    )
+def to_detections(
+    objects: ImageObjects, size: Size, grid: tuple[int, int], max_pixels: int = MAX_MASK_PIXELS
+) -> Detections:
+    """Objects in anchors as `Detections` in an image of ``size`` = (h, w) px; ``grid`` is that of the features."""
+    boxes, masks = boxes_in_pixels(objects, size, grid), objects.masks
+    encoded: list[Any] = []
+    if masks is not None:
+        chunk = max(1, max_pixels // (size[0] * size[1]))
+        for logits, inside in zip(masks.split(chunk), boxes.split(chunk), strict=True):
+            encoded += encode(paste_masks(logits, inside, size).numpy())
     return Detections(
         objects.classes.cpu().numpy(),
         objects.scores.cpu().double().numpy(),
         boxes.double().numpy(),
-        None if drawn is None else tuple(drawn),
+        None if masks is None else tuple(encoded),
     )
 
 
-def in_pixels(objects: Objects, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Boxes (q, 4) of objects in places, in an image of ``size`` = (h, w) px."""
+def boxes_in_pixels(objects: ImageObjects, size: Size, grid: tuple[int, int]) -> Tensor:
+    """Boxes (q, 4) of objects, clipped to an image of ``size`` = (h, w) px."""
     h, w = size
-    px = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
-    boxes = objects.boxes.cpu() * px
+    px_per_anchor = torch.tensor([w / (2 * grid[1]), h / (2 * grid[0])]).repeat(2)
+    boxes = objects.boxes.cpu() * px_per_anchor
     return torch.stack(
         [boxes[:, 0].clamp(0, w), boxes[:, 1].clamp(0, h), boxes[:, 2].clamp(0, w), boxes[:, 3].clamp(0, h)], 1
     )
 
 
-def draw(logits: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(logits: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """Masks (q, h, w) bool of logits (q, 4 H, 4 W), each inside its box (q, 4) in px of the original."""
     if not len(logits):
         return torch.zeros(0, *size, dtype=torch.bool)
     y, x = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1]) + 0.5
     left, top, right, bottom = (boxes[:, side, None, None] for side in range(4))
     inside = (x > left - 0.5) & (x < right + 0.5) & (y > top - 0.5) & (y < bottom + 0.5)  # (q, h, w)
-    large = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-    return (large.cpu() > 0) & inside
+    upsampled = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return (upsampled.cpu() > 0) & inside
+
+
+def predict_objects(
+    head: ObjectHead, classes: Sequence[str], features: Features, sizes: Sequence[Size], threshold: float
+) -> list[Any]:
+    """``[{label, score, box}]`` for each image, or with ``mask``, of the objects with at least ``threshold``."""
+    predictions, per_image = head(to_float16(features.to_map().float()).float()), []
+    for image, size in enumerate(sizes):
+        objects = select_objects(predictions, image)
+        objects = objects.take(objects.scores >= threshold)  # before masks are upsampled to the size of the image
+        boxes = boxes_in_pixels(objects, size, features.grid)
+        if objects.masks is None:
+            shapes = [{"box": dict(zip(CORNERS, box, strict=True))} for box in boxes.tolist()]
+        else:
+            shapes = [{"mask": mask} for mask in paste_masks(objects.masks, boxes, size)]
+        labels = zip(objects.classes.tolist(), objects.scores.tolist(), shapes, strict=True)
+        per_image.append([{"label": classes[index], "score": score, **shape} for index, score, shape in labels])
+    return per_image
+
+
+@dataclass(frozen=True)
+class ObjectTask:
+    """Finetuning: the loss of the dense probe, with boxes or with masks."""
+
+    splits: AnnotatedSplits[AnnotatedImage]
+    probe: SpatialProbe
+    masks: bool
+    whole_images: bool = True
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return self.probe.task
+
+    @property
+    def metric(self) -> str:
+        """AP of boxes, or of masks."""
+        return self.probe.metric
+
+    def build_head(self, width: int) -> nn.Module:
+        """A fresh head of the default probe."""
+        return self.probe.build(width, len(self.splits.classes))
+
+    def read_image(
+        self, split: AnnotatedSplit[AnnotatedImage], position: int, min_side: int
+    ) -> tuple[Tensor, Size] | Skipped:
+        """A decoded image and the size that it is annotated at."""
+        image = read_image(split, position, min_side)
+        return image if isinstance(image, Skipped) else (image, split.annotations[position].size)
+
+    def target(
+        self, split: AnnotatedSplit[AnnotatedImage], position: int, view: View, grid: tuple[int, int]
+    ) -> ObjectTarget:
+        """See `object_target`."""
+        return object_target(split.annotations[position], grid, self.masks, view)
+
+    def loss(self, head: nn.Module, features: Features, targets: Sequence[ObjectTarget]) -> Tensor:
+        """The loss of the default probe."""
+        return self.probe.loss(head, features.to_map(), targets)
+
+    def evaluate(
+        self,
+        head: nn.Module,
+        features_of: FeaturesOf,
+        split: AnnotatedSplit[AnnotatedImage],
+        size: Size,
+        batch: int,
+        workers: int,
+    ) -> tuple[dict[str, float], int]:
+        """The metrics of the default probe."""
+        bank = FeatureBank(features_of, split, size, batch, workers)
+        return self.probe.evaluate(head, bank, self.splits.classes), len(bank)
+
+
+def evaluate_object_head(
+    task: str,
+    interpret: Callable[[Any, Any, list[Size]], Iterator[Detections]],
+    kinds: Mapping[str, Kind],
+    head: HeadWithInput,
+    splits: AnnotatedSplits[AnnotatedImage],
+    batch: int,
+    workers: int,
+) -> list[Row]:
+    """Average precision of a teacher's head on the test images, with intervals.
+
+    Args:
+        interpret: the image processor, the head's output and the images' sizes -> detections in each image.
+        kinds: {prefix of metrics: whether they are of boxes or masks}.
+    """
+    started_at = time.perf_counter()
+    indices = np.array(class_indices(head.classes, splits.classes), dtype=np.int64)
+    detections: list[Detections] = []
+    for positions, sizes, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
+        check_sizes(splits.test, positions, sizes)
+        detections += [replace(one, classes=indices[one.classes]) for one in interpret(head.processor, output, sizes)]
+    annotations = Annotations(splits.classes, tuple(splits.test.annotations))
+    values: dict[str, float] = {}
+    for prefix, kind in kinds.items():
+        matched = match(annotations, detections, kind)
+        values |= {f"{prefix}{name}": value for name, value in average_precision(matched).items() if value == value}
+        low, high = interval(matched)
+        values |= {f"{prefix}AP_low": low, f"{prefix}AP_high": high}
+    return head_rows(task, values, len(detections), started_at)

@@ -1,170 +1,218 @@
-"""Semantic segmentation by frozen features: a linear probe on the places (DINOv2, arXiv 2304.07193)."""
+"""Semantic segmentation: a linear probe on the tokens (DINOv2, arXiv 2304.07193); finetuning; teacher heads."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.features import Batch, Features
-from shoulders.tasks.data.dense import IGNORED, DenseSplit, DenseSplits, MaskFile, read_mask
-from shoulders.tasks.feature_bank import FeatureBank, hold_out, minibatches
-from shoulders.tasks.rows import Row
+from shoulders.features import Features, FeaturesOf, Skipped
+from shoulders.images import View
+from shoulders.tasks.data.masks import IGNORE_INDEX, MaskFile, find_masks, read_mask
+from shoulders.tasks.data.splits import AnnotatedSplit, AnnotatedSplits
+from shoulders.tasks.feature_bank import FeatureBank, read_image, to_float16
+from shoulders.tasks.heads.transformers import UperNet
+from shoulders.tasks.probe import LARGER_PROBE_SETTINGS, ProbeSettings, SpatialProbe, fit_probe
+from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Task
+from shoulders.tasks.teacher_head_eval import check_sizes, class_indices, head_outputs, head_rows
 
-LR_GRID = (3e-3, 1e-2, 3e-2)
-BATCH = 16
-EPOCHS = 20
-FEWEST_STEPS, MOST_STEPS = 400, 20_000
-AT_ONCE = 2**26  # logits that are enlarged together
-ENLARGE = 4  # logits are compared with the masks at this many times the grid
-WEIGHT_DECAY = 1e-3
-
-
-def run(
-    features_of: Callable[[Batch], Features],
-    splits: DenseSplits[MaskFile],
-    sizes: list[tuple[int, int]],
-    batch: int = 64,
-    workers: int = 0,
-    seed: int = 0,
-    on_head: Callable[[nn.Module], object] = lambda head: None,
-    effort: float = 1.0,
-) -> list[Row]:
-    """mIoU, pixel accuracy and the IoU of each class, from end to end; see `classification.run`."""
-    begun = time.perf_counter()
-    n_classes = len(splits.classes)
-
-    def frozen(split: DenseSplit[MaskFile]) -> FeatureBank[MaskFile]:
-        return FeatureBank(features_of, split, sizes[0], batch, workers)
-
-    train, test = frozen(splits.train), frozen(splits.test)
-    val = None if splits.val is None else frozen(splits.val)
-    fit_on, choose_on = hold_out(train) if val is None else (train, val)
-    computed = time.perf_counter()
-    tried: list[tuple[float, float, nn.Module]] = []  # (mIoU, learning rate, head)
-    labels = small_masks(fit_on, n_classes)
-    for lr in LR_GRID:
-        head = fit(fit_on, labels, n_classes, lr, seed, effort)
-        tried.append((mean_iou(confusion(head, choose_on, n_classes)), lr, head))
-    _, lr, head = max(tried, key=lambda fitted: fitted[0])
-    if val is None:  # with what was held out
-        head = fit(train, small_masks(train, n_classes), n_classes, lr, seed, effort)
-    on_head(head)
-    counted = confusion(head, test, n_classes)
-    settings: dict[str, float | int | str] = {
-        "head": "linear",
-        "lr": lr,
-        "steps": steps_for(len(train), effort),
-        "batch": BATCH,
-        "weight_decay": WEIGHT_DECAY,
-        "seed": seed,
-        "split": splits.how,
-        "selected_on": "val" if val is not None else "a fifth of train",
-        "train": len(train),
-        "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
-        "features_seconds": computed - begun,
-    }
-    seconds = time.perf_counter() - computed
-    return [
-        Row(task="semantic", metric=metric, value=value, n=len(test), seconds=seconds, settings=settings)
-        for metric, value in scores(counted, splits.classes).items()
-    ]
-
-
-def steps_for(images: int, effort: float = 1.0) -> int:
-    """How many minibatches a fit takes."""
-    return max(1, round(effort * min(max(FEWEST_STEPS, EPOCHS * images // BATCH), MOST_STEPS)))
+MAX_LOGITS = 2**26  # that are upsampled together
+UPSAMPLING = 4  # logits are compared with the masks at this many times the grid
 
 
 def linear_head(width: int, n_classes: int) -> nn.Module:
-    """Batch norm and one linear map: (B, C, H, W) -> (B, K, H, W)."""
+    """Batch norm and one linear map: (B, C, H, W) -> logits (B, K, H, W)."""
     logits = nn.Conv2d(width, n_classes, 1)
     nn.init.normal_(logits.weight, std=0.01)
     nn.init.zeros_(logits.get_parameter("bias"))
     return nn.Sequential(nn.BatchNorm2d(width), logits)
 
 
-def fit(
-    frozen: FeatureBank[MaskFile], labels: Tensor, n_classes: int, lr: float, seed: int, effort: float = 1.0
-) -> nn.Module:
-    """A head fitted with cross entropy on the enlarged logits; AdamW, the rate falling by half a cosine.
-
-    Args:
-        labels: (n, 4 H, 4 W) uint8, as `small_masks`.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = linear_head(frozen.width, n_classes).to(frozen.device)
-    steps = steps_for(len(frozen), effort)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for rows in minibatches(len(frozen), BATCH, steps, torch.Generator().manual_seed(seed)):
-        logits = enlarge(head(frozen.maps(rows)), (labels.shape[1], labels.shape[2]))  # (B, K, 4 H, 4 W)
-        truth = labels[rows].to(frozen.device).long()
-        loss = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
-        optimizer.zero_grad()
-        (loss / (truth != IGNORED).sum().clamp(min=1)).backward()
-        optimizer.step()
-        schedule.step()
-    return head.eval()
-
-
-def small_masks(frozen: FeatureBank[MaskFile], n_classes: int) -> Tensor:
+def small_masks(bank: FeatureBank[MaskFile], n_classes: int) -> Tensor:
     """(n, 4 H, 4 W) uint8, the nearest pixel of each mask."""
-    size = (ENLARGE * frozen.grid[0], ENLARGE * frozen.grid[1])
-    masks = (torch.from_numpy(read_mask(truth.path, n_classes)) for truth in frozen.truths)
+    size = (UPSAMPLING * bank.grid[0], UPSAMPLING * bank.grid[1])
+    masks = (torch.from_numpy(read_mask(file.path, n_classes)) for file in bank.annotations)
     return torch.cat([F.interpolate(mask[None, None], size, mode="nearest-exact")[0] for mask in masks])
 
 
-def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsample(logits: Tensor, size: Size) -> Tensor:
     """(B, K, H, W) -> (B, K, h, w), bilinear."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def class_map(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, H, W) -> (h, w) int64 on the CPU: the class of the highest logit, enlarged a few classes at a time."""
-    few = max(1, AT_ONCE // (size[0] * size[1]))
-    best, chosen = enlarge(logits[None, :few], size)[0].max(0)  # (h, w)
-    for first in range(few, len(logits), few):
-        values, indices = enlarge(logits[None, first : first + few], size)[0].max(0)
+def segmentation_loss(head: nn.Module, maps: Tensor, targets: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of a head's logits, upsampled to masks (h, w): the mean over the labelled pixels."""
+    labels = torch.stack(list(targets)).long().to(maps.device)  # (B, h, w)
+    logits = upsample(head(maps), (labels.shape[1], labels.shape[2]))  # (B, K, h, w)
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def class_map(logits: Tensor, size: Size, max_logits: int = MAX_LOGITS) -> Tensor:
+    """(K, H, W) -> (h, w) int64 on the CPU: the class of the highest logit, upsampled a few classes at a time."""
+    chunk = max(1, max_logits // (size[0] * size[1]))
+    best, classes = upsample(logits[None, :chunk], size)[0].max(0)  # (h, w)
+    for first in range(chunk, len(logits), chunk):
+        values, indices = upsample(logits[None, first : first + chunk], size)[0].max(0)
         higher = values > best
-        best, chosen = torch.where(higher, values, best), torch.where(higher, indices + first, chosen)
-    return chosen.cpu()
+        best, classes = torch.where(higher, values, best), torch.where(higher, indices + first, classes)
+    return classes.cpu()
 
 
 @torch.no_grad()
-def confusion(head: nn.Module, frozen: FeatureBank[MaskFile], n_classes: int) -> Tensor:
-    """(K, K) int64: pixels of each true class (rows) by predicted class, at the size of the masks."""
-    counted = torch.zeros(n_classes * n_classes, dtype=torch.int64)
-    for start in range(0, len(frozen), BATCH):
-        rows = range(start, min(start + BATCH, len(frozen)))
-        for row, logits in zip(rows, head(frozen.maps(rows)), strict=True):
-            mask = frozen.truths[row]
-            predicted = class_map(logits, mask.size)  # (h, w)
-            truth = torch.from_numpy(read_mask(mask.path, n_classes)).long()
-            known = truth != IGNORED
-            pairs = truth[known] * n_classes + predicted[known]
-            counted += pairs.bincount(minlength=n_classes * n_classes)
-    return counted.view(n_classes, n_classes)
+def confusion_matrix(head: nn.Module, bank: FeatureBank[MaskFile], n_classes: int) -> Tensor:
+    """(K, K) int64: pixels of each true class (first index) by predicted class, at the size of the masks."""
+    counts = torch.zeros(n_classes * n_classes, dtype=torch.int64)
+    for indices, maps in bank.batches():
+        for index, logits in zip(indices, head(maps), strict=True):
+            file = bank.annotations[index]
+            counts += _pair_counts(file, class_map(logits, file.size), n_classes)
+    return counts.view(n_classes, n_classes)
 
 
-def scores(counted: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
-    """Metrics of one confusion matrix over all images; a class neither there nor predicted has no IoU."""
-    by_class = {f"IoU/{name}": value for name, value in zip(classes, ious(counted).tolist(), strict=True)}
-    accuracy = (counted.diagonal().sum().double() / counted.sum().clamp(min=1)).item()
-    found = {name: value for name, value in by_class.items() if value == value}  # not nan
-    return {"mIoU": mean_iou(counted), "pixel_accuracy": accuracy, **found}
+def _pair_counts(file: MaskFile, predicted: Tensor, n_classes: int) -> Tensor:
+    """(K * K,) pixels of each pair of true and predicted class; ``predicted`` is (h, w)."""
+    labels = torch.from_numpy(read_mask(file.path, n_classes)).long()
+    labelled = labels != IGNORE_INDEX
+    pairs = labels[labelled] * n_classes + predicted[labelled]
+    return pairs.bincount(minlength=n_classes * n_classes)
 
 
-def mean_iou(counted: Tensor) -> float:
-    """Mean over the classes that are there or predicted; 0 where there is no labelled pixel."""
-    return ious(counted).nanmean().nan_to_num().item()
+def segmentation_scores(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
+    """Metrics of one confusion matrix over all images; a class neither labelled nor predicted has no IoU."""
+    by_class = {f"IoU/{name}": value for name, value in zip(classes, class_ious(confusion).tolist(), strict=True)}
+    accuracy = (confusion.diagonal().sum().double() / confusion.sum().clamp(min=1)).item()
+    ious = {name: value for name, value in by_class.items() if value == value}  # not nan
+    return {"mIoU": mean_iou(confusion), "pixel_accuracy": accuracy, **ious}
 
 
-def ious(counted: Tensor) -> Tensor:
-    """(K,) float64, nan for a class that is neither there nor predicted."""
-    right = counted.diagonal().double()
-    return right / (counted.sum(0) + counted.sum(1) - right)
+def mean_iou(confusion: Tensor) -> float:
+    """Mean over the classes that are labelled or predicted; 0 where no pixel is labelled."""
+    return class_ious(confusion).nanmean().nan_to_num().item()
+
+
+def class_ious(confusion: Tensor) -> Tensor:
+    """(K,) float64, nan for a class that is neither labelled nor predicted."""
+    correct = confusion.diagonal().double()
+    return correct / (confusion.sum(0) + confusion.sum(1) - correct)
+
+
+def evaluate_segmentation(head: nn.Module, bank: FeatureBank[MaskFile], classes: tuple[str, ...]) -> dict[str, float]:
+    """mIoU, pixel accuracy and the IoU of each class at the size of the masks."""
+    return segmentation_scores(confusion_matrix(head, bank, len(classes)), classes)
+
+
+def predict_masks(
+    head: nn.Module, classes: Sequence[str], features: Features, sizes: Sequence[Size], threshold: float
+) -> list[Any]:
+    """``[{label, score, mask}]`` for each image: a mask per predicted class; the threshold does not apply."""
+    predictions = []
+    for logits, size in zip(head(to_float16(features.to_map().float()).float()), sizes, strict=True):
+        predicted = class_map(logits, size)  # (h, w)
+        indices = predicted.unique().tolist()
+        predictions.append([{"label": classes[i], "score": None, "mask": predicted == i} for i in indices])
+    return predictions
+
+
+@dataclass(frozen=True)
+class SemanticTask:
+    """Finetuning: the loss of the probe."""
+
+    splits: AnnotatedSplits[MaskFile]
+    task: str = "semantic"
+    metric: str = "mIoU"
+    whole_images: bool = True
+
+    def build_head(self, width: int) -> nn.Module:
+        """A fresh head of the default probe."""
+        return linear_head(width, len(self.splits.classes))
+
+    def read_image(
+        self, split: AnnotatedSplit[MaskFile], position: int, min_side: int
+    ) -> tuple[Tensor, Size] | Skipped:
+        """A decoded image and the size of its mask."""
+        image = read_image(split, position, min_side)
+        return image if isinstance(image, Skipped) else (image, split.annotations[position].size)
+
+    def target(self, split: AnnotatedSplit[MaskFile], position: int, view: View, grid: tuple[int, int]) -> Tensor:
+        """The mask of a view, (4 H, 4 W) uint8, nearest pixels."""
+        mask = torch.from_numpy(read_mask(split.annotations[position].path, len(self.splits.classes)))  # (h, w)
+        (h, w), (rows, columns) = mask.shape, (UPSAMPLING * grid[0], UPSAMPLING * grid[1])
+        y = (((torch.arange(rows) + 0.5) / rows * view.height + view.top) * h).long().clamp(max=h - 1)
+        x = (((torch.arange(columns) + 0.5) / columns * view.width + view.left) * w).long().clamp(max=w - 1)
+        return mask[y][:, x.flip(0) if view.flip else x]
+
+    def loss(self, head: nn.Module, features: Features, targets: Sequence[Tensor]) -> Tensor:
+        """Mean cross-entropy over the labelled pixels."""
+        return segmentation_loss(head, features.to_map(), targets)
+
+    def evaluate(
+        self,
+        head: nn.Module,
+        features_of: FeaturesOf,
+        split: AnnotatedSplit[MaskFile],
+        size: Size,
+        batch: int,
+        workers: int,
+    ) -> tuple[dict[str, float], int]:
+        """The metrics of the probe."""
+        bank = FeatureBank(features_of, split, size, batch, workers)
+        return evaluate_segmentation(head, bank, self.splits.classes), len(bank)
+
+
+def evaluate_semantic_head(
+    head: HeadWithInput, splits: AnnotatedSplits[MaskFile], batch: int, workers: int
+) -> list[Row]:
+    """The metrics of the probe for a teacher's head on the test images."""
+    started_at = time.perf_counter()
+    indices, n_classes = torch.tensor(class_indices(head.classes, splits.classes)), len(splits.classes)
+    counts = torch.zeros(n_classes**2, dtype=torch.int64)
+    for positions, sizes, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
+        check_sizes(splits.test, positions, sizes)
+        maps = head.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
+        for position, predicted in zip(positions, maps, strict=True):
+            counts += _pair_counts(splits.test.annotations[position], indices[predicted.cpu().long()], n_classes)
+    values = segmentation_scores(counts.view(n_classes, n_classes), splits.classes)
+    return head_rows("semantic", values, len(splits.test.annotations), started_at)
+
+
+def mask_labels(split: AnnotatedSplit[MaskFile], position: int, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A mask for each class of an image in the form of predictions."""
+    mask = torch.from_numpy(read_mask(split.annotations[position].path, len(classes)))
+    indices = [index for index in mask.unique().tolist() if index != IGNORE_INDEX]
+    return [{"label": classes[index], "score": None, "mask": mask == index} for index in indices]
+
+
+PROBE = SpatialProbe(
+    task="semantic",
+    name="linear",
+    metric="mIoU",
+    build=linear_head,
+    targets=small_masks,
+    loss=segmentation_loss,
+    evaluate=evaluate_segmentation,
+    settings=ProbeSettings(lrs=(3e-3, 1e-2, 3e-2), weight_decay=1e-3, schedule="cosine", min_steps=400),
+)
+UPERNET = replace(PROBE, name="upernet", build=UperNet, settings=LARGER_PROBE_SETTINGS)
+
+TASK = Task(
+    name="semantic",
+    title="Semantic segmentation",
+    metrics=(Metric("mIoU", "mIoU", "mIoU", "mIoU", ("mIoU",)),),
+    find_splits=find_masks,
+    needs_spatial=True,
+    fit_probe=partial(fit_probe, PROBE),
+    probe_head=ProbeHead("linear", linear_head, lambda head: head[0].num_features, predict_masks),
+    finetune=SemanticTask,
+    evaluate_head=evaluate_semantic_head,
+    head_classes=("ForSemanticSegmentation",),
+    labels_as_predictions=mask_labels,
+    larger_probes={"upernet": partial(fit_probe, UPERNET)},
+    folders=("semantic",),
+)

@@ -1,14 +1,14 @@
-"""The data-centric baseline: the student's own architecture without what it inherited, trained with labels alone.
+"""The data-centric baseline: the architecture of the student, trained from scratch with labels.
 
-It gets the training FLOPs of the distillation. Counted are matrix products, convolutions and attention, forward and
-backward, of one real step of each (`torch.utils.flop_counter`), with all teachers asked live. Not counted are
-optimizers and what moves or adds numbers; of the distillation, calibration and held-out measures; of the baseline,
-what it tries first to choose an optimizer and its learning rate.
+It gets the training FLOPs of the distillation. Matrix products, convolutions and attention are counted, forward and
+backward, for one real step of each (`torch.utils.flop_counter`), with all teachers running. Optimizers and element-wise
+operations are not counted; nor are calibration and held-out evaluations of the distillation, nor the search for the
+optimizer and learning rate of the baseline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,20 @@ from typing import Any
 from shoulders.config.recipe import Recipe, as_size, read_recipe
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
+from shoulders.evaluation.evaluate import Rows, evaluate
 from shoulders.evaluation.finetune_models import init_from_scratch
+from shoulders.evaluation.models import BASELINE
 from shoulders.hub.flops import count_flops
 from shoulders.model import ShouldersConfig, load
 from shoulders.tasks import TASKS, FinetuneTask, Row
-from shoulders.tasks.finetune import HParams, Plan, Views, grid_of, run
+from shoulders.tasks.finetune import FinetuneSchedule, HParams, feature_grid, finetune
+from shoulders.tasks.views import AugmentedViews
 from shoulders.training.flops import distillation_flops
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import teacher_name
 
 BATCH = 32
-TRIES = (HParams("adamw", 1e-3), HParams("muon", 2e-3))
+CANDIDATES = (HParams("adamw", 1e-3), HParams("muon", 2e-3))
 COUNTED = 2  # images of a counted step
 
 
@@ -43,7 +46,38 @@ class Equal:
         return max(1, round(self.distillation / (self.supervised * batch)))
 
 
-def scratch(
+def evaluate_with_baseline(
+    run: Path | str,
+    task: str,
+    data: Path | str,
+    models: Sequence[str] = (BASELINE,),
+    *,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    **settings: Any,
+) -> Rows:
+    """`shoulders.evaluation.evaluate.evaluate`, which also takes ``scratch``, the baseline, among the models.
+
+    Args:
+        steps: of the baseline; default: as many as cost what the run's distillation did, `equal_flops`.
+        settings: the other arguments of `shoulders.evaluation.evaluate.evaluate`.
+
+    Raises:
+        RecipeError: as `shoulders.evaluation.evaluate.evaluate`, or the steps cannot be counted.
+    """
+    if steps is None:
+        check_countable(run)
+
+    def train(splits: Any) -> list[Row]:
+        return train_supervised_baseline(run, task, splits, steps, size=size, workers=workers, seed=seed)
+
+    trained = {BASELINE: train}
+    return evaluate(run, task, data, models, size=size, workers=workers, seed=seed, trained_models=trained, **settings)
+
+
+def train_supervised_baseline(
     folder: Path | str,
     task: str,
     splits: Any,
@@ -53,38 +87,40 @@ def scratch(
     batch: int = BATCH,
     workers: int = 0,
     seed: int = 0,
-    tries: tuple[HParams, ...] = TRIES,
+    candidates: tuple[HParams, ...] = CANDIDATES,
 ) -> list[Row]:
-    """Rows of a fresh student trained with the labels of train, on what its head says of test.
+    """Rows of the student's architecture, trained from scratch on train and evaluated on test.
 
     Args:
-        folder: a run folder, or with `steps` a student's folder.
-        task: a name in ``shoulders.tasks.TASKS``.
+        folder: a run folder, or with ``steps`` a student's folder.
+        task: a name in `shoulders.tasks.TASKS`.
         splits: as that task finds them.
         steps: default: as many as cost what the run's distillation did, `equal_flops`.
         size: (h, w) of the input in px; default: the student's.
-        batch: images a step.
+        batch: images per step.
         workers: threads that decode.
-        tries: optimizers and learning rates to try.
+        seed: of initial weights, of the views and of their order.
+        candidates: optimizers and learning rates to select from.
 
     Raises:
         RecipeError: no recipe to count the steps of, or one that lacks a teacher.
         DataError: the student or the data cannot be used.
-        NumericError: training left the finite numbers.
+        NumericError: the training diverges.
     """
-    config, goal, device = load(folder).config, TASKS[task].tune(splits), this_device()
+    config, finetune_task, device = load(folder).config, TASKS[task].finetune(splits), this_device()
     size = size or as_size(tuple(config.image_size))
-    make = partial(init_from_scratch, config, goal, seed, device)
-    told: dict[str, float | int | str] = {}
+    build = partial(init_from_scratch, config, finetune_task, seed, device)
+    settings: dict[str, float | int | str] = {}
     if steps is None:
-        equal = equal_flops(folder, goal, size)
+        equal = equal_flops(folder, finetune_task, size)
         steps = equal.steps(batch)
-        told = {"distillation_flops": equal.distillation, "flops_per_image": equal.supervised}
-    return run(make, goal, size, Plan(steps, batch, tries), workers=workers, seed=seed, told=told)[0]
+        settings = {"distillation_flops": equal.distillation, "flops_per_image": equal.supervised}
+    schedule = FinetuneSchedule(steps, batch, candidates)
+    return finetune(build, finetune_task, size, schedule, workers=workers, seed=seed, settings=settings)[0]
 
 
-def equal_flops(folder: Path | str, goal: FinetuneTask, size: tuple[int, int]) -> Equal:
-    """What a run's distillation cost, and what an image of (h, w) px costs a fresh student that learns a goal.
+def equal_flops(folder: Path | str, task: FinetuneTask, size: tuple[int, int]) -> Equal:
+    """The training FLOPs of a run's distillation, and of an image of (h, w) px of supervised training.
 
     Raises:
         RecipeError: as `check_countable`.
@@ -92,7 +128,7 @@ def equal_flops(folder: Path | str, goal: FinetuneTask, size: tuple[int, int]) -
     recipe = check_countable(folder)
     student = load(folder)
     per_image = distillation_flops(student, recipe)
-    step, images = _supervise(student.config, goal, size)
+    step, images = _supervise(student.config, task, size)
     supervised = count_flops(step) / images
     return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
@@ -113,14 +149,14 @@ def check_countable(folder: Path | str) -> Recipe:
     return recipe
 
 
-def _supervise(config: ShouldersConfig, goal: FinetuneTask, size: tuple[int, int]) -> tuple[Callable[[], None], int]:
-    """One supervised step, but for the optimizer, and its number of images: one that cannot be read is not there."""
-    learns = init_from_scratch(config, goal, 0, this_device())
-    plan = Plan(1, COUNTED, TRIES)
-    views = Views(goal, goal.splits.train, size, plan.scale, 0)
-    pixels, targets = next(views.batches(COUNTED, 1, grid_of(learns, size)))
+def _supervise(config: ShouldersConfig, task: FinetuneTask, size: tuple[int, int]) -> tuple[Callable[[], None], int]:
+    """One supervised step, without the optimizer, and its number of images: unreadable ones are left out."""
+    model = init_from_scratch(config, task, 0, this_device())
+    schedule = FinetuneSchedule(1, COUNTED, CANDIDATES)
+    views = AugmentedViews(task, task.splits.train, size, schedule.scale, 0)
+    pixels, targets = next(views.batches(COUNTED, 1, feature_grid(model, size)))
 
     def step() -> None:
-        goal.loss(learns.head, learns.see(pixels.to(learns.device)), targets).backward()
+        task.loss(model.head, model.features_of(pixels.to(model.device)), targets).backward()
 
     return step, len(pixels)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shoulders.errors import RecipeError
+from shoulders.images.run_lengths import mask_to_runs
 from shoulders.storage.atomic import write_folder
-from shoulders.tasks.data.coco import list_runs
 from shoulders.world.scenes import MIN_SIZE, SIZE, Scene, draw
 from shoulders.world.shapes import CLASSES
 from shoulders.world.styles import STYLES
@@ -164,7 +164,7 @@ def annotate(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]
                 "bbox": [left, top, right - left, bottom - top],
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "segmentation": {"size": list(mask.shape), "counts": list_runs(mask)},
+                "segmentation": {"size": list(mask.shape), "counts": mask_to_runs(mask)},
             }
         )
     return rows

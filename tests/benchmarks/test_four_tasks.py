@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from shoulders.features import Batch, Features
+from shoulders.tasks import TASKS
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "four_tasks"
 OWN = [path.stem for path in FOLDER.glob("*.py")]
@@ -42,11 +43,11 @@ def row(dataset: str, kind: str, metric: str, value: float, **more: Any) -> dict
 def test_every_setting_has_one_job_for_each_task_and_metrics_for_every_kind() -> None:
     jobs = script("jobs")
     for setting in jobs.SETTINGS.values():
-        assert sorted(job.task for job in setting.jobs) == ["classification", "detection", "instance", "semantic"]
+        assert [job.task for job in setting.jobs] == list(TASKS)
         assert setting.recipe.is_file()
         for job in setting.jobs:
             for kind in jobs.KINDS:
-                assert any(jobs.TOLD[kind] in names for names in job.metrics.values()), (job.task, kind)
+                assert any(jobs.name_in_rows(metric, kind) for metric in job.metrics.values()), (job.task, kind)
 
 
 def test_both_recipes_are_sound_and_keep_the_heads_that_the_jobs_ask_for() -> None:
@@ -93,11 +94,11 @@ def test_rows_have_our_metrics_and_intervals() -> None:
 def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_of_weak_teachers() -> None:
     rows = [
         row("bccd", "teacher", "box_AP", 0.6, low=0.55, high=0.65),
-        row("bccd", "inherited", "box_AP", 0.3, low=0.2, high=0.5),
-        row("bccd", "inherited", "box_AP", 0.4, low=0.3, high=0.6) | {"seed": 1},
+        row("bccd", "teacher_head", "box_AP", 0.3, low=0.2, high=0.5),
+        row("bccd", "teacher_head", "box_AP", 0.4, low=0.3, high=0.6) | {"seed": 1},
         *(row("bccd", "student_probe", "box_AP", value, probe_seed=seed) for seed, value in enumerate((0.4, 0.5, 0.6))),
         row("pennfudan", "teacher", "mask_AP", 0.2),
-        row("pennfudan", "inherited", "mask_AP", 0.19),
+        row("pennfudan", "teacher_head", "mask_AP", 0.19),
         row("cifar10", "teacher", "top1", 1.0),
         row("cifar10", "student_probe", "knn_top1", 0.7),
     ]
@@ -112,8 +113,8 @@ def test_the_table_tells_intervals_deviations_and_retention_and_claims_nothing_o
 
 
 def test_fresh_scenes_are_held_against_those_well_known() -> None:
-    fresh = [row("world/neon", "teacher", "box_AP", 0.8), row("world/neon", "inherited", "box_AP", 0.6)]
-    known = [row("world/neon", "teacher", "box_AP", 0.9), row("world/neon", "inherited", "box_AP", 0.72)]
+    fresh = [row("world/neon", "teacher", "box_AP", 0.8), row("world/neon", "teacher_head", "box_AP", 0.6)]
+    known = [row("world/neon", "teacher", "box_AP", 0.9), row("world/neon", "teacher_head", "box_AP", 0.72)]
     lines = script("fresh").table(fresh, known).splitlines()
     assert lines[2:] == ["| world/neon (box AP) | .800 | .600 | 0.750 | 0.800 |"]
 
@@ -170,7 +171,7 @@ def run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_at: int | N
     run, measure, kept, jobs = (script(name) for name in ("run", "measure", "kept", "jobs"))
     counted = Counted(breaks_at)
     monkeypatch.setattr(measure, "by_teacher", lambda job, *rest: counted.rows(job, "teacher", None))
-    monkeypatch.setattr(measure, "inherited", lambda job, run, labels, seed: counted.rows(job, "inherited", seed))
+    monkeypatch.setattr(measure, "inherited", lambda job, run, labels, seed: counted.rows(job, "teacher_head", seed))
     monkeypatch.setattr(measure, "from_scratch", lambda job, *rest: counted.rows(job, "scratch", 0))
     monkeypatch.setattr(measure, "distilled", lambda setting, work, *rest: work)
     monkeypatch.setattr(run, "draw_sheets", lambda *rest: None)
@@ -235,7 +236,7 @@ def test_other_sizes_are_multiples_of_the_patch() -> None:
         1.5: (140, 210),
         2.0: (196, 280),
     }
-    rows = [row("bccd", "inherited", "box_AP", value, factor=factor) for factor, value in ((0.5, 0.1), (2.0, 0.3))]
+    rows = [row("bccd", "teacher_head", "box_AP", value, factor=factor) for factor, value in ((0.5, 0.1), (2.0, 0.3))]
     line = "| bccd (box AP) | the teacher's head | .100 | - | - | - | .300 |"
     assert script("sizes").table(rows).splitlines()[2:] == [line]
 
@@ -262,8 +263,8 @@ def test_serving_tells_median_spread_and_gain() -> None:
 def test_variants_are_held_against_the_teacher() -> None:
     rows = [
         row("camvid", "teacher", "mIoU", 0.5),
-        row("camvid", "inherited", "mIoU", 0.4, variant="own grids"),
-        row("camvid", "inherited", "mIoU", 0.3, variant="the student's grid"),
+        row("camvid", "teacher_head", "mIoU", 0.4, variant="own grids"),
+        row("camvid", "teacher_head", "mIoU", 0.3, variant="the student's grid"),
     ]
     variants = ["own grids", "the student's grid", "one that was not measured"]
     told = script("ablations").table(variants, rows).splitlines()

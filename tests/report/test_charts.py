@@ -84,7 +84,7 @@ def test_positions_move_as_little_as_needed() -> None:
 
 
 def test_bars_are_in_proportion_and_end_at_one() -> None:
-    chart = tree.fromstring(bar_chart([("teacher", 0.5), ("scratch", 1.2), ("inherited", 0.0)], "label"))  # noqa: S314
+    chart = tree.fromstring(bar_chart([("teacher", 0.5), ("scratch", 1.2), ("teacher_head", 0.0)], "label"))  # noqa: S314
     track, *bars = chart.iter("rect")
     assert float(track.get("width") or 0) == BAR_WIDTH
     assert [float(bar.get("width") or 0) for bar in bars] == [BAR_WIDTH / 2, BAR_WIDTH, 0]

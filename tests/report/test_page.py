@@ -210,7 +210,7 @@ def heldout_names(recipe: Recipe) -> list[str]:
 def test_rows_of_the_caller_replace_those_of_the_run(run: Path, tmp_path: Path) -> None:
     rows = [
         {"task": "semantic", "kind": kind, "metric": "mIoU", "value": value + seed / 100, "seed": seed}
-        for kind, value in (("teacher", 0.9), ("inherited", 0.45), ("scratch", 0.2))
+        for kind, value in (("teacher", 0.9), ("teacher_head", 0.45), ("scratch", 0.2))
         for seed in (0, 1)
     ]
     page = Page(write_report(run, rows=rows, out=tmp_path / "page.html"))
@@ -271,7 +271,7 @@ def test_the_headline_follows_the_retention(run: Path, scores: dict[str, float],
     rows = [
         {"task": "semantic", "kind": kind, "head": head, "metric": "mIoU", "value": value, "data": f"/{head}"}
         for head, retention in scores.items()
-        for kind, value in (("teacher", 1.0), ("inherited", retention))
+        for kind, value in (("teacher", 1.0), ("teacher_head", retention))
     ]
     record = read_run(run, rows)
     assert len(record.teachers) == 3

@@ -28,9 +28,9 @@ def evaluated() -> list[dict[str, Any]]:
 
 def test_a_line_has_a_cell_for_each_kind_of_measurement() -> None:
     (line,) = table_lines(evaluated())
-    assert (line.task, line.data, line.head) == ("instance", "ink", "masker")
+    assert (line.task.name, line.data, line.head) == ("instance", "ink", "masker")
     values = {kind: cell.value for kind, cell in line.cells.items()}
-    assert values == {"teacher": 0.8, "inherited": 0.4, "student_probe": 0.5, "base_probe": 0.3, "scratch": 0.2}
+    assert values == {"teacher": 0.8, "teacher_head": 0.4, "student_probe": 0.5, "base_probe": 0.3, "scratch": 0.2}
     assert (line.cells["teacher"].low, line.cells["teacher"].high) == (0.7, 0.9)
     assert line.retention == pytest.approx(0.5)
     assert line.best == "student_probe"  # the teacher is excluded
@@ -69,20 +69,20 @@ def test_rows_with_a_kind_give_the_same_cells() -> None:
 
 
 def test_seeds_are_averaged_and_the_latest_measurement_of_each_is_used() -> None:
-    common = {"task": "detection", "kind": "inherited", "metric": "AP"}
+    common = {"task": "detection", "kind": "teacher_head", "metric": "AP"}
     values = [0.4, 0.5, 0.9]
     rows = [{**common, "value": 0.1, "seed": 2}, *({**common, "value": v, "seed": s} for s, v in enumerate(values))]
     (line,) = table_lines(rows)
-    cell = line.cells["inherited"]
+    cell = line.cells["teacher_head"]
     assert (cell.value, cell.seeds) == (pytest.approx(0.6), 3)
     assert cell.high is not None and cell.high - cell.value == pytest.approx(statistics.stdev(values))
 
 
-def test_tuned_adapters_are_not_probes() -> None:
+def test_finetuned_adapters_are_not_probes() -> None:
     rows = result_rows("student", "semantic", INK, mIoU=0.3)
-    tuned = [{**row, "value": 0.5, "settings": {"tune": "adapter"}} for row in rows]
-    (line,) = table_lines(rows + tuned)
-    assert {kind: cell.value for kind, cell in line.cells.items()} == {"student_probe": 0.3, "student_tuned": 0.5}
+    finetuned = [{**row, "value": 0.5, "settings": {"finetune": "adapter"}} for row in rows]
+    (line,) = table_lines(rows + finetuned)
+    assert {kind: cell.value for kind, cell in line.cells.items()} == {"student_probe": 0.3, "student_finetuned": 0.5}
 
 
 def test_student_and_base_are_compared_with_the_same_probe_head() -> None:
@@ -112,7 +112,9 @@ def test_each_data_set_task_and_head_has_its_own_line() -> None:
         *result_rows("student", "semantic", Path("/a/camvid"), "two", mIoU=0.5),
         *result_rows("student", "classification", INK, top1=float("nan"), linear_top1=0.9),
     ]
-    lines = [(line.task, line.data, line.head, [c.value for c in line.cells.values()]) for line in table_lines(rows)]
+    lines = [
+        (line.task.name, line.data, line.head, [c.value for c in line.cells.values()]) for line in table_lines(rows)
+    ]
     assert lines == [
         ("classification", "ink", None, [0.9]),
         ("semantic", "ink", None, [0.3]),

@@ -1,4 +1,4 @@
-"""Pictures of coloured boxes with labels for places, in the layouts that users have."""
+"""Images of coloured boxes with masks and objects, in the layouts that users have."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from PIL import Image
 
 from shoulders.features import Batch, Features
 
-SIZE = (32, 32)  # that the features below ask for
+SIZE = (32, 32)  # (h, w) in px of the input of the features below
 COLOURS = ((230, 40, 40), (40, 40, 230))  # of class 0 and 1
 COUNTS = {"train": 24, "val": 8, "test": 8}
 
 
 def colours(batch: Batch) -> Features:
-    """The mean colour of places of 4 x 4 px: grid (8, 8)."""
+    """The mean colour of cells of 4 x 4 px: grid (8, 8)."""
     return Features.from_map(F.avg_pool2d(batch.pixels(SIZE), 4) * 4 - 2)
 
 
-def noise(batch: Batch) -> Features:
-    """Features that say nothing of colours."""
+def constant(batch: Batch) -> Features:
+    """Features without information: the same everywhere."""
     return Features.from_map(F.avg_pool2d(batch.pixels(SIZE), 4)[:, :1] * 0 + 1)
 
 
@@ -38,22 +38,22 @@ def scene(index: int, split: str) -> tuple[NDArray[np.uint8], list[tuple[int, in
         width, height = (int(length) for length in rng.integers(10, 17, 2))
         left = side * w // 2 + int(rng.integers(0, w // 2 - width + 1))
         top = int(rng.integers(0, h - height + 1))
-        kind = int(rng.integers(2))
-        pixels[top : top + height, left : left + width] = COLOURS[kind]
-        boxes.append((kind, left, top, left + width, top + height))
+        label = int(rng.integers(2))
+        pixels[top : top + height, left : left + width] = COLOURS[label]
+        boxes.append((label, left, top, left + width, top + height))
     return pixels, boxes
 
 
 def save_masks(path: Path, counts: dict[str, int] = COUNTS, names: bool = True) -> Path:
-    """Index masks: 0 the ground, 1 and 2 the boxes, a rim of 255 above."""
+    """Index masks: 0 is the background, 1 and 2 are the boxes, the first line is 255."""
     for split, count in counts.items():
-        for part in ("images", "annotations"):
-            (path / part / split).mkdir(parents=True)
+        for folder in ("images", "annotations"):
+            (path / folder / split).mkdir(parents=True)
         for index in range(count):
             pixels, boxes = scene(index, split)
             mask = np.zeros(pixels.shape[:2], dtype=np.uint8)
-            for kind, left, top, right, bottom in boxes:
-                mask[top:bottom, left:right] = 1 + kind
+            for label, left, top, right, bottom in boxes:
+                mask[top:bottom, left:right] = 1 + label
             mask[0] = 255
             Image.fromarray(pixels).save(path / f"images/{split}/{index}.png")
             Image.fromarray(mask).save(path / f"annotations/{split}/{index}.png")
@@ -72,13 +72,13 @@ def save_objects(path: Path, counts: dict[str, int] = COUNTS) -> Path:
             pixels, boxes = scene(index, split)
             Image.fromarray(pixels).save(path / split / f"{index}.png")
             images.append({"id": index, "file_name": f"{index}.png", "height": len(pixels), "width": len(pixels[0])})
-            for kind, left, top, right, bottom in boxes:
+            for label, left, top, right, bottom in boxes:
                 polygon = [left, top, right, top, right, bottom, left, bottom]
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
                         "image_id": index,
-                        "category_id": kind + 1,
+                        "category_id": label + 1,
                         "iscrowd": 0,
                         "bbox": [left, top, right - left, bottom - top],
                         "segmentation": [polygon],

@@ -53,7 +53,7 @@ def test_objects_have_the_size_of_their_area(side: float, name: str) -> None:
 
 def test_classes_count_the_same_and_those_without_objects_not_at_all() -> None:
     box = [10.0, 10.0, 50.0, 50.0]
-    one, other = truth([box, box], classes=("a", "b", "c")).pictures[0], truth([box], kind=2).pictures[0]
+    one, other = truth([box, box], classes=("a", "b", "c")).images[0], truth([box], kind=2).images[0]
     objects = Annotations(("a", "b", "c"), (one, other))
     found = [detections([box, box], [0.9, 0.8]), detections([box], [0.9], kind=1)]
     assert average_precision(match(objects, found))["AP"] == pytest.approx(0.5)  # a: 1, c: 0

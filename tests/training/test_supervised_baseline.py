@@ -14,11 +14,15 @@ import yaml
 from torch import nn
 
 from shoulders.errors import RecipeError
-from shoulders.evaluation.evaluate import evaluate
 from shoulders.evaluation.finetune_models import init_from_scratch
 from shoulders.model import load
 from shoulders.tasks import TASKS
-from shoulders.training.supervised_baseline import Equal, equal_flops, scratch
+from shoulders.training.supervised_baseline import (
+    Equal,
+    equal_flops,
+    evaluate_with_baseline,
+    train_supervised_baseline,
+)
 from tests.evaluation.test_evaluate import world  # noqa: F401
 from tests.tiny import ADAPTERS
 
@@ -32,10 +36,10 @@ def test_equal_steps_cost_what_the_distillation_cost() -> None:
 
 
 def test_an_image_of_supervised_training_costs_what_its_matrices_say(world: Path) -> None:  # noqa: F811
-    goal = TASKS["semantic"].tune(TASKS["semantic"].find(world / "masks", "image"))
+    goal = TASKS["semantic"].finetune(TASKS["semantic"].find_splits(world / "masks", "image"))
     told = equal_flops(world / "run", goal, SIZE)
     splits = replace(goal.splits, train=goal.splits.train.take(np.array([0])))
-    one = equal_flops(world / "run", TASKS["semantic"].tune(splits), SIZE)
+    one = equal_flops(world / "run", TASKS["semantic"].finetune(splits), SIZE)
     assert one.supervised == told.supervised  # however many images a step has
     tokens, places, d, hidden, rank, layers, k = 17, 16, 32, 128, 2, 2, 3
     patches = 2 * places * (3 * 8 * 8) * d
@@ -48,7 +52,7 @@ def test_an_image_of_supervised_training_costs_what_its_matrices_say(world: Path
 
 
 def test_the_distillation_is_counted_over_its_steps(world: Path, tmp_path: Path) -> None:  # noqa: F811
-    goal = TASKS["semantic"].tune(TASKS["semantic"].find(world / "masks", "image"))
+    goal = TASKS["semantic"].finetune(TASKS["semantic"].find_splits(world / "masks", "image"))
     once = equal_flops(world / "run", goal, SIZE)
     shutil.copytree(world / "run", tmp_path / "run")
     recipe = yaml.safe_load((world / "run" / "recipe.yaml").read_text())
@@ -68,45 +72,48 @@ def test_the_distillation_is_counted_over_its_steps(world: Path, tmp_path: Path)
 def test_it_starts_from_nothing_and_everything_in_it_learns(adapter: dict[str, Any], world: Path) -> None:  # noqa: F811
     config = load(world / "run").config
     config.adapter = adapter
-    goal = TASKS["semantic"].tune(TASKS["semantic"].find(world / "masks", "image"))
+    goal = TASKS["semantic"].finetune(TASKS["semantic"].find_splits(world / "masks", "image"))
     who = init_from_scratch(config, goal, 5, torch.device("cpu"))
     inherited = dict(load(world / "run").encoder.base.named_parameters())
     weights = {name: p for name, p in who.encoder.named_parameters() if p.ndim > 1 and name.startswith("base.")}
     assert not any(torch.equal(p, inherited[name.removeprefix("base.")]) for name, p in weights.items() if p.std() > 0)
-    for p in who.learns():  # what is zero at birth would hide what lies behind it
+    for p in who.trainable_parameters():  # what is zero at birth would hide what lies behind it
         nn.init.normal_(p, std=0.1)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    seen = who.see(pixels)
+    seen = who.features_of(pixels)
     (who.head(seen.to_map()).square().sum() + seen.summary.square().sum()).backward()  # type: ignore[union-attr]
     idle = {name for name, p in who.encoder.named_parameters() if p.grad is None or not p.grad.any()}
     assert idle <= {"base.embeddings.mask_token"}
 
 
 def test_a_seed_says_it_all_and_the_rows_are_kept(world: Path) -> None:  # noqa: F811
-    splits = TASKS["classification"].find(world / "labelled", "image")
+    splits = TASKS["classification"].find_splits(world / "labelled", "image")
 
     def values(seed: int) -> list[float]:
-        return [row["value"] for row in scratch(world / "run", "classification", splits, 6, batch=4, seed=seed)]
+        return [
+            row["value"]
+            for row in train_supervised_baseline(world / "run", "classification", splits, 6, batch=4, seed=seed)
+        ]
 
     state = torch.get_rng_state()
     assert values(1) == values(1)
     assert torch.equal(state, torch.get_rng_state())
     asked: list[str] = []
-    rows = evaluate(world / "run", "classification", world / "labelled", ["scratch"], workers=0, on_model=asked.append)
+    rows = evaluate_with_baseline(world / "run", "classification", world / "labelled", workers=0, on_model=asked.append)
     assert asked == ["scratch"]
     assert [(row["model"], row["metric"]) for row in rows] == [("scratch", "top1")]
     told = rows[0]["settings"]
     equal = Equal(told["distillation_flops"], told["flops_per_image"])
     assert told["steps"] == equal.steps(told["batch"])
-    few = evaluate(world / "run/student", "classification", world / "labelled", ["scratch"], workers=0, scratch_steps=3)
+    few = evaluate_with_baseline(world / "run/student", "classification", world / "labelled", workers=0, steps=3)
     assert few[0]["settings"]["steps"] == 3 and "flops_per_image" not in few[0]["settings"]
     with pytest.raises(RecipeError, match="no recipe.yaml to tell what the distillation cost; give --scratch-steps"):
-        evaluate(world / "run/student", "classification", world / "labelled", ["scratch"], workers=0)
+        evaluate_with_baseline(world / "run/student", "classification", world / "labelled", workers=0)
 
 
 def test_weights_of_two_seeds_differ(world: Path) -> None:  # noqa: F811
     config = load(world / "run").config
-    goal = TASKS["semantic"].tune(TASKS["semantic"].find(world / "masks", "image"))
+    goal = TASKS["semantic"].finetune(TASKS["semantic"].find_splits(world / "masks", "image"))
     one, same, other = (init_from_scratch(config, goal, seed, torch.device("cpu")) for seed in (0, 0, 1))
     pairs = [list(who.encoder.parameters()) + list(who.head.parameters()) for who in (one, same, other)]
     assert all(torch.equal(a, b) for a, b in zip(pairs[0], pairs[1], strict=True))

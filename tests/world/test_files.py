@@ -17,8 +17,8 @@ from pycocotools import mask as coco_mask
 
 from shoulders.errors import RecipeError
 from shoulders.images import ImageSource, call_source
-from shoulders.tasks import find_splits
-from shoulders.tasks.data.coco import list_runs
+from shoulders.images.run_lengths import mask_to_runs
+from shoulders.tasks.data.labelled import find_labelled
 from shoulders.world import CLASSES, draw, split_seed, unlabelled, write_world
 
 COUNTS = {"train": 60, "val": 50, "test": 55}
@@ -48,7 +48,7 @@ def test_the_same_seed_writes_the_same_files_bit_for_bit(world: Path, tmp_path: 
 
 
 def test_class_folders_have_each_scene_under_its_label(world: Path) -> None:
-    splits = find_splits(world / "neon" / "classification")
+    splits = find_labelled(world / "neon" / "classification")
     assert (len(splits.train.indices), len(splits.test.indices), splits.n_classes) == (60, 55, 10)
     assert splits.train.images.classes == sorted(CLASSES)
     for path in (world / "neon" / "classification" / "test").rglob("*.png"):
@@ -84,9 +84,9 @@ def test_coco_masks_and_boxes_are_those_of_the_scene(world: Path) -> None:
 
 
 def test_run_lengths_begin_with_zeros() -> None:
-    assert list_runs(np.array([[True, False], [True, True]])) == [0, 2, 1, 1]
-    assert list_runs(np.zeros((2, 2), dtype=bool)) == [4]
-    assert list_runs(np.ones((2, 2), dtype=bool)) == [0, 4]
+    assert mask_to_runs(np.array([[True, False], [True, True]])) == [0, 2, 1, 1]
+    assert mask_to_runs(np.zeros((2, 2), dtype=bool)) == [4]
+    assert mask_to_runs(np.ones((2, 2), dtype=bool)) == [0, 4]
 
 
 def test_an_existing_world_is_not_written_again(world: Path) -> None:

@@ -1,4 +1,4 @@
-"""Objects in images, as COCO writes them: annotation files and masks as run lengths."""
+"""COCO's files: annotated objects, and masks as compressed run lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shoulders.errors import DataError, RecipeError
 Rle = dict[str, Any]  # {"size": [height, width], "counts": compressed run lengths}
 _Object = tuple[int, tuple[float, ...], float, bool, Rle | None]  # class, corners, area, crowd, mask
 
-FARTHEST = 1e5  # px; what lies further from the corner of an image is no place in it
+MAX_COORDINATE_PX = 1e5  # a polygon's point further from the corner of the image is an error
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class AnnotatedImage:
         classes: (n,) int64 in [0, K).
         boxes: (n, 4) float64, left, top, right, bottom in px.
         areas: (n,) float64 in px, as annotated; else of the mask, else of the box.
-        crowd: (n,) bool, a group that is not told apart: finding it counts neither for nor against.
-        masks: run lengths of each object; None if one of them has a box alone.
+        crowd: (n,) bool, a group of objects under one annotation: detecting it counts neither for nor against.
+        masks: run lengths of each object; None if one of them has only a box.
     """
 
     file: str
@@ -51,11 +51,11 @@ class Annotations:
     """The K classes and the images of an annotation file, both in the order of the file."""
 
     classes: tuple[str, ...]
-    pictures: tuple[AnnotatedImage, ...]
+    images: tuple[AnnotatedImage, ...]
 
 
 def library() -> ModuleType:
-    """The package that reads masks and counts, imported when first needed.
+    """The package faster_coco_eval, which reads masks and computes precision; imported when first needed.
 
     Raises:
         RecipeError: it is absent.
@@ -88,38 +88,46 @@ def read_annotations(path: Path) -> Annotations:
         DataError: the file, the annotation and the reason, for the first that cannot be used.
         RecipeError: it holds masks, and the package that reads them is absent.
     """
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        images = {image["id"]: (str(image["file_name"]), _size(image)) for image in told["images"]}
-        kinds = {kind["id"]: number for number, kind in enumerate(told["categories"])}
-        classes = tuple(str(kind["name"]) for kind in told["categories"])
-        annotations = list(told["annotations"])
-        if len(images) < len(told["images"]) or len(kinds) < len(classes):
-            raise ValueError("two images or two categories have the same id")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
-    objects: defaultdict[Any, list[_Object]] = defaultdict(list)
-    flat: list[Any] = []
+    images, class_indices, classes, annotations = _read_content(path)
+    objects: defaultdict[Any, list[_Object]] = defaultdict(list)  # by image id
+    empty: list[Any] = []  # ids of annotations
     for number, annotation in enumerate(annotations):
         try:
             image = annotation["image_id"]
             if image not in images:
                 raise ValueError(f"image {image} is not in the list of images")
-            read = _read_object(annotation, images[image][1], kinds)
+            read = _read_object(annotation, images[image][1], class_indices)
             left, top, right, bottom = read[1]
             if left < right and top < bottom:
                 objects[image].append(read)
             else:
-                flat.append(annotation.get("id", number))
+                empty.append(annotation.get("id", number))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
-            known = isinstance(annotation, dict) and "id" in annotation
-            which = f"annotation {annotation['id']}" if known else f"annotation number {number}, without an id"
+            has_id = isinstance(annotation, dict) and "id" in annotation
+            which = f"annotation {annotation['id']}" if has_id else f"annotation number {number}, without an id"
             raise DataError(f"{path}: {which}: {_reason(error)}; correct it or leave it out") from None
-    if flat:
-        warnings.warn(f"{path}: left out {len(flat)} objects of no width or height, {flat[0]} first", stacklevel=2)
-    return Annotations(classes, tuple(_picture(*images[image], objects[image]) for image in images))
+    if empty:
+        warnings.warn(f"{path}: left out {len(empty)} objects of no width or height, {empty[0]} first", stacklevel=2)
+    return Annotations(classes, tuple(_annotated_image(*images[image], objects[image]) for image in images))
+
+
+def _read_content(
+    path: Path,
+) -> tuple[dict[Any, tuple[str, tuple[int, int]]], dict[Any, int], tuple[str, ...], list[Any]]:
+    """Images {id: (file name, size)}, class indices {category id: index}, class names, and annotations."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        images = {image["id"]: (str(image["file_name"]), _size(image)) for image in content["images"]}
+        class_indices = {category["id"]: index for index, category in enumerate(content["categories"])}
+        classes = tuple(str(category["name"]) for category in content["categories"])
+        annotations = list(content["annotations"])
+        if len(images) < len(content["images"]) or len(class_indices) < len(classes):
+            raise ValueError("two images or two categories have the same id")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
+    return images, class_indices, classes, annotations
 
 
 def _reason(error: Exception) -> str:
@@ -133,12 +141,12 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
     return size
 
 
-def _picture(file: str, size: tuple[int, int], objects: list[_Object]) -> AnnotatedImage:
+def _annotated_image(file: str, size: tuple[int, int], objects: list[_Object]) -> AnnotatedImage:
     masks = [mask for *_, mask in objects if mask]
     return AnnotatedImage(
         file,
         size,
-        np.array([kind for kind, *_ in objects], dtype=np.int64),
+        np.array([label for label, *_ in objects], dtype=np.int64),
         np.array([corners for _, corners, *_ in objects], dtype=np.float64).reshape(-1, 4),
         np.array([area for _, _, area, *_ in objects], dtype=np.float64),
         np.array([crowd for *_, crowd, _ in objects], dtype=bool),
@@ -146,8 +154,8 @@ def _picture(file: str, size: tuple[int, int], objects: list[_Object]) -> Annota
     )
 
 
-def _read_object(annotation: dict[str, Any], size: tuple[int, int], kinds: dict[Any, int]) -> _Object:
-    if annotation["category_id"] not in kinds:
+def _read_object(annotation: dict[str, Any], size: tuple[int, int], class_indices: dict[Any, int]) -> _Object:
+    if annotation["category_id"] not in class_indices:
         raise ValueError(f"category {annotation['category_id']} is not in the list of categories")
     shape = annotation.get("segmentation")
     mask = _read_mask(shape, size) if shape else None
@@ -163,7 +171,7 @@ def _read_object(annotation: dict[str, Any], size: tuple[int, int], kinds: dict[
     if not (_is_numbers([area]) and area >= 0):
         raise ValueError(f"area {area} is not a number of pixels")
     corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-    return kinds[annotation["category_id"]], corners, float(area), bool(annotation.get("iscrowd", 0)), mask
+    return class_indices[annotation["category_id"]], corners, float(area), bool(annotation.get("iscrowd", 0)), mask
 
 
 def _read_mask(shape: Any, size: tuple[int, int]) -> Rle:
@@ -176,7 +184,7 @@ def _read_mask(shape: Any, size: tuple[int, int]) -> Rle:
     if not isinstance(shape, dict) or not isinstance(shape.get("counts"), list | str):
         raise ValueError("the segmentation is neither polygons nor run lengths")
     counts = shape["counts"]
-    runs = counts if isinstance(counts, list) else run_lengths(counts)
+    runs = counts if isinstance(counts, list) else parse_run_lengths(counts)
     if any(type(run) is not int or run < 0 for run in runs):
         raise ValueError("a run length is not a number of pixels")
     if shape.get("size") != list(size) or sum(runs) != math.prod(size):
@@ -185,23 +193,15 @@ def _read_mask(shape: Any, size: tuple[int, int]) -> Rle:
 
 
 def _is_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(at, int | float) and math.isfinite(at) for at in values)
+    return isinstance(values, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _is_polygon(part: Any) -> bool:
-    return _is_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 and max(map(abs, part)) < FARTHEST
+    return _is_numbers(part) and len(part) >= 6 and len(part) % 2 == 0 and max(map(abs, part)) < MAX_COORDINATE_PX
 
 
-def list_runs(mask: NDArray[np.bool_]) -> list[int]:
-    """COCO's uncompressed RLE of a mask (H, W): lengths of runs down the columns, the first one of zeros."""
-    flat = mask.ravel(order="F")
-    ends = np.flatnonzero(np.diff(flat)) + 1
-    runs: list[int] = np.diff(np.concatenate([[0], ends, [flat.size]])).tolist()
-    return [0, *runs] if flat[0] else runs
-
-
-def run_lengths(counts: str) -> list[int]:
-    """Run lengths out of COCO's text: five bits a character from the lowest, each run less the last but one."""
+def parse_run_lengths(counts: str) -> list[int]:
+    """Run lengths of COCO's text: five bits per character, lowest first; each run minus the one before the last."""
     runs: list[int] = []
     value = shift = 0
     for character in counts.encode():

@@ -1,4 +1,4 @@
-"""Find the labelled splits in what users have: folders of class folders, parquet files or tar files."""
+"""Find splits of images with a class each: folders of class folders, parquet files or tar files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from numpy.typing import NDArray
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import Collection, ImageSource, open_source
+from shoulders.tasks.data.splits import OTHER_VAL_NAMES, SPLITS
 
-SPLITS = ("train", "val", "test")
-FORMS = ("", ".parquet", ".tar")  # a split is a folder (of class folders, parquet or tar files) or one file
+SUFFIXES = ("", ".parquet", ".tar")  # a split is a folder (of class folders, parquet or tar files) or one file
 LAYOUTS = (
     "PATH/{train,val,test}/CLASS/*.jpg, PATH/{train,val,test}.parquet, PATH/{train,val,test}.tar "
     "(val or test may be absent), or without splits PATH/CLASS/*.jpg, one .parquet or one .tar file"
 )
-# such as train-00000-of-00002.parquet, validation.parquet, or a folder called validation
-OTHER_NAMES = re.compile(r"(train|val|valid|validation|dev|test)(?:$|[-_.].*(?:parquet|tar)$)")
-OTHER_VALS = ("valid", "validation", "dev")
-# of one of several files anywhere below, such as data/train-00000-of-00002.parquet or imagenet1k-train-0000.tar
+# a folder or file of a split, such as train-00000-of-00002.parquet, validation.parquet, or the folder validation
+SPLIT_OF_ENTRY = re.compile(r"(train|val|valid|validation|dev|test)(?:$|[-_.].*(?:parquet|tar)$)")
+# a file of a split, anywhere below, such as data/train-00000-of-00002.parquet or imagenet1k-train-0000.tar
 SPLIT_OF_FILE = re.compile(r"(?:^|.*[-_./])(train|valid|validation|val|dev|test)(?=[-_./])")
-TEST_SHARE = 0.2
+TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
-class Split:
-    """Some of the images of a collection, with a label each.
+class LabelledSplit:
+    """Some of the images of a collection, with a class each.
 
     Args:
         images: the collection.
@@ -40,29 +39,29 @@ class Split:
 
     def labels(self) -> NDArray[np.int64]:
         """(n,) class indices."""
-        assert self.images.labels is not None  # noqa: S101  (find_splits refuses collections without labels)
+        assert self.images.labels is not None  # noqa: S101  (find_labelled refuses collections without labels)
         return self.images.labels[self.indices]
 
-    def take(self, rows: NDArray[np.int64]) -> Split:
-        """Some of the n images, (m,)."""
-        return Split(self.images, self.indices[rows])
+    def take(self, positions: NDArray[np.int64]) -> LabelledSplit:
+        """The split of some of the n images; positions (m,) are in [0, n)."""
+        return LabelledSplit(self.images, self.indices[positions])
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Labelled images to fit on, to choose on and to report.
+class LabelledSplits:
+    """Labelled images to fit on, to select on and to evaluate on.
 
     Args:
         train: the images to fit on.
-        val: the images to choose on, or None where they have to be held out of train.
-        test: the images to report; those called val where there is no test.
+        val: the images to select hyperparameters on, or None where they have to be held out of train.
+        test: the images to evaluate on; those of val where there is no test.
         n_classes: K; labels are in [0, K).
         how: where the splits come from, for the settings of a row.
     """
 
-    train: Split
-    val: Split | None
-    test: Split
+    train: LabelledSplit
+    val: LabelledSplit | None
+    test: LabelledSplit
     n_classes: int
     how: str
 
@@ -72,8 +71,11 @@ class Splits:
         return tuple(self.train.images.classes or map(str, range(self.n_classes)))
 
 
-def find_splits(path: Path | str, column: str = "image") -> Splits:
-    """The splits at ``path`` as they are, or four fifths for train and one for test where there are none.
+def find_labelled(path: Path | str, column: str = "image") -> LabelledSplits:
+    """The splits at ``path`` as they are; where there are none, four fifths for train and one for test.
+
+    Args:
+        column: of the images in parquet files.
 
     Raises:
         RecipeError: nothing at ``path``, or none of the layouts.
@@ -81,116 +83,116 @@ def find_splits(path: Path | str, column: str = "image") -> Splits:
     """
     path = Path(path)
     if not path.exists():
-        raise RecipeError(f"{path}: there is nothing here; allowed are {LAYOUTS}")
-    found = _named_splits(path, column)
-    how = ", ".join(found) + " as given"
-    if not found:
-        _refuse_other_names(path)
+        raise RecipeError(f"{path}: does not exist; expected {LAYOUTS}")
+    by_name = _named_splits(path, column)
+    how = ", ".join(by_name) + " as given"
+    if not by_name:
+        _refuse_unclear_names(path)
         try:
             source = open_source(path, column)
         except RecipeError as error:
             raise RecipeError(f"{error} (labelled images: {LAYOUTS})") from error
-        found, how = split(_labelled(path, "images", source)), "80/20 by image id"
-        if not len(found["test"].indices):
-            raise DataError(f"{path}: one image of each class leaves none to report on; give more, or a test split")
-    n_classes = _count_classes(path, found)
-    if "test" not in found:
-        found = {"train": found["train"], "test": found["val"]}
-    return Splits(found["train"], found.get("val"), found["test"], n_classes, how)
+        by_name, how = split_train_test(_all_labelled(path, "images", source)), "80/20 by image id"
+        if not len(by_name["test"].indices):
+            raise DataError(f"{path}: one image per class leaves none to evaluate on; add some, or a test split")
+    n_classes = _count_classes(path, by_name)
+    if "test" not in by_name:
+        by_name = {"train": by_name["train"], "test": by_name["val"]}
+    return LabelledSplits(by_name["train"], by_name.get("val"), by_name["test"], n_classes, how)
 
 
-def split(whole: Split) -> dict[str, Split]:
-    """Train and test images, in every class by the stable ids alone, so that neither order nor place matters.
+def split_train_test(split: LabelledSplit) -> dict[str, LabelledSplit]:
+    """Train and test images, chosen in every class by the stable ids alone: order and location do not matter.
 
     A class of a single image goes to train.
     """
-    labels, ids = whole.labels(), whole.images.ids[whole.indices]
+    labels, ids = split.labels(), split.images.ids[split.indices]
     order = np.argsort(ids, kind="stable")
-    held = np.zeros(len(labels), dtype=bool)
+    in_test = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = order[labels[order] == label]
-        count = max(1, round(TEST_SHARE * len(members))) if len(members) > 1 else 0
-        held[members[:count]] = True
+        count = max(1, round(TEST_FRACTION * len(members))) if len(members) > 1 else 0
+        in_test[members[:count]] = True
     return {
-        "train": Split(whole.images, whole.indices[~held]),
-        "test": Split(whole.images, whole.indices[held]),
+        "train": LabelledSplit(split.images, split.indices[~in_test]),
+        "test": LabelledSplit(split.images, split.indices[in_test]),
     }
 
 
-def _named_splits(path: Path, column: str) -> dict[str, Split]:
-    """The images called train, val and test; empty where there are none, or train alone."""
+def _named_splits(path: Path, column: str) -> dict[str, LabelledSplit]:
+    """The splits called train, val and test; empty where there are none, or train alone."""
     present: dict[str, Path] = {}
     for name in SPLITS:
-        places = [path / (name + form) for form in FORMS if (path / (name + form)).exists()]
-        if len(places) > 1:
-            both = " and ".join(place.name for place in places)
+        candidates = [path / (name + suffix) for suffix in SUFFIXES if (path / (name + suffix)).exists()]
+        if len(candidates) > 1:
+            both = " and ".join(candidate.name for candidate in candidates)
             raise RecipeError(f"{path}: holds both {both}; keep one of them as {name}")
-        if places:
-            present[name] = places[0]
+        if candidates:
+            present[name] = candidates[0]
     if set(present) <= {"train"}:  # which may be a class of vehicles
         return {}
     if "val" not in present:
-        for other in (path / (name + form) for name in OTHER_VALS for form in FORMS):
+        for other in (path / (name + suffix) for name in OTHER_VAL_NAMES for suffix in SUFFIXES):
             if other.exists():
                 raise RecipeError(f"{path}: holds {other.name}; rename it to val{other.suffix}")
     if "train" not in present:
-        raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; allowed are {LAYOUTS}")
-    return {name: _labelled(place, name, open_source(place, column)) for name, place in present.items()}
+        raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; expected {LAYOUTS}")
+    return {name: _all_labelled(file, name, open_source(file, column)) for name, file in present.items()}
 
 
-def _refuse_other_names(path: Path) -> None:
-    """Splits by other names would be taken for one whole and divided anew.
+def _refuse_unclear_names(path: Path) -> None:
+    """Refuse splits with other names: they would be taken for one set of images and divided anew.
 
     Raises:
-        RecipeError: with what they have to be called.
+        RecipeError: with the names that are expected.
     """
     if not path.is_dir():
         return
-    files = [str(file.relative_to(path)) for form in FORMS[1:] for file in sorted(path.rglob(f"*{form}"))]
-    named = [(entry.name, OTHER_NAMES.match(entry.name)) for entry in sorted(path.iterdir())]
+    files = [str(file.relative_to(path)) for suffix in SUFFIXES[1:] for file in sorted(path.rglob(f"*{suffix}"))]
+    named = [(entry.name, SPLIT_OF_ENTRY.match(entry.name)) for entry in sorted(path.iterdir())]
     named += [(file, SPLIT_OF_FILE.match(file)) for file in files]
     splits = {match[1]: name for name, match in reversed(named) if match}
     if len(splits) > 1:
         names = ", ".join(sorted(splits.values()))
-        raise RecipeError(f"{path}: {names} look like splits, but allowed are {LAYOUTS}; rename them")
+        raise RecipeError(f"{path}: {names} look like splits, but expected are {LAYOUTS}; rename them")
 
 
-def _labelled(where: Path, name: str, source: ImageSource) -> Split:
+def _all_labelled(path: Path, name: str, source: ImageSource) -> LabelledSplit:
     """All images of a source, none of them without a label."""
     missing = len(source) if source.labels is None else int((source.labels < 0).sum())
     if missing:
         raise DataError(
-            f"{where}: {missing} of {len(source)} images have no label; give each a class folder, a parquet "
+            f"{path}: {missing} of {len(source)} images have no label; give each a class folder, a parquet "
             f"column called label, or a .cls file in the tar ({LAYOUTS})"
         )
-    return Split(Collection({name: source}), np.arange(len(source)))
+    return LabelledSplit(Collection({name: source}), np.arange(len(source)))
 
 
-def _renumber(path: Path, name: str, images: Collection, names: list[str] | None) -> None:
+def _renumber(path: Path, name: str, images: Collection, classes: list[str] | None) -> None:
     """Number the classes of a split, which may lack some, as those of train."""
-    if not names or not images.classes or len({*names}) < len(names) or not {*images.classes} <= {*names}:
-        odd = ", ".join(sorted(set(images.classes or ()) - set(names or ()))[:5]) or "in their names"
-        raise DataError(f"{path}: train and {name} differ in their classes ({odd}); give train every class")
-    assert images.labels is not None  # noqa: S101  (find_splits refuses collections without labels)
-    images.labels = np.array([names.index(one) for one in images.classes], dtype=np.int64)[images.labels]
-    images.classes = names
+    if not classes or not images.classes or len({*classes}) < len(classes) or not {*images.classes} <= {*classes}:
+        extra = ", ".join(sorted(set(images.classes or ()) - set(classes or ()))[:5]) or "in their names"
+        raise DataError(f"{path}: train and {name} differ in their classes ({extra}); give train every class")
+    assert images.labels is not None  # noqa: S101  (find_labelled refuses collections without labels)
+    images.labels = np.array([classes.index(one) for one in images.classes], dtype=np.int64)[images.labels]
+    images.classes = classes
 
 
-def _count_classes(path: Path, splits: dict[str, Split]) -> int:
-    """How many classes there are, the same in every split."""
-    names = splits["train"].images.classes
-    for name, given in splits.items():
-        if given.images.classes != names:
-            _renumber(path, name, given.images, names)
-    seen = {name: set(given.labels().tolist()) for name, given in splits.items()}
+def _count_classes(path: Path, splits: dict[str, LabelledSplit]) -> int:
+    """The number of classes, the same in every split."""
+    classes = splits["train"].images.classes
+    for name, split in splits.items():
+        if split.images.classes != classes:
+            _renumber(path, name, split.images, classes)
+    labels = {name: set(split.labels().tolist()) for name, split in splits.items()}
     for name in splits:
-        if names is None and seen[name] - seen["train"]:
-            odd_labels = sorted(seen[name] - seen["train"])[:5]
-            raise DataError(f"{path}: {name} has labels that train lacks: {odd_labels}; give every class to train")
-    highest = max(max(labels) for labels in seen.values())
-    n_classes = highest + 1 if names is None else len(names)
+        if classes is None and labels[name] - labels["train"]:
+            extra = sorted(labels[name] - labels["train"])[:5]
+            raise DataError(f"{path}: {name} has labels that train lacks: {extra}; give every class to train")
+    highest = max(max(in_split) for in_split in labels.values())
+    n_classes = highest + 1 if classes is None else len(classes)
     if highest >= n_classes:
         raise DataError(f"{path}: label {highest}, but only {n_classes} class names; give every class a name")
-    if len(seen["train"]) < 2:
+    if len(labels["train"]) < 2:
         raise DataError(f"{path}: all images are of one class; a probe needs at least two")
     return n_classes

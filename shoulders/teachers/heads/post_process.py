@@ -58,18 +58,6 @@ def _post_processor(head: Head) -> Callable[..., list[Any]]:
     return next(function for ending, function in POST_PROCESSORS.items() if head.class_name.endswith(ending))
 
 
-def task_of(head: Head) -> str | None:
-    """The task of `shoulders.tasks.TASKS` that a head is for, or None."""
-    tasks: dict[Callable[..., list[Any]], str] = {
-        to_classes: "classification",
-        to_matched_names: "classification",
-        to_boxes: "detection",
-        to_class_masks: "semantic",
-        to_instance_masks: "instance",
-    }
-    return tasks.get(_post_processor(head))
-
-
 def to_classes(head: TeacherHead, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """The five best classes, each scored by itself where several can be right; the threshold does not apply."""
     config = head.model.config

@@ -1,4 +1,4 @@
-"""The splits are found in what users have, and what cannot be measured is refused with the fix."""
+"""Labelled splits are found in the layouts that users have; what cannot be used is refused with the fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import open_source
-from shoulders.tasks.data.labelled import Split, find_splits
+from shoulders.tasks.data.labelled import LabelledSplit, find_labelled
 
 
 def png(shade: int) -> bytes:
@@ -47,28 +47,28 @@ def write_tar(file: Path, labels: list[int]) -> None:
                 tar.addfile(member, io.BytesIO(content))
 
 
-def names(split: Split) -> set[str]:
+def names(split: LabelledSplit) -> set[str]:
     return {split.images.name(index) for index in split.indices.tolist()}
 
 
-def counts(*splits: Split) -> tuple[int, ...]:
+def counts(*splits: LabelledSplit) -> tuple[int, ...]:
     return tuple(len(split.indices) for split in splits)
 
 
 def test_folders_of_class_folders(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 1), ("test", 2)):
         write_classes(tmp_path / split, ["cat", "dog"], count)
-    splits = find_splits(tmp_path)
+    splits = find_labelled(tmp_path)
     assert splits.val is not None
     assert counts(splits.train, splits.val, splits.test) == (6, 2, 4)
     assert splits.train.images.classes == ["cat", "dog"]
     assert (splits.n_classes, splits.how) == (2, "train, val, test as given")
 
 
-def test_parquet_files_with_val_in_the_place_of_test(tmp_path: Path) -> None:
+def test_parquet_files_with_val_but_without_test(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [0, 1, 2, 0])
     write_parquet(tmp_path / "val.parquet", [2, 0])
-    splits = find_splits(tmp_path)
+    splits = find_labelled(tmp_path)
     assert splits.val is None
     assert splits.test.labels().tolist() == [2, 0]
     assert (*counts(splits.train), splits.n_classes, splits.how) == (4, 3, "train, val as given")
@@ -77,7 +77,7 @@ def test_parquet_files_with_val_in_the_place_of_test(tmp_path: Path) -> None:
 def test_tar_files(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", [0, 1, 1])
     write_tar(tmp_path / "test.tar", [1, 0])
-    splits = find_splits(tmp_path)
+    splits = find_labelled(tmp_path)
     assert (*counts(splits.train, splits.test), splits.n_classes) == (3, 2, 2)
 
 
@@ -85,7 +85,7 @@ def test_a_split_may_lack_classes_that_train_has(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog", "fox"], 2)
     write_classes(tmp_path / "val", ["cat"], 1)
     write_classes(tmp_path / "test", ["dog", "fox"], 1)
-    splits = find_splits(tmp_path)
+    splits = find_labelled(tmp_path)
     assert splits.val is not None and splits.val.labels().tolist() == [0]
     assert splits.test.labels().tolist() == [1, 2]
     assert splits.test.images.classes == ["cat", "dog", "fox"] and splits.n_classes == 3
@@ -99,19 +99,19 @@ def test_a_split_may_lack_classes_that_train_has(tmp_path: Path) -> None:
         ("imagenet1k-train-0000.parquet", "imagenet1k-validation-0000.parquet"),
     ],
 )
-def test_splits_are_not_mixed_wherever_their_files_lie(files: tuple[str, str], tmp_path: Path) -> None:
+def test_splits_in_files_below_other_folders_are_not_mixed(files: tuple[str, str], tmp_path: Path) -> None:
     for file in files:
         write_parquet(tmp_path / file, [0, 1] * 10)
     with pytest.raises(RecipeError, match="look like splits"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["valid", "validation", "dev"])
-def test_val_by_another_name_is_not_left_out_in_silence(name: str, tmp_path: Path) -> None:
+def test_val_with_another_name_is_refused(name: str, tmp_path: Path) -> None:
     for split in ("train", "test", name):
         write_classes(tmp_path / split, ["cat", "dog"], 2)
     with pytest.raises(RecipeError, match=f"holds {name}; rename it to val"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 def test_parquet_files_that_number_their_classes_differently(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_parquet_files_that_number_their_classes_differently(tmp_path: Path) -> 
     for file, classes, labels in (("a", ["cat", "dog"], [0, 1] * 5), ("b", ["fox", "cat"], [0, 1, 1] * 5)):
         write_parquet(tmp_path / f"{file}.parquet", labels)
         table = parquet.read_table(tmp_path / f"{file}.parquet")
-        told = {"info": {"features": {"label": {"names": classes}}}}
-        table = table.replace_schema_metadata({b"huggingface": json.dumps(told).encode()})
+        metadata = {"info": {"features": {"label": {"names": classes}}}}
+        table = table.replace_schema_metadata({b"huggingface": json.dumps(metadata).encode()})
         parquet.write_table(pyarrow.table(table), tmp_path / f"{file}.parquet")
     source = open_source(tmp_path)
     assert source.classes == ["cat", "dog", "fox"] and source.labels is not None
@@ -129,100 +129,100 @@ def test_parquet_files_that_number_their_classes_differently(tmp_path: Path) -> 
 
 
 def test_one_folder_is_split_by_stable_id_in_every_class(tmp_path: Path) -> None:
-    write_classes(tmp_path / "here", ["cat", "dog", "train"], 10)
-    splits = find_splits(tmp_path / "here")
+    write_classes(tmp_path / "one", ["cat", "dog", "train"], 10)
+    splits = find_labelled(tmp_path / "one")
     assert splits.how == "80/20 by image id"
     assert Counter(splits.test.labels().tolist()) == {0: 2, 1: 2, 2: 2}
     assert names(splits.train) | names(splits.test) == {
-        f"{kind}/{index}.png" for kind in ("cat", "dog", "train") for index in range(10)
+        f"{name}/{index}.png" for name in ("cat", "dog", "train") for index in range(10)
     }
     assert not names(splits.train) & names(splits.test)
     for part in (splits.train, splits.test):
         for index, label in zip(part.indices.tolist(), part.labels().tolist(), strict=True):
             assert part.images.name(index).partition("/")[0] == ["cat", "dog", "train"][label]
-    # another place, the same split
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert names(find_splits(tmp_path / "there").test) == names(splits.test)
+    # the split does not depend on the location
+    (tmp_path / "one").rename(tmp_path / "other")
+    assert names(find_labelled(tmp_path / "other").test) == names(splits.test)
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tar])
 def test_one_file_is_split(tmp_path: Path, write: Callable[[Path, list[int]], None]) -> None:
     file = tmp_path / ("all.parquet" if write is write_parquet else "all.tar")
     write(file, [0] * 10 + [1])
-    splits = find_splits(file)
+    splits = find_labelled(file)
     assert splits.test.labels().tolist() == [0, 0]
     assert counts(splits.train) == (9,)  # the only image of class 1 among them
     assert splits.n_classes == 2
 
 
-def test_nothing_there_is_refused_with_the_layouts(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"nothing here; allowed are PATH/\{train,val,test\}/CLASS"):
-        find_splits(tmp_path / "absent")
+def test_a_path_that_does_not_exist_is_refused_with_the_layouts(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"does not exist; expected PATH/\{train,val,test\}/CLASS"):
+        find_labelled(tmp_path / "absent")
 
 
 def test_a_file_of_another_kind_is_refused_with_the_layouts(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no images")
     with pytest.raises(RecipeError, match=r"labelled images: PATH/\{train,val,test\}/CLASS"):
-        find_splits(tmp_path / "notes.txt")
+        find_labelled(tmp_path / "notes.txt")
 
 
 def test_test_without_train_is_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "test.parquet", [0, 1])
     with pytest.raises(RecipeError, match="holds test, but no train to fit on"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["validation.parquet", "test-00000-of-00001.parquet", "validation/cat"])
-def test_splits_by_other_names_are_not_taken_for_one_whole(name: str, tmp_path: Path) -> None:
+def test_splits_with_other_names_are_refused(name: str, tmp_path: Path) -> None:
     if name.endswith("parquet"):
         write_parquet(tmp_path / "train.parquet", [0, 1])
         write_parquet(tmp_path / name, [0, 1])
     else:
         write_classes(tmp_path / "train", ["cat", "dog"], 1)
         write_classes(tmp_path / "validation", ["cat", "dog"], 1)
-    with pytest.raises(RecipeError, match="train.* look like splits, but allowed are .*rename them"):
-        find_splits(tmp_path)
+    with pytest.raises(RecipeError, match="train.* look like splits, but expected are .*rename them"):
+        find_labelled(tmp_path)
 
 
 def test_two_forms_of_one_split_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog"], 1)
     write_parquet(tmp_path / "train.parquet", [0, 1])
     with pytest.raises(RecipeError, match=r"both train and train.parquet; keep one"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 def test_images_without_labels_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path, ["flat"], 3)
     with pytest.raises(DataError, match="3 of 3 images have no label; give each a class folder"):
-        find_splits(tmp_path / "flat")
+        find_labelled(tmp_path / "flat")
 
 
 def test_one_class_is_refused(tmp_path: Path) -> None:
     write_classes(tmp_path, ["cat"], 3)
     with pytest.raises(DataError, match="all images are of one class"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
-def test_one_image_of_each_class_is_refused(tmp_path: Path) -> None:
+def test_one_image_per_class_is_refused(tmp_path: Path) -> None:
     write_classes(tmp_path, ["cat", "dog"], 1)
-    with pytest.raises(DataError, match="leaves none to report on"):
-        find_splits(tmp_path)
+    with pytest.raises(DataError, match="leaves none to evaluate on"):
+        find_labelled(tmp_path)
 
 
 def test_other_classes_in_test_than_in_train_are_refused(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", ["cat", "dog"], 1)
     write_classes(tmp_path / "test", ["cat", "fox"], 1)
     with pytest.raises(DataError, match=r"train and test differ in their classes \(fox\); give train every"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 def test_a_label_that_train_lacks_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "train.tar", [0, 1, 1])
     write_tar(tmp_path / "test.tar", [1, 4])
     with pytest.raises(DataError, match=r"test has labels that train lacks: \[4\]"):
-        find_splits(tmp_path)
+        find_labelled(tmp_path)
 
 
 def test_cifar10_is_found(shared_data: Path) -> None:
-    splits = find_splits(shared_data / "cifar10")
+    splits = find_labelled(shared_data / "cifar10")
     assert (*counts(splits.train, splits.test), splits.n_classes) == (50_000, 10_000, 10)

@@ -15,10 +15,12 @@ import shoulders
 from shoulders.config.recipe import TeacherSpec, check_recipe
 from shoulders.distillation import distill
 from shoulders.errors import RecipeError
-from shoulders.evaluation.evaluate import evaluate, evaluate_heads
+from shoulders.evaluation.evaluate import evaluate
+from shoulders.evaluation.teacher_heads import evaluate_heads
+from shoulders.tasks import task_of_head
 from shoulders.teachers import FAMILIES, Teacher, load_teacher
 from shoulders.teachers.heads import ZeroShot, check_head, load_head
-from shoulders.teachers.heads.post_process import post_process, task_of
+from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
 from tests.teachers.image_text import MAX_TEXT_TOKENS, NAMES, save_image_text, save_tokenizer
 from tests.tiny import save_base, save_images, tiny_recipe
@@ -107,7 +109,7 @@ def test_a_saved_head_is_the_same_and_has_no_tower(kind: str, tmp_path: Path) ->
     assert (tmp_path / "head" / "model.safetensors").stat().st_size < 1500
     opened = open_head(tmp_path / "head")
     assert torch.equal(opened(features).logits, head(features).logits)
-    assert opened.classes == list(NAMES) and task_of(opened) == "classification"
+    assert opened.classes == list(NAMES) and task_of_head(opened) == "classification"
     predictions = post_process(opened, opened(features), [(32, 32)] * 2)
     assert [len(one) for one in predictions] == [5, 5]
     assert all(set(one) == {"label", "score"} for one in predictions[0])

@@ -1,0 +1,67 @@
+"""`evaluate --heads`: the heads that a student keeps are evaluated on data with their classes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shoulders.errors import RecipeError
+from shoulders.evaluation.evaluate import evaluate
+from shoulders.evaluation.teacher_heads import evaluate_heads
+from shoulders.world import CLASSES, write_world
+from tests.teachers.heads.test_saved import run  # noqa: F401
+from tests.tiny import save_images
+
+
+def name_classes(head: Path, names: list[str]) -> None:
+    """Give a kept head other class names."""
+    config = json.loads((head / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    (head / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture
+def copied_run(run: Path, tmp_path: Path) -> Path:  # noqa: F811
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def test_heads_of_other_classes_or_tasks_are_refused(copied_run: Path, tmp_path: Path) -> None:
+    scenes = tmp_path / "scenes"
+    write_world(scenes, ["paper", "ink"], counts={"train": 4, "val": 0, "test": 4})
+    with pytest.raises(RecipeError, match="differ in"):
+        evaluate_heads(copied_run, "semantic", scenes / "paper" / "semantic", ["student"])
+    for name in ("segformer", "rt_detr_v2"):
+        name_classes(copied_run / "student" / "heads" / name, ["background", *CLASSES][:2])
+    with pytest.raises(RecipeError, match="no head does instance with the classes of the data"):
+        evaluate_heads(copied_run, "instance", scenes / "ink" / "instances", ["student"])
+    with pytest.raises(RecipeError, match="--task: 'depth' is not one of"):
+        evaluate_heads(copied_run, "depth", scenes, ["student"])
+
+
+def test_a_head_of_other_classes_is_left_out(copied_run: Path, tmp_path: Path) -> None:
+    heads = copied_run / "student/heads"
+    name_classes(shutil.copytree(heads / "segformer", heads / "other"), ["sky", "sea"])
+    for split in ("train", "test"):
+        for folder in ("images", "annotations"):
+            (tmp_path / "data" / folder / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "data/images" / split / "a.png")
+        Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "data/annotations" / split / "a.png")
+    (tmp_path / "data/classes.json").write_text('["LABEL_0", "LABEL_1"]')
+    with pytest.warns(UserWarning, match="left out: student, head of other: the head has 2 classes, the data 2"):
+        rows = evaluate_heads(copied_run, "semantic", tmp_path / "data", ["student"], workers=0)
+    assert {row["head"] for row in rows} == {"segformer"}
+    saved = [row for row in json.loads((copied_run / "results.json").read_text()) if row["task"] == "semantic"]
+    assert len(saved) == len(rows)
+
+
+def test_a_missing_teacher_is_reported_before_any_evaluation(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    save_images(tmp_path, 12, classes=2)
+    models: list[str] = []
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: teachers\..* leave the teacher out: --models student,base"):
+        evaluate(run, "classification", tmp_path, workers=0, on_model=models.append)
+    assert not models
