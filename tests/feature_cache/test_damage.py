@@ -80,7 +80,7 @@ def test_every_flipped_bit_is_detected_when_read_and_by_verify(built: Recipe) ->
             offset, bit = dice.randrange(file.stat().st_size), 1 << dice.randrange(8)
             original = os.pread(disk.fileno(), 1, offset)
             os.pwrite(disk.fileno(), bytes([original[0] ^ bit]), offset)
-            # a damaged manifest or layout names its own file; the shards are not damaged
+            # the message has to name a damaged shard; of the other files any message will do
             error_of(reader, "read", file.name if file.suffix == ".bin" else "")
             error_of(reader, "verify", file.name if file.suffix == ".bin" else "")
             os.pwrite(disk.fileno(), original, offset)
