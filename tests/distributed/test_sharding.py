@@ -1,4 +1,4 @@
-"""Two ranks that hold a part of every weight learn what one learns, and their checkpoints are anybody's."""
+"""A run on two ranks with sharded weights equals a run on one; its checkpoints resume on any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import shoulders
 from shoulders.config.recipe import check_recipe
@@ -23,14 +22,23 @@ from shoulders.errors import Interrupted, RecipeError
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.preflight import check_run
 from shoulders.training.step import TrainStep
-from tests.tiny import ADAPTERS, metric_rows, save_base, save_convnext, save_images, save_segformer, tiny_tree
+from tests.tiny import (
+    ADAPTERS,
+    metric_rows,
+    save_base,
+    save_convnext,
+    save_images,
+    save_segformer,
+    student_weights,
+    tiny_tree,
+)
 
-pytestmark = pytest.mark.timeout(600)  # one fixture does nearly all, and cores may be busy
+pytestmark = pytest.mark.timeout(600)  # one fixture does nearly all of the work, and the cores may be busy
 
 STEPS, STOP = 24, 8
-BASES = {"dinov2": 2, "dinov3_vit": 1, "siglip_vision_model": 0, "vit": 3}  # each with one of the adapters
+BASES = {"dinov2": 2, "dinov3_vit": 1, "siglip_vision_model": 0, "vit": 3}  # the index of its adapter in ADAPTERS
 
-# What a rank does: one run after another, each of them a recipe, whether to go on, and the step to be stopped at.
+# The program of a rank: several runs, each given as a recipe, whether to resume, and the step at which to stop.
 RANK = """
 import importlib, json, os, signal, sys
 from contextlib import nullcontext
@@ -41,11 +49,11 @@ from shoulders.config.recipe import check_recipe
 from shoulders.training.step import TrainStep
 from torch.distributed.tensor import DTensor
 
-story = importlib.import_module("shoulders.distillation")
-held, stop_at, out = {}, None, ""
+distillation = importlib.import_module("shoulders.distillation")
+numel, stop_at, out = {}, None, ""
 
 
-def numbers_held(step):
+def count_numbers(step):
     parameters = [*step.module.parameters(), *step.teachers.parameters()]
     assert all(isinstance(p, DTensor) or not p.ndim for p in parameters)
     on_this_rank = sum(p.to_local().numel() if isinstance(p, DTensor) else 1 for p in parameters)
@@ -54,7 +62,7 @@ def numbers_held(step):
 
 def call(step, number, batch, original=TrainStep.__call__):
     if number == 2:
-        held[out] = numbers_held(step)
+        numel[out] = count_numbers(step)
     if number == stop_at and step.dist.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)  # one rank gets the signal, all of them stop
     return original(step, number, batch)
@@ -62,20 +70,20 @@ def call(step, number, batch, original=TrainStep.__call__):
 
 TrainStep.__call__ = call
 with init_distributed() as dist:
-    story.init_distributed = lambda: nullcontext(dist)
+    distillation.init_distributed = lambda: nullcontext(dist)
     for recipe, resume, stop_at in json.loads(Path(sys.argv[1]).read_text()):
         out = recipe["out"]
         try:
-            story.distill(check_recipe(recipe), resume=resume)
+            distillation.distill(check_recipe(recipe), resume=resume)
         except Interrupted:
             assert stop_at
-    Path(f"{sys.argv[1]}.{dist.rank}").write_text(json.dumps(held))
+    Path(f"{sys.argv[1]}.{dist.rank}").write_text(json.dumps(numel))
 """
 
 
 def torchrun(ranks: int, code: str, *args: object, timeout: float = 400) -> None:
-    """Run Python code on so many ranks, which find each other on a free port; nothing of them is left behind."""
-    # each has a session of its own, and ends itself: it tells where it was, which nobody can who kills it
+    """Run Python code on some ranks, which use a free port."""
+    # a rank that takes too long prints its stack and ends itself; a test cannot, as ranks have their own sessions
     code = f"import faulthandler; faulthandler.dump_traceback_later({timeout}, exit=True)\n{code}"
     command = [
         sys.executable,
@@ -91,14 +99,14 @@ def torchrun(ranks: int, code: str, *args: object, timeout: float = 400) -> None
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            said, _ = process.communicate(timeout=timeout + 30)
+            output, _ = process.communicate(timeout=timeout + 30)
         finally:
             process.kill()
-    assert process.returncode == 0, said[-6000:]
+    assert process.returncode == 0, output[-6000:]
 
 
 def save_classifier(folder: Path) -> Path:
-    """The tiny ConvNeXt with a head, and names for its classes."""
+    """The tiny ConvNeXt with a classification head."""
     save_convnext(folder)
     config = transformers.ConvNextConfig.from_pretrained(folder)
     config.num_labels = 3
@@ -118,7 +126,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tree(world: Path, out: str, **train: Any) -> dict[str, Any]:
+def tree_of(world: Path, out: str, **train: Any) -> dict[str, Any]:
     settings = {
         "steps": STEPS,
         "save_every": STOP,
@@ -133,56 +141,56 @@ def tree(world: Path, out: str, **train: Any) -> dict[str, Any]:
     return tiny_tree(world, out, student__base=base, transfer__balance="dropping", keep_heads=["classifier"], **changes)
 
 
-def of_base(world: Path, kind: str, out: str, **train: Any) -> dict[str, Any]:
+def tree_of_base(world: Path, kind: str, out: str, **train: Any) -> dict[str, Any]:
     adapter = ADAPTERS[BASES[kind]] | ({"blocks": [0]} if ADAPTERS[BASES[kind]]["kind"] == "conv" else {})
-    recipe = tree(world, out, steps=3, **train) | {"keep_heads": []}
-    recipe["student"] = {"base": str(world / kind), "adapter": adapter}
-    recipe["transfer"] = {"calibration_images": 16, "layers": ["block0", "latent"], "t2s": "each"}
-    return recipe
+    tree = tree_of(world, out, steps=3, **train) | {"keep_heads": []}
+    tree["student"] = {"base": str(world / kind), "adapter": adapter}
+    tree["transfer"] = {"calibration_images": 16, "layers": ["block0", "latent"], "t2s": "each"}
+    return tree
 
 
-def of_few(world: Path, out: str, **train: Any) -> dict[str, Any]:
-    """One image in twelve is of the only source that the segmenter is asked about: mostly a rank has none."""
-    recipe = tree(world, out, steps=6, **train)
+def tree_of_few(world: Path, out: str, **train: Any) -> dict[str, Any]:
+    """The segmenter learns from one image in twelve: a rank often has none of its images in a batch."""
+    tree = tree_of(world, out, steps=6, **train)
     few = {"path": str(world / "few"), "share": 0.09}
     sources = {"many": {"path": str(world / "images")}, "few": few}
-    recipe["images"] |= {"path": None, "sources": sources, "holdout": 12}
-    recipe["teachers"]["segmenter"]["sources"] = ["few"]
-    recipe["transfer"]["calibration_images"] = 64
-    return recipe
+    tree["images"] |= {"path": None, "sources": sources, "holdout": 12}
+    tree["teachers"]["segmenter"]["sources"] = ["few"]
+    tree["transfer"]["calibration_images"] = 64
+    return tree
 
 
-def run(recipe: dict[str, Any], resume: bool = False) -> Path:
-    distill(check_recipe(recipe), resume=resume)
-    return Path(recipe["out"])
+def run(tree: dict[str, Any], resume: bool = False) -> Path:
+    distill(check_recipe(tree), resume=resume)
+    return Path(tree["out"])
 
 
-def same_run(one: Path, other: Path, off: float) -> None:
-    """Losses, gradient norms, held-out measures and the student agree."""
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    """Compare losses, gradient norms, held-out measures and the weights of the student."""
     for kind, names in (("train", ("step", "loss", "gradient_norm")), ("evaluation", ("step", "fvu_spread"))):
         for name in names:
-            ours, theirs = ([row[name] for row in metric_rows(out, kind)] for out in (one, other))
-            assert ours == pytest.approx(theirs, rel=off), name
-    ours_, theirs_ = (load_file(out / "student" / "model.safetensors") for out in (one, other))
-    assert ours_.keys() == theirs_.keys()
-    for name, weight in ours_.items():
-        assert torch.allclose(weight, theirs_[name], rtol=100 * off, atol=10 * off), name
+            values, expected = ([row[name] for row in metric_rows(out, kind)] for out in (one, other))
+            assert values == pytest.approx(expected, rel=tolerance), name
+    weights, expected_weights = student_weights(one), student_weights(other)
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
+        assert torch.allclose(weight, expected_weights[name], rtol=100 * tolerance, atol=10 * tolerance), name
 
 
 @pytest.fixture(scope="module")
-def held(world: Path) -> dict[str, tuple[int, int]]:
-    """All that two ranks do here, in one start: {out: (numbers that rank 0 holds, all)} of each run."""
+def numel(world: Path) -> dict[str, tuple[int, int]]:
+    """All runs on two ranks, in one start; {out: (numbers on rank 0, numbers in total)} of each run."""
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(STOP, patch)
         with pytest.raises(Interrupted):
-            run(tree(world, "begun by one"))
+            run(tree_of(world, "started by one"))
     jobs = [
-        (tree(world, "two", parallel="fsdp"), False, None),
-        (tree(world, "begun by two", parallel="fsdp"), False, STOP),
-        (tree(world, "begun by one", parallel="fsdp"), True, None),
-        (of_few(world, "two of few", parallel="fsdp"), False, None),
-        *((of_base(world, kind, f"two {kind}", parallel="fsdp", optimizer="muon"), False, 2) for kind in BASES),
-        *((of_base(world, kind, f"two {kind}", parallel="fsdp", optimizer="muon"), True, None) for kind in BASES),
+        (tree_of(world, "two", parallel="fsdp"), False, None),
+        (tree_of(world, "started by two", parallel="fsdp"), False, STOP),
+        (tree_of(world, "started by one", parallel="fsdp"), True, None),
+        (tree_of_few(world, "two of few", parallel="fsdp"), False, None),
+        *((tree_of_base(world, kind, f"two {kind}", parallel="fsdp", optimizer="muon"), False, 2) for kind in BASES),
+        *((tree_of_base(world, kind, f"two {kind}", parallel="fsdp", optimizer="muon"), True, None) for kind in BASES),
     ]
     (world / "jobs").write_text(json.dumps(jobs))
     torchrun(2, RANK, world / "jobs")
@@ -202,54 +210,54 @@ def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(world: Path) -> Path:
-    """The uninterrupted run of one process; ``fsdp`` changes nothing there."""
-    return run(tree(world, "one", parallel="fsdp"))
+def single(world: Path) -> Path:
+    """The uninterrupted run of one process, for which ``fsdp`` makes no difference."""
+    return run(tree_of(world, "one", parallel="fsdp"))
 
 
-def test_two_ranks_learn_in_parts_what_one_learns(world: Path, alone: Path, held: dict[str, Any]) -> None:
-    same_run(world / "two", alone, 1e-5)
-    norms = [row["gradient_norm"] for row in metric_rows(alone)]
-    assert max(norms) > 0.2  # clipped, some of them
+def test_two_ranks_with_sharded_weights_equal_one_process(world: Path, single: Path, numel: dict[str, Any]) -> None:
+    assert_same_run(world / "two", single, 1e-5)
+    norms = [row["gradient_norm"] for row in metric_rows(single)]
+    assert max(norms) > 0.2  # some of them are clipped
 
 
-def test_a_rank_holds_half_of_every_model(held: dict[str, tuple[int, int]]) -> None:
-    for here, everything in held.values():
-        assert here == pytest.approx(everything / 2, rel=0.02)
+def test_a_rank_holds_half_of_every_model(numel: dict[str, tuple[int, int]]) -> None:
+    for on_rank_0, total in numel.values():
+        assert on_rank_0 == pytest.approx(total / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("begun", ["begun by one", "begun by two"])
-def test_a_checkpoint_is_gone_on_with_by_any_number_of_ranks(
-    begun: str, world: Path, alone: Path, held: dict[str, Any]
+@pytest.mark.parametrize("out", ["started by one", "started by two"])
+def test_a_checkpoint_resumes_on_any_number_of_ranks(
+    out: str, world: Path, single: Path, numel: dict[str, Any]
 ) -> None:
-    if begun == "begun by two":
-        assert [path.name for path in checkpoints(world / begun / "checkpoints")] == [f"step-{STOP:08d}"]
-        run(tree(world, begun), resume=True)  # as ddp, which one process calls it by default
-    same_run(world / begun, alone, 1e-5)
+    if out == "started by two":
+        assert [path.name for path in checkpoints(world / out / "checkpoints")] == [f"step-{STOP:08d}"]
+        run(tree_of(world, out), resume=True)  # with ddp, the default
+    assert_same_run(world / out, single, 1e-5)
 
 
-def test_the_student_is_whole_and_keeps_heads(world: Path, held: dict[str, Any]) -> None:
+def test_the_student_is_saved_unsharded_with_its_heads(world: Path, numel: dict[str, Any]) -> None:
     student = shoulders.load(world / "two")
     assert student(torch.rand(1, 3, 32, 32)).latent.grid == (4, 4)
     assert student.predict("classifier", torch.rand(2, 3, 32, 32))
-    inside = student.encoder.base.state_dict()
+    saved = student.encoder.base.state_dict()
     base = transformers.AutoModel.from_pretrained(world / "dinov2").state_dict()
-    assert all(torch.equal(inside[name], weight) for name, weight in base.items())
+    assert all(torch.equal(saved[name], weight) for name, weight in base.items())
 
 
-def test_teachers_that_a_rank_has_no_image_for_hold_up_nobody(world: Path, held: dict[str, Any]) -> None:
-    same_run(world / "two of few", run(of_few(world, "one of few")), 1e-5)
+def test_a_rank_without_images_of_a_teacher_does_not_block_the_others(world: Path, numel: dict[str, Any]) -> None:
+    assert_same_run(world / "two of few", run(tree_of_few(world, "one of few")), 1e-5)
 
 
-# Muon rounds to bfloat16 inside, so that sums in another order lead a little elsewhere
+# Muon rounds to bfloat16 inside, so another order of sums leads to slightly different weights
 @pytest.mark.parametrize("kind", BASES)
-def test_every_kind_of_base_and_adapter_is_cut(kind: str, world: Path, held: dict[str, Any]) -> None:
-    same_run(world / f"two {kind}", run(of_base(world, kind, f"one {kind}", optimizer="muon")), 1e-2)
+def test_every_kind_of_base_and_adapter_can_be_sharded(kind: str, world: Path, numel: dict[str, Any]) -> None:
+    assert_same_run(world / f"two {kind}", run(tree_of_base(world, kind, f"one {kind}", optimizer="muon")), 1e-2)
 
 
-def test_what_does_not_go_in_parts_is_refused(world: Path) -> None:
-    recipe = check_recipe(tree(world, "refused", parallel="fsdp", compile=True))
+def test_settings_that_do_not_work_with_fsdp_are_refused(world: Path) -> None:
+    recipe = check_recipe(tree_of(world, "refused", parallel="fsdp", compile=True))
     with pytest.raises(RecipeError, match=r"train.compile: .* set parallel=ddp"):
         check_run(recipe, {}, DistContext(1, 2, torch.device("cpu")), resume=False)
     with pytest.raises(RecipeError, match=r"train.parallel: Input should be 'ddp' or 'fsdp' \(got 'zero'\)"):
-        check_recipe(tree(world, "refused", parallel="zero"))
+        check_recipe(tree_of(world, "refused", parallel="zero"))
