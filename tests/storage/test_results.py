@@ -32,7 +32,7 @@ def row(value: float, **changes: Any) -> dict[str, Any]:
         {"metric": "IoU/road"},
         {"seed": 1},
         {"head": "segmenter"},
-        {"settings": {"tune": "adapter"}},
+        {"settings": {"finetune": "adapter"}},
         {"settings": {"head": "upernet"}},
     ],
 )
