@@ -1,10 +1,11 @@
-"""The world's student on scenes of another seed: nobody has looked at them while recipes were being chosen.
+"""The student of the small world on scenes of another seed, which were not used to select any setting.
 
     python benchmarks/four_tasks/fresh.py [--work runs/four_tasks] [--seed 0]
 
-The retention of run.py is on the test scenes by which kinds of adapters, places, distances and lengths of training were
-held against each other (LOG.md). This asks the student that run.py left in WORK, and its teachers, about scenes of seed
-1. Goes on where it was killed; writes fresh.json and fresh.md beside this file, and the table in docs/four_tasks.md.
+run.py evaluates on the test scenes that adapters, layers, distances and the length of training were selected on
+(LOG.md). This script evaluates the student that run.py left in WORK, and its teachers, on scenes of seed 1. It writes
+fresh.json and fresh.md in this folder, and the table in docs/four_tasks.md. The same command resumes an interrupted
+benchmark.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import SETTINGS
-from kept import Kept, Row, publish
-from measure import by_teacher, inherited
+from measure import evaluate_teacher, evaluate_teacher_head
+from row_file import Row, RowFile, publish
 from tables import DOC, insert, line_of, number, retention
 
 from shoulders.storage.atomic import write_text
@@ -24,12 +25,12 @@ from shoulders.world import write_world
 
 HERE = Path(__file__).resolve().parent
 WORLD = SETTINGS["world"]
-OTHER_SEED = 1  # of the scenes
-TITLES = ("data set (metric)", "teacher", "its head on the student", "retention", "on the scenes of the table above")
+SCENE_SEED = 1
+TITLES = ("data set (metric)", "teacher", "teacher head", "retention", "retention in the table above")
 
 
 def table(fresh: Sequence[Row], known: Sequence[Row]) -> str:
-    """A line for each data set and metric: what was measured on fresh scenes, and retention on those well known."""
+    """A line for each data set and metric: the scores on the fresh scenes, and the retention on both sets of scenes."""
     lines = [line_of(TITLES), "|---" * len(TITLES) + "|"]
     for job in WORLD.jobs:
         for metric in job.metrics:
@@ -38,11 +39,11 @@ def table(fresh: Sequence[Row], known: Sequence[Row]) -> str:
                 for rows in (fresh, known)
                 for kind in ("teacher", "teacher_head")
             )
-            shares = retention(teacher, student), retention(known_teacher, known_student)
-            if shares[0] is not None:
-                kept = ["-" if share is None else f"{share:.3f}" for share in shares]
+            ratios = retention(teacher, student), retention(known_teacher, known_student)
+            if ratios[0] is not None:
+                cells = ["-" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
                 name = f"{job.dataset} ({job.metrics[metric].title})"
-                lines.append(line_of([name, number(teacher), number(student), *kept]))
+                lines.append(line_of([name, number(teacher), number(student), *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -52,20 +53,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the student")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--doc", type=Path, default=DOC)
-    given = parser.parse_args()
-    run, scenes = given.work / "world" / f"seed-{given.seed}", given.work / "fresh"
-    kept = Kept(given.work / "fresh.json")
-    write_world(scenes, seed=OTHER_SEED)
+    args = parser.parse_args()
+    run, scenes = args.work / "world" / f"seed-{args.seed}", args.work / "fresh"
+    file = RowFile(args.work / "fresh.json")
+    write_world(scenes, seed=SCENE_SEED)
     for job in WORLD.jobs:
-        if not kept.has(dataset=job.dataset, kind="teacher"):
-            kept.keep(by_teacher(job, WORLD, scenes))
-        if not kept.has(dataset=job.dataset, kind="teacher_head", seed=given.seed):
-            kept.keep(inherited(job, run, scenes, given.seed))
+        if not file.has(dataset=job.dataset, kind="teacher"):
+            file.add(evaluate_teacher(job, WORLD, scenes))
+        if not file.has(dataset=job.dataset, kind="teacher_head", seed=args.seed):
+            file.add(evaluate_teacher_head(job, run, scenes, args.seed))
     known = json.loads((HERE / "results.json").read_text())
-    told = table(publish(kept.rows, given.out / "fresh.json"), known)
-    write_text(given.out / "fresh.md", told)
-    insert("fresh", told, given.doc)
-    print(told)
+    text = table(publish(file.rows, args.out / "fresh.json"), known)
+    write_text(args.out / "fresh.md", text)
+    insert("fresh", text, args.doc)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is measured on what: the two worlds, their data sets, whose head answers which task, and by which metric."""
+"""The two settings of the benchmark: recipe, data sets, and the teacher, task and metrics of each data set."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Job:
     """One task on one data set.
 
     Args:
-        dataset: its name in rows and tables.
+        dataset: name of the data set in rows and tables.
         task: a name in ``shoulders.tasks.TASKS``.
-        teacher: whose head answers it.
-        labels: folder of the labelled images, below that of the scenes or of DATA.
+        teacher: name of the teacher of this task.
+        labels: folder of the labelled images, inside the folder of the scenes or DATA.
     """
 
     dataset: str
@@ -36,13 +36,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Setting:
-    """A recipe and the jobs that its student is measured by.
+    """A recipe, and the jobs that its student is evaluated on.
 
     Args:
-        name: of its folder of runs.
+        name: of the folder of its runs.
         recipe: the recipe file.
         jobs: one for each task.
-        sources: {source of the recipe: where its images lie below DATA}; empty where they are drawn.
+        sources: {source of the recipe: path of its images inside DATA}; empty for drawn scenes.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Setting:
     sources: dict[str, str]
 
     def overrides(self, data: Path | None) -> list[str]:
-        """Changes to the recipe that say where the images are."""
+        """Changes to the recipe that set the paths of the images."""
         return [f"images.sources.{name}.path={data / path}" for name, path in self.sources.items()] if data else []
 
     def labels(self, work: Path, data: Path | None) -> Path:
-        """The folder that the labels of the jobs lie in; scenes are drawn where they are not there yet."""
+        """The folder of the labels of all jobs; scenes that do not exist yet are drawn."""
         if not self.sources:
             write_world(work / "scenes")
             return work / "scenes"
@@ -96,5 +96,5 @@ SETTINGS = {
 
 
 def name_in_rows(metric: Metric, kind: str) -> str | None:
-    """The name of a metric in the rows of a kind of measurement; None where it does not have it."""
+    """The name of a metric in rows of one kind; None if this kind does not have the metric."""
     return metric.in_probes if kind.endswith("_probe") else metric.in_heads

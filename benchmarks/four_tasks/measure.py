@@ -1,4 +1,4 @@
-"""The rows of one job: by a teacher's own head, by that head on the student, by probes, and from scratch."""
+"""The rows of one job: the teacher, the teacher head on the student, probes, and training from scratch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from shoulders.teachers.heads import load_head
 from shoulders.training.supervised_baseline import train_supervised_baseline
 
 BATCH = 50
-FIT_ON, REPORT = 5000, 2000  # images of classification that probes are fitted on, and that they report
+MAX_TRAIN_IMAGES, MAX_TEST_IMAGES = 5000, 2000  # of probes for classification
 
 Row = dict[str, Any]
 
 
-def distilled(setting: Setting, work: Path, data: Path | None, seed: int, overrides: Sequence[str]) -> Path:
-    """The run folder of a setting and seed; what is missing of the run is done."""
+def distill_setting(setting: Setting, work: Path, data: Path | None, seed: int, overrides: Sequence[str]) -> Path:
+    """Distill the student of a setting and seed, or resume it; returns the run folder."""
     run = work / setting.name / f"seed-{seed}"
     changes = [*setting.overrides(data), *overrides, f"train.seed={seed}", f"out={run}"]
     distill(read_recipe(setting.recipe, changes), resume=True)
     return run
 
 
-def rows_of(job: Job, kind: str, answered: Sequence[Any], seed: int | None, probe_seed: int | None = None) -> list[Row]:
-    """Rows of this benchmark out of rows of shoulders; ``low`` and ``high`` where an interval was told."""
-    by_metric = {row["metric"]: row for row in answered}
+def make_rows(job: Job, kind: str, scores: Sequence[Any], seed: int | None, probe_seed: int | None = None) -> list[Row]:
+    """Rows of this benchmark from rows of shoulders, with ``low`` and ``high`` where these have an interval."""
+    by_metric = {row["metric"]: row for row in scores}
     rows = []
     for metric, names in job.metrics.items():
         name = name_in_rows(names, kind)
@@ -55,7 +55,7 @@ def rows_of(job: Job, kind: str, answered: Sequence[Any], seed: int | None, prob
                 "kind": kind,
                 "metric": metric,
                 "value": row["value"],
-                **{side: told["value"] for side, told in sides.items()},
+                **{side: bound["value"] for side, bound in sides.items()},
                 "seed": seed,
                 "probe_seed": probe_seed,
                 "n": row["n"],
@@ -65,68 +65,72 @@ def rows_of(job: Job, kind: str, answered: Sequence[Any], seed: int | None, prob
     return rows
 
 
-def by_teacher(job: Job, setting: Setting, labels: Path) -> list[Row]:
-    """The teacher itself, which no seed changes."""
+def evaluate_teacher(job: Job, setting: Setting, labels: Path) -> list[Row]:
+    """Scores of the teacher, which do not depend on a seed."""
     spec = read_recipe(setting.recipe).teachers[job.teacher]
     device = this_device()
     teacher = load_teacher(job.teacher, spec).to(device)
     head = head_on_teacher(load_head(job.teacher, spec, teacher).to(device), teacher)
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-    return rows_of(job, "teacher", TASKS[job.task].evaluate_head(head, splits, BATCH, 0), None)
+    return make_rows(job, "teacher", TASKS[job.task].evaluate_head(head, splits, BATCH, 0), None)
 
 
-def inherited(job: Job, run: Path, labels: Path, seed: int) -> list[Row]:
-    """The teacher's head on the student."""
-    told = evaluate_heads(run, job.task, labels / job.labels, ["student"], batch=BATCH, workers=0)
-    return rows_of(job, "teacher_head", [row for row in told if row["head"] == job.teacher], seed)
+def evaluate_teacher_head(job: Job, run: Path, labels: Path, seed: int) -> list[Row]:
+    """Scores of the teacher head on the student."""
+    scores = evaluate_heads(run, job.task, labels / job.labels, ["student"], batch=BATCH, workers=0)
+    return make_rows(job, "teacher_head", [row for row in scores if row["head"] == job.teacher], seed)
 
 
-def by_probe(
+def evaluate_probes(
     job: Job, run: Path, labels: Path, kind: str, seed: int | None, probe_seeds: Sequence[int]
 ) -> Iterator[list[Row]]:
-    """A small head fitted on the frozen features of the student or of its base, once for each seed."""
+    """Scores of a probe on the frozen features of the student or of its base, for each probe seed."""
     student = load(run).to(this_device())
     size = as_size(tuple(student.config.image_size))
     features_of = features_of_student(student, size, base=kind == "base_probe")
     if len(probe_seeds) > 1:
-        features_of = remembering(features_of, summaries=not TASKS[job.task].needs_spatial)
+        features_of = cache_features(features_of, summaries_only=not TASKS[job.task].needs_spatial)
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-    splits = fewer(splits) if job.task == "classification" else splits
+    splits = subsample(splits) if job.task == "classification" else splits
     for probe_seed in probe_seeds:
-        told = TASKS[job.task].fit_probe(features_of, splits, size, BATCH, 0, probe_seed)
-        yield rows_of(job, kind, told, seed, probe_seed)
+        scores = TASKS[job.task].fit_probe(features_of, splits, size, BATCH, 0, probe_seed)
+        yield make_rows(job, kind, scores, seed, probe_seed)
 
 
-def from_scratch(job: Job, run: Path, labels: Path, seed: int, steps: int | None) -> list[Row]:
-    """The student's architecture with random weights, trained with all labels at the FLOPs of the distillation."""
+def evaluate_from_scratch(job: Job, run: Path, labels: Path, seed: int, steps: int | None) -> list[Row]:
+    """Scores of the student's architecture trained from scratch with all labels, at the FLOPs of the distillation."""
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-    return rows_of(job, "scratch", train_supervised_baseline(run, job.task, splits, steps, seed=seed), seed)
+    return make_rows(job, "scratch", train_supervised_baseline(run, job.task, splits, steps, seed=seed), seed)
 
 
-def fewer(splits: LabelledSplits) -> LabelledSplits:
-    """At most `FIT_ON` images to fit on and `REPORT` to report, evenly out of all."""
+def subsample(splits: LabelledSplits) -> LabelledSplits:
+    """At most `MAX_TRAIN_IMAGES` images for training and `MAX_TEST_IMAGES` for testing, evenly spaced."""
 
-    def thin(split: LabelledSplit, most: int) -> LabelledSplit:
+    def take_evenly(split: LabelledSplit, max_images: int) -> LabelledSplit:
         count = len(split.indices)
-        return split.take(np.linspace(0, count, min(most, count), endpoint=False).astype(np.int64))
+        return split.take(np.linspace(0, count, min(max_images, count), endpoint=False).astype(np.int64))
 
-    return replace(splits, train=thin(splits.train, FIT_ON), test=thin(splits.test, REPORT))
+    return replace(
+        splits, train=take_evenly(splits.train, MAX_TRAIN_IMAGES), test=take_evenly(splits.test, MAX_TEST_IMAGES)
+    )
 
 
-def remembering(features_of: FeaturesOf, summaries: bool) -> FeaturesOf:
-    """The same answers, computed once for each batch: fits of several seeds ask for the same ones again.
+def cache_features(features_of: FeaturesOf, summaries_only: bool) -> FeaturesOf:
+    """The same function, which computes the features of each batch once: probes of several seeds need the same ones.
 
     Args:
-        summaries: only these are asked for, so that places need not be kept.
+        features_of: the function.
+        summaries_only: drop spatial features, to save memory.
     """
-    known: dict[tuple[int, ...], Features] = {}
+    cache: dict[tuple[int, ...], Features] = {}
 
-    def remembered(batch: Batch) -> Features:
+    def cached(batch: Batch) -> Features:
         ids = tuple(batch.ids.tolist())
-        if ids not in known:
+        if ids not in cache:
             with torch.no_grad():
-                said = features_of(batch)
-            known[ids] = Features(said.summary, None) if summaries and said.summary is not None else said
-        return known[ids]
+                features = features_of(batch)
+            drop = summaries_only and features.summary is not None
+            cache[ids] = Features(features.summary, None) if drop else features
+        return cache[ids]
 
-    return remembered
+    return cached

@@ -1,16 +1,16 @@
-"""Four tasks out of one encoder: the teachers, their heads on the student, probes, and training from scratch.
+"""Four tasks with one encoder: the teachers, their heads on the student, probes, and training from scratch.
 
     python benchmarks/four_tasks/run.py --data DATA [--work runs/four_tasks] [--only world|real] [--seeds 0 1 2]
 
-`world` is recipes/world.yaml, whose scenes are drawn; `real` is recipes/real_four.yaml, with DATA as
-benchmarks/teachers/README.md describes it. Each student is distilled once for each seed. Then each task is measured on
-the test images: its teacher, the teacher's head on the student (inherited), probes on the student and on its base, and
-the same architecture from scratch with all labels at the FLOPs of the distillation. Everything is kept in
-WORK/results.json as soon as it is measured, and a killed run that is started again goes on. Then results.json and
-table.md beside this file and the table in docs/four_tasks.md are written, and pictures of teacher and student side by
+`world` is recipes/world.yaml, with drawn scenes; `real` is recipes/real_four.yaml, with the DATA that
+benchmarks/teachers/README.md describes. A student is distilled for each seed. Then these are evaluated on the test
+images of each task: the teacher, the teacher head on the student, probes on the student and on its base, and the same
+architecture trained from scratch with all labels at the FLOPs of the distillation. Each result is written to
+WORK/results.json at once, and the same command resumes an interrupted benchmark. At the end the script writes
+results.json and table.md in this folder, the table in docs/four_tasks.md, and pictures of teacher and student side by
 side in the run folders.
 
-Changes to a recipe stand at the end: ... --only real train.steps=2000
+Changes to a recipe are the last arguments: ... --only real train.steps=2000
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import measure
-from jobs import KINDS, SETTINGS, Setting
-from kept import Kept, Row, publish
+from jobs import KINDS, SETTINGS, Job, Setting
+from row_file import Row, RowFile, publish
 from side_by_side import draw_sheets
 from tables import DOC, insert, table
 
@@ -32,52 +32,56 @@ from shoulders.storage.atomic import write_text
 HERE = Path(__file__).resolve().parent
 
 
-def run(setting: Setting, kept: Kept, given: argparse.Namespace) -> None:
-    """Everything that is missing of a setting, what is cheap first."""
-    labels = setting.labels(given.work, given.data)
-    if "teacher" in given.kinds:
+def run_setting(setting: Setting, file: RowFile, args: argparse.Namespace) -> None:
+    """Measure everything of a setting that the file does not have yet, the cheapest first."""
+    labels = setting.labels(args.work, args.data)
+    if "teacher" in args.kinds:
         for job in setting.jobs:
-            missing(kept, partial(measure.by_teacher, job, setting, labels), dataset=job.dataset, kind="teacher")
+            measure_once(
+                file, partial(measure.evaluate_teacher, job, setting, labels), dataset=job.dataset, kind="teacher"
+            )
     folders = {}
-    for seed in given.seeds if set(given.kinds) - {"teacher"} else ():
-        folders[seed] = measure.distilled(setting, given.work, given.data, seed, given.overrides)
-        for job in setting.jobs if "teacher_head" in given.kinds else ():
-            missing(
-                kept,
-                partial(measure.inherited, job, folders[seed], labels, seed),
+    for seed in args.seeds if set(args.kinds) - {"teacher"} else ():
+        folders[seed] = measure.distill_setting(setting, args.work, args.data, seed, args.overrides)
+        for job in setting.jobs if "teacher_head" in args.kinds else ():
+            measure_once(
+                file,
+                partial(measure.evaluate_teacher_head, job, folders[seed], labels, seed),
                 dataset=job.dataset,
                 kind="teacher_head",
                 seed=seed,
             )
-    first = given.seeds[0]
-    if "teacher_head" in given.kinds:
-        docs = None if setting.sources else given.doc.parent  # of real photos, the terms allow no copies there
-        draw_sheets(setting, folders[first], labels, kept.rows, docs)
+    first = args.seeds[0]
+    if "teacher_head" in args.kinds:
+        docs = None if setting.sources else args.doc.parent  # the terms of the real photos allow no copies
+        draw_sheets(setting, folders[first], labels, file.rows, docs)
     for job in setting.jobs:
         for kind in ("student_probe", "base_probe"):
-            if kind in given.kinds:
-                probe(job, kind, kept, folders[first], labels, first, given.probe_seeds)
-    for job in setting.jobs if "scratch" in given.kinds else ():
-        missing(
-            kept,
-            partial(measure.from_scratch, job, folders[first], labels, first, given.scratch_steps),
+            if kind in args.kinds:
+                measure_probes(job, kind, file, folders[first], labels, first, args.probe_seeds)
+    for job in setting.jobs if "scratch" in args.kinds else ():
+        measure_once(
+            file,
+            partial(measure.evaluate_from_scratch, job, folders[first], labels, first, args.scratch_steps),
             dataset=job.dataset,
             kind="scratch",
         )
 
 
-def missing(kept: Kept, measured: Callable[[], list[Row]], **what: Any) -> None:
-    """Measure and keep, unless there is such a row."""
-    if not kept.has(**what):
-        kept.keep(measured())
+def measure_once(file: RowFile, measure_rows: Callable[[], list[Row]], **match: Any) -> None:
+    """Measure and add rows, unless the file has a row with the values of ``match``."""
+    if not file.has(**match):
+        file.add(measure_rows())
 
 
-def probe(job: Any, kind: str, kept: Kept, folder: Path, labels: Path, seed: int, probe_seeds: list[int]) -> None:
-    """The fits that are missing."""
-    absent = [at for at in probe_seeds if not kept.has(dataset=job.dataset, kind=kind, probe_seed=at)]
-    if absent:
-        for rows in measure.by_probe(job, folder, labels, kind, seed, absent):
-            kept.keep(rows)
+def measure_probes(
+    job: Job, kind: str, file: RowFile, folder: Path, labels: Path, seed: int, probe_seeds: list[int]
+) -> None:
+    """Measure and add the probes that the file does not have yet."""
+    missing = [each for each in probe_seeds if not file.has(dataset=job.dataset, kind=kind, probe_seed=each)]
+    if missing:
+        for rows in measure.evaluate_probes(job, folder, labels, kind, seed, missing):
+            file.add(rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,20 +90,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="the folder of real images; see benchmarks/teachers/README.md")
     parser.add_argument("--work", type=Path, default=Path("runs/four_tasks"))
     parser.add_argument("--only", choices=SETTINGS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of distillations; the first one is probed")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the distillations; probes are on the first"
+    )
     parser.add_argument("--probe-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--scratch-steps", type=int, help="default: as many as cost what the distillation did")
-    parser.add_argument("--out", type=Path, default=HERE, help="where results.json and table.md go")
-    parser.add_argument("--doc", type=Path, default=DOC, help="the page that holds the table")
-    given = parser.parse_intermixed_args(arguments)
-    kept = Kept(given.work / "results.json")
-    for name in [given.only] if given.only else SETTINGS:
-        run(SETTINGS[name], kept, given)
-    told = table(publish(kept.rows, given.out / "results.json"))
-    write_text(given.out / "table.md", told)
-    insert("four tasks", told, given.doc)
-    print(told)
+    parser.add_argument("--scratch-steps", type=int, help="default: as many as have the FLOPs of the distillation")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder of results.json and table.md")
+    parser.add_argument("--doc", type=Path, default=DOC, help="the page with the table")
+    args = parser.parse_intermixed_args(arguments)
+    file = RowFile(args.work / "results.json")
+    for name in [args.only] if args.only else SETTINGS:
+        run_setting(SETTINGS[name], file, args)
+    text = table(publish(file.rows, args.out / "results.json"))
+    write_text(args.out / "table.md", text)
+    insert("four tasks", text, args.doc)
+    print(text)
 
 
 if __name__ == "__main__":

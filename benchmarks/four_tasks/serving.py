@@ -1,13 +1,13 @@
-"""What it costs to answer four tasks: one encoder with all inherited heads, against all the teachers.
+"""The cost of inference for four tasks: one encoder with all teacher heads against all teachers.
 
     OMP_NUM_THREADS=1 python benchmarks/four_tasks/serving.py [--only world|real|large] [--rounds 5]
 
-Asks the students that run.py left in its --work, and for `large` one that is made here, of teachers as large as those
-of a hub, with random weights (large.py); how long they were trained changes nothing here. Both sides go from pixels in
-[0, 1], drawn at the size that each model wants, to the outputs of the heads; the student runs its encoder once, then
-all projectors and heads. What comes after the heads is the same for both and told apart. They take turns in one
-process, round by round; peak memory is that of a process of its own for each. Writes serving.json and serving.md
-beside this file, and the table in docs/four_tasks.md.
+Runs the students that run.py left in WORK and, for `large`, a student of teachers of the size of hub models, with
+random weights (large.py); training does not change the cost. Both sides go from pixels in [0, 1], at the size that
+each model takes, to the outputs of the heads: the student runs its encoder once, then all projectors and heads. The
+post-processing after the heads is the same for both and measured separately. All sides take turns in one process,
+round by round; peak memory is measured in a separate process for each. Writes serving.json and serving.md in this
+folder, and the table in docs/four_tasks.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 from jobs import SETTINGS
-from kept import Row, publish
 from large import large_run
+from row_file import Row, publish
 from tables import DOC, insert, line_of
 from torch import Tensor
 
@@ -42,13 +42,13 @@ HERE = Path(__file__).resolve().parent
 LARGE = "large"
 NAMES = (*SETTINGS, LARGE)
 BATCHES = (1, 8)
-LEAST = 1.0  # seconds of a measurement
+MIN_SECONDS = 1.0  # of a measurement
 
-Ask = Callable[[int], object]  # answers a batch of so many images
+Forward = Callable[[int], object]  # runs the models on a batch of so many images
 
 
-def teachers_side(run: Path) -> Ask:
-    """All teachers of a run, each with its own head."""
+def build_teachers(run: Path) -> Forward:
+    """All teachers of a run, each with its head."""
     device = this_device()
     specs = read_recipe(run / "recipe.yaml").teachers
     loaded = {name: load_teacher(name, spec).to(device) for name, spec in specs.items()}
@@ -56,75 +56,75 @@ def teachers_side(run: Path) -> Ask:
     return torch.no_grad()(lambda count: [head(teacher(_pixels(count, teacher.size))) for teacher, head in pairs])
 
 
-def student_side(run: Path) -> Ask:
+def build_student(run: Path) -> Forward:
     """The student of a run with all its heads."""
-    student, size = _student(run)
+    student, size = _load_student(run)
     return lambda count: run_heads(student, list(student.heads), _pixels(count, size))[1]
 
 
-def projectors_side(run: Path) -> Ask:
-    """The student as far as the features that the heads read."""
-    student, size = _student(run)
+def build_projectors(run: Path) -> Forward:
+    """The student up to the input features of the heads."""
+    student, size = _load_student(run)
     return torch.no_grad()(lambda count: student.predict_teacher_features(_pixels(count, size)))
 
 
-def encoder_side(run: Path) -> Ask:
-    """The student's encoder alone."""
-    student, size = _student(run)
+def build_encoder(run: Path) -> Forward:
+    """The encoder of the student."""
+    student, size = _load_student(run)
     return torch.no_grad()(lambda count: student.forward_features(_pixels(count, size)))
 
 
-def after_side(run: Path) -> Ask:
-    """What comes after the heads of the student: boxes, masks and classes out of their outputs."""
-    student, size = _student(run)
+def build_post_processing(run: Path) -> Forward:
+    """The post-processing of the heads of the student: from their outputs to boxes, masks and classes."""
+    student, size = _load_student(run)
     heads = list(student.heads)
     outputs = cache(lambda count: run_heads(student, heads, _pixels(count, size))[1])
     return lambda count: [post_process(student.head(name), outputs(count)[name], [size] * count) for name in heads]
 
 
-TEACHERS, AFTER = "all teachers with their heads", "after the heads"
-SIDES: dict[str, Callable[[Path], Ask]] = {
-    TEACHERS: teachers_side,
-    "student with all heads": student_side,
-    "encoder and projectors of it": projectors_side,
-    "encoder of it": encoder_side,
-    AFTER: after_side,
+TEACHERS, POST_PROCESSING = "all teachers with their heads", "post-processing"
+SIDES: dict[str, Callable[[Path], Forward]] = {
+    TEACHERS: build_teachers,
+    "student with all heads": build_student,
+    "student: encoder and projectors": build_projectors,
+    "student: encoder": build_encoder,
+    POST_PROCESSING: build_post_processing,
 }
 
 
-def _student(run: Path) -> tuple[ShouldersModel, tuple[int, int]]:
+def _load_student(run: Path) -> tuple[ShouldersModel, tuple[int, int]]:
     student = load(run).to(this_device())
     return student, as_size(tuple(student.config.image_size))
 
 
 @cache
 def _pixels(count: int, size: tuple[int, int]) -> Tensor:
-    """(B, 3, h, w) of noise: a head finds something in it."""
+    """Noise (B, 3, h, w) in [0, 1], in which detectors find objects."""
     noise = torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(this_device())
 
 
 def measure(name: str, run: Path, rounds: int) -> list[Row]:
-    """Rows of side, batch and round: images a second by the clock, and milliseconds of processor for an image."""
-    asked = {side: make(run) for side, make in SIDES.items()}
+    """Rows of side, batch and round: images per second, and milliseconds of processor time per image."""
+    forwards = {side: build(run) for side, build in SIDES.items()}
     rows = []
     for batch in BATCHES:
-        repeats = {side: _repeats(partial(ask, batch)) for side, ask in asked.items()}
+        repeats = {side: _repeats(partial(forward, batch)) for side, forward in forwards.items()}
         for number in range(rounds):
-            for side, ask in asked.items():
+            for side, forward in forwards.items():
                 clock, processor = time.perf_counter(), time.process_time()
                 for _ in range(repeats[side]):
-                    ask(batch)
-                _wait()
+                    forward(batch)
+                _synchronize()
                 images = batch * repeats[side]
-                spent = time.perf_counter() - clock
+                seconds = time.perf_counter() - clock
                 rows.append(
                     {
                         "dataset": name,
                         "side": side,
                         "batch": batch,
                         "round": number,
-                        "images_per_s": images / spent,
+                        "images_per_s": images / seconds,
                         "cpu_ms": 1000 * (time.process_time() - processor) / images,
                     }
                 )
@@ -132,90 +132,91 @@ def measure(name: str, run: Path, rounds: int) -> list[Row]:
     return rows
 
 
-def _repeats(ask: Callable[[], object]) -> int:
-    ask()
-    _wait()
-    begun = time.perf_counter()
-    ask()
-    _wait()
-    return max(1, round(LEAST / (time.perf_counter() - begun)))
+def _repeats(forward: Callable[[], object]) -> int:
+    """The number of calls that take about `MIN_SECONDS`."""
+    forward()
+    _synchronize()
+    started_at = time.perf_counter()
+    forward()
+    _synchronize()
+    return max(1, round(MIN_SECONDS / (time.perf_counter() - started_at)))
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def peaks(name: str, run: Path) -> list[Row]:
-    """Rows of side and batch: the most memory in MiB of a process that holds this side alone."""
+def measure_peaks(name: str, run: Path) -> list[Row]:
+    """Rows of side and batch: the peak memory in MiB of a process that runs this side alone."""
     rows = []
     for side in SIDES:
         for batch in BATCHES:
             command = [sys.executable, str(HERE / "serving.py"), "--peak", side, str(run), str(batch)]
-            told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  (its own words)
-            rows.append({"dataset": name, "side": side, "batch": batch} | json.loads(told.stdout.splitlines()[-1]))
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  (this script)
+            rows.append({"dataset": name, "side": side, "batch": batch} | json.loads(done.stdout.splitlines()[-1]))
             print(rows[-1], flush=True)
     return rows
 
 
-def peak(side: str, run: Path, batch: int) -> None:
-    """Print the peak of this process, and what it held before any model was loaded."""
-    before = _resident()
-    ask = SIDES[side](run)
+def print_peak(side: str, run: Path, batch: int) -> None:
+    """Print the peak memory of this process, and its peak before any model was loaded."""
+    before = _peak_mib()
+    forward = SIDES[side](run)
     for _ in range(3):
-        ask(batch)
-    told = {"peak_mib": _resident(), "before_mib": before}
+        forward(batch)
+    memory = {"peak_mib": _peak_mib(), "before_mib": before}
     if torch.cuda.is_available():
-        told["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps(told))
+        memory["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps(memory))
 
 
-def _resident() -> float:
-    """The most MiB that this process held so far."""
+def _peak_mib() -> float:
+    """The peak resident memory of this process so far, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each setting, batch and side: median and spread over the rounds, and the gain over the teachers."""
+    """A line for each setting, batch and side: median and range of the rounds, and the speed-up over the teachers."""
     titles = [
-        "students of",
-        "images at a time",
+        "setting",
+        "batch",
         "side",
         "images/s",
         "CPU ms per image",
-        "against all teachers",
+        "speed-up over all teachers",
         "peak MiB",
-        "of it models and activations",
+        "of which models and activations",
     ]
     lines = [line_of(titles), "|---" * len(titles) + "|"]
     for setting in NAMES:
         for batch in BATCHES:
             of_batch = [row for row in rows if (row["dataset"], row["batch"]) == (setting, batch)]
-            theirs = [row["cpu_ms"] for row in of_batch if row["side"] == TEACHERS and "round" in row]
-            for side in SIDES if theirs else ():
+            teachers_ms = [row["cpu_ms"] for row in of_batch if row["side"] == TEACHERS and "round" in row]
+            for side in SIDES if teachers_ms else ():
                 timed = [row for row in of_batch if row["side"] == side and "round" in row]
-                held = next(row for row in of_batch if row["side"] == side and "peak_mib" in row)
-                gain = statistics.median(their / row["cpu_ms"] for their, row in zip(theirs, timed, strict=True))
+                memory = next(row for row in of_batch if row["side"] == side and "peak_mib" in row)
+                ratios = [teacher_ms / row["cpu_ms"] for teacher_ms, row in zip(teachers_ms, timed, strict=True)]
                 lines.append(
                     line_of(
                         [
                             setting,
                             str(batch),
                             side,
-                            spread([row["images_per_s"] for row in timed]),
-                            spread([row["cpu_ms"] for row in timed]),
-                            "-" if side == AFTER else f"{gain:.2f}x",
-                            f"{held['peak_mib']:.0f}",
-                            f"{held['peak_mib'] - held['before_mib']:.0f}",
+                            median_and_range([row["images_per_s"] for row in timed]),
+                            median_and_range([row["cpu_ms"] for row in timed]),
+                            "-" if side == POST_PROCESSING else f"{statistics.median(ratios):.2f}x",
+                            f"{memory['peak_mib']:.0f}",
+                            f"{memory['peak_mib'] - memory['before_mib']:.0f}",
                         ]
                     )
                 )
     return "\n".join(lines) + "\n"
 
 
-def spread(values: Sequence[float]) -> str:
-    """``12.3 (11.9 to 12.8)``: median, least and most."""
+def median_and_range(values: Sequence[float]) -> str:
+    """``12.3 (11.9 to 12.8)``: median, smallest and largest."""
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
@@ -228,18 +229,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--doc", type=Path, default=DOC)
     parser.add_argument("--peak", nargs=3, metavar=("SIDE", "RUN", "BATCH"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.peak:
-        side, run, batch = given.peak
-        return peak(side, Path(run), int(batch))
+    args = parser.parse_args()
+    if args.peak:
+        side, run, batch = args.peak
+        return print_peak(side, Path(run), int(batch))
     rows: list[Row] = []
-    for name in [given.only] if given.only else NAMES:
-        run = large_run(given.work) if name == LARGE else given.work / name / f"seed-{given.seed}"
-        rows += measure(name, run, given.rounds) + peaks(name, run)
-    told = table(publish(rows, given.out / "serving.json"))
-    write_text(given.out / "serving.md", told)
-    insert("serving", told, given.doc)
-    print(told)
+    for name in [args.only] if args.only else NAMES:
+        run = large_run(args.work) if name == LARGE else args.work / name / f"seed-{args.seed}"
+        rows += measure(name, run, args.rounds) + measure_peaks(name, run)
+    text = table(publish(rows, args.out / "serving.json"))
+    write_text(args.out / "serving.md", text)
+    insert("serving", text, args.doc)
+    print(text)
 
 
 if __name__ == "__main__":

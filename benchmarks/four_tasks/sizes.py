@@ -1,11 +1,11 @@
-"""One student at other input sizes than that of its training: its heads, k-NN and a linear probe.
+"""One student at other input sizes than that of its training: teacher heads, k-NN and a linear probe.
 
     python benchmarks/four_tasks/sizes.py --data DATA [--work runs/four_tasks] [--only world|real] [--seed 0]
 
-Asks the students that run.py left in WORK. Sizes are multiples of the patch next to half, three quarters, one, one and
-a half and two times that of the training; the heads' own grids stay what they are, so features are resized to them. For
-classification at most 5,000 images are fitted on and 2,000 reported. Goes on where it was killed; writes sizes.json
-and sizes.md beside this file, and the table in docs/four_tasks.md.
+Evaluates the students that run.py left in WORK. Sizes are the multiples of the patch nearest to half, three quarters,
+one, one and a half and two times the size of the training. Heads keep their own grids, to which features are resized.
+Probes for classification use at most 5,000 training images and 2,000 test images. Writes sizes.json and sizes.md in
+this folder, and the table in docs/four_tasks.md. The same command resumes an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import SETTINGS, Job, name_in_rows
-from kept import Kept, Row, publish
-from measure import fewer
+from measure import subsample
+from row_file import Row, RowFile, publish
 from tables import DOC, JOBS, insert, line_of, short
 
 from shoulders.distributed.device import this_device
@@ -28,7 +28,7 @@ from shoulders.tasks import TASKS
 
 HERE = Path(__file__).resolve().parent
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
-BATCH = 20  # at twice the size four times the places
+BATCH = 20  # small: twice the size has four times the tokens
 
 
 def sizes_of(student: ShouldersModel) -> dict[float, tuple[int, int]]:
@@ -40,13 +40,13 @@ def sizes_of(student: ShouldersModel) -> dict[float, tuple[int, int]]:
     }
 
 
-def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tuple[int, int]) -> list[Row]:
-    """By the teacher's head on the student, or by probes on the student, at a size."""
+def evaluate_at_size(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tuple[int, int]) -> list[Row]:
+    """Scores of the teacher head or of probes on the student, at an input size (h, w) in px."""
     if kind == "teacher_head":
-        told = TASKS[job.task].evaluate_head(head_on_student(student, job.teacher, size), splits, BATCH, 0)
+        scores = TASKS[job.task].evaluate_head(head_on_student(student, job.teacher, size), splits, BATCH, 0)
     else:
-        told = TASKS[job.task].fit_probe(features_of_student(student, size), splits, size, BATCH, 0, 0)
-    by_metric = {row["metric"]: row for row in told}
+        scores = TASKS[job.task].fit_probe(features_of_student(student, size), splits, size, BATCH, 0, 0)
+    by_metric = {row["metric"]: row for row in scores}
     names = {metric: name_in_rows(names, kind) for metric, names in job.metrics.items()}
     return [
         {
@@ -61,8 +61,8 @@ def measured(job: Job, kind: str, student: ShouldersModel, splits: Any, size: tu
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each data set, who answers and metric; a column for each factor."""
-    titles = ["data set (metric)", "by", *(f"{factor:g}x" for factor in FACTORS)]
+    """A line for each data set, metric and kind of head; a column for each factor."""
+    titles = ["data set (metric)", "head", *(f"{factor:g}x" for factor in FACTORS)]
     lines = [line_of(titles), "|---" * len(titles) + "|"]
     for job in JOBS:
         for kind in ("teacher_head", "student_probe"):
@@ -74,8 +74,8 @@ def table(rows: Sequence[Row]) -> str:
                 }
                 if values:
                     cells = [short(values[factor]) if factor in values else "-" for factor in FACTORS]
-                    by = "the teacher's head" if kind == "teacher_head" else "probe"
-                    lines.append(line_of([f"{job.dataset} ({job.metrics[metric].title})", by, *cells]))
+                    head = "teacher head" if kind == "teacher_head" else "probe"
+                    lines.append(line_of([f"{job.dataset} ({job.metrics[metric].title})", head, *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -87,25 +87,25 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the student")
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--doc", type=Path, default=DOC)
-    given = parser.parse_args()
-    kept = Kept(given.work / "sizes.json")
-    for name in [given.only] if given.only else SETTINGS:
+    args = parser.parse_args()
+    file = RowFile(args.work / "sizes.json")
+    for name in [args.only] if args.only else SETTINGS:
         setting = SETTINGS[name]
-        run, labels = given.work / name / f"seed-{given.seed}", setting.labels(given.work, given.data)
+        run, labels = args.work / name / f"seed-{args.seed}", setting.labels(args.work, args.data)
         student = load(run).to(this_device())
         for job in setting.jobs:
             splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-            splits = fewer(splits) if job.task == "classification" else splits
+            splits = subsample(splits) if job.task == "classification" else splits
             for kind in ("teacher_head", "student_probe") if job.task == "classification" else ("teacher_head",):
                 for factor, size in sizes_of(student).items():
-                    what = {"dataset": job.dataset, "kind": kind, "factor": factor, "seed": given.seed}
-                    if not kept.has(**what):
-                        rows = measured(job, kind, student, splits, size)
-                        kept.keep([{**what, "size": list(size), **row} for row in rows])
-    told = table(publish(kept.rows, given.out / "sizes.json"))
-    write_text(given.out / "sizes.md", told)
-    insert("sizes", told, given.doc)
-    print(told)
+                    match = {"dataset": job.dataset, "kind": kind, "factor": factor, "seed": args.seed}
+                    if not file.has(**match):
+                        rows = evaluate_at_size(job, kind, student, splits, size)
+                        file.add([{**match, "size": list(size), **row} for row in rows])
+    text = table(publish(file.rows, args.out / "sizes.json"))
+    write_text(args.out / "sizes.md", text)
+    insert("sizes", text, args.doc)
+    print(text)
 
 
 if __name__ == "__main__":

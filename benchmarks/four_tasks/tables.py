@@ -1,4 +1,4 @@
-"""Rows as Markdown: values with their intervals and deviations, and what the student keeps of its teacher."""
+"""Rows as Markdown tables: values with intervals and standard deviations, and the retention."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shoulders.storage.atomic import write_text
 Row = dict[str, Any]
 
 DOC = ROOT / "docs" / "four_tasks.md"
-LEAST_AP = 0.25  # a teacher below this knows too little for what a student keeps of it to mean something
+MIN_TEACHER_AP = 0.25  # the retention of a weaker teacher means nothing
 JOBS = tuple(job for setting in SETTINGS.values() for job in setting.jobs)
 TITLES = (
     "data set",
     "task (metric)",
     "teacher",
-    "its head on the student",
+    "teacher head",
     "retention",
     "probe on the student",
     "probe on the base",
@@ -29,7 +29,7 @@ TITLES = (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each data set and metric, of those that were measured."""
+    """A line for each data set and metric that was measured."""
     lines = [line_of(TITLES), "|---" * len(TITLES) + "|"]
     for job in JOBS:
         for metric in job.metrics:
@@ -44,21 +44,21 @@ def _cells(job: Job, metric: str, rows: Sequence[Row]) -> list[str]:
         kind: [row for row in rows if row["kind"] == kind]
         for kind in ("teacher", "teacher_head", "student_probe", "base_probe", "scratch")
     }
-    kept = retention(of_kind["teacher"], of_kind["teacher_head"])
-    weak = metric.endswith("AP") and bool(of_kind["teacher"]) and mean(of_kind["teacher"]) < LEAST_AP
+    ratio = retention(of_kind["teacher"], of_kind["teacher_head"])
+    weak = metric.endswith("AP") and bool(of_kind["teacher"]) and mean(of_kind["teacher"]) < MIN_TEACHER_AP
     return [
         job.dataset,
         f"{job.task} ({job.metrics[metric].title})",
         number(of_kind["teacher"]),
         number(of_kind["teacher_head"]),
-        "teacher AP < .25: not claimed" if weak else "-" if kept is None else f"{kept:.2f}",
+        "- (teacher AP < .25)" if weak else "-" if ratio is None else f"{ratio:.2f}",
         *(number(of_kind[kind]) for kind in ("student_probe", "base_probe", "scratch")),
     ]
 
 
-def retention(teacher: Sequence[Row], inherited: Sequence[Row]) -> float | None:
-    """What the teacher's head keeps on the student, as a share of the teacher's own value; None where one is absent."""
-    return mean(inherited) / mean(teacher) if teacher and inherited and mean(teacher) else None
+def retention(teacher: Sequence[Row], teacher_head: Sequence[Row]) -> float | None:
+    """The score of the teacher head on the student, as a fraction of the teacher's; None if one was not measured."""
+    return mean(teacher_head) / mean(teacher) if teacher and teacher_head and mean(teacher) else None
 
 
 def mean(rows: Sequence[Row]) -> float:
@@ -67,20 +67,20 @@ def mean(rows: Sequence[Row]) -> float:
 
 
 def number(rows: Sequence[Row]) -> str:
-    """``.623 ± .004 (.601 to .652)``: deviation of several seeds, and the mean of their intervals if they have any."""
+    """``.623 ± .004 (.601 to .652)``: mean and standard deviation over seeds, and the mean of their intervals."""
     if not rows:
         return "-"
-    told = short(mean(rows))
+    text = short(mean(rows))
     if len(rows) > 1:
-        told += f" ± {short(statistics.stdev(row['value'] for row in rows))}"
+        text += f" ± {short(statistics.stdev(row['value'] for row in rows))}"
     if all("low" in row for row in rows):
         low, high = (short(statistics.mean(row[side] for row in rows)) for side in ("low", "high"))
-        told += f" ({low} to {high})"
-    return told
+        text += f" ({low} to {high})"
+    return text
 
 
 def short(value: float) -> str:
-    """``.623``: a fraction without the zero before the point."""
+    """``.623``: a fraction without the leading zero."""
     return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.3f}"
 
 
@@ -90,14 +90,14 @@ def line_of(cells: Iterable[str]) -> str:
 
 
 def insert(name: str, text: str, doc: Path = DOC) -> None:
-    """Put a table into a page, between its two markers.
+    """Write a table to a page, between its two markers.
 
     Raises:
-        SystemExit: the page lacks them.
+        SystemExit: the page does not have them.
     """
     begin, end = f"<!-- {name}: written by its script -->\n", f"<!-- end of {name} -->"
     page = doc.read_text()
     if begin not in page or end not in page:
-        raise SystemExit(f"{doc}: lacks the markers {begin.strip()} and {end}")
+        raise SystemExit(f"{doc}: does not have the markers {begin.strip()} and {end}")
     before, rest = page.split(begin, 1)
     write_text(doc, before + begin + "\n" + text + "\n" + end + rest.split(end, 1)[1])

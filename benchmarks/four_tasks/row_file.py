@@ -1,4 +1,4 @@
-"""Rows in a file that is written after every measurement, so that whoever was killed goes on."""
+"""A JSON file of rows that is written after every measurement, so that an interrupted benchmark can be resumed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from shoulders.storage.atomic import write_text
 Row = dict[str, Any]
 
 
-class Kept:
-    """The rows in a JSON file.
+class RowFile:
+    """A JSON file of rows.
 
     Args:
-        path: the file; what it holds already counts as measured.
+        path: the file; the rows in it need not be measured again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -26,8 +26,8 @@ class Kept:
         """Whether there is a row with these values."""
         return any(all(row.get(key) == value for key, value in match.items()) for row in self.rows)
 
-    def keep(self, rows: list[Row]) -> None:
-        """Add rows, in the file too; those that another process put there meanwhile stay."""
+    def add(self, rows: list[Row]) -> None:
+        """Add rows to the file; rows that another process has added meanwhile stay."""
         self.rows = _read(self.path) + rows
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.path, dump(self.rows))
@@ -36,16 +36,15 @@ class Kept:
 
 
 def publish(rows: list[Row], path: Path) -> list[Row]:
-    """Put rows into a published file: they replace those of their data sets and leave the others; returns all."""
-    before = _read(path)
-    fresh = {row["dataset"] for row in rows}
-    merged = [row for row in before if row["dataset"] not in fresh] + rows
+    """Write rows to a published file, where they replace those of the same data sets; returns all rows of the file."""
+    measured = {row["dataset"] for row in rows}
+    merged = [row for row in _read(path) if row["dataset"] not in measured] + rows
     write_text(path, dump(merged))
     return merged
 
 
 def dump(rows: list[Row]) -> str:
-    """JSON with one row to a line, so that a change of one is a change of one line."""
+    """JSON with one row in a line, so that a change of a row is a change of one line."""
     return "[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
