@@ -32,6 +32,7 @@ from shoulders.evaluation.evaluate import evaluate
 from shoulders.evaluation.teacher_heads import evaluate_heads
 from shoulders.model import save_student
 from shoulders.report import write_report
+from shoulders.report.results import KINDS as TITLES
 from shoulders.storage.atomic import write_folder, write_text
 from shoulders.tasks import TASKS
 from shoulders.tasks.finetune import HParams
@@ -48,13 +49,7 @@ WITHOUT_STUDENT = ("scratch", "base_probe")  # kinds that can be measured before
 WITH_STUDENT = ("student_probe", "teacher_head", "teacher")
 BASELINE_CANDIDATES = (HParams("muon", 2e-3),)
 # kind of a measurement -> title of its column
-KINDS = {
-    "teacher": "teacher",
-    "teacher_head": "its head on the student",
-    "student_probe": "probe on the student",
-    "base_probe": "on its base",
-    "scratch": "from scratch, with labels",
-}
+KINDS = {kind: TITLES[kind] for kind in ("teacher", "teacher_head", "student_probe", "base_probe", "scratch")}
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ TITLES = (
     "teacher",
     "teacher head",
     "retention",
-    "probe on the student",
-    "probe on the base",
+    "probe on student",
+    "probe on base",
     "from scratch",
 )
 

@@ -17,8 +17,8 @@ Row = dict[str, Any]
 KINDS = {
     "teacher": "teacher",
     "teacher_head": "teacher head",
-    "student_probe": "probe on the student",
-    "base_probe": "probe on the base",
+    "student_probe": "probe on student",
+    "base_probe": "probe on base",
     "student_finetuned": "student, adapter finetuned",
     "base_finetuned": "base, adapter finetuned",
     "scratch": "from scratch",
