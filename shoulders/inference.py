@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel
 
-from shoulders.config.recipe import as_size
+from shoulders.config.section import as_size
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features, FeaturesOf
 from shoulders.model import ShouldersModel

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
 import shoulders.student.encoder as encoder
-from shoulders.config.recipe import as_size
+from shoulders.config.section import as_size
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
 from shoulders.hub import quiet

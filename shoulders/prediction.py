@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shoulders.config.recipe import as_size, read_recipe
+from shoulders.config.recipe import read_recipe
+from shoulders.config.section import as_size
 from shoulders.distributed.device import this_device
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features, FeaturesOf, Skipped

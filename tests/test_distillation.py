@@ -30,7 +30,15 @@ from shoulders.planning import plan
 from shoulders.storage.locks import RUN_LOCK, FileLocks
 from shoulders.training.checkpoint import checkpoints, load_checkpoint
 from shoulders.training.logger import MetricLogger
-from tests.tiny import save_base, save_convnext, save_images, save_segformer
+from tests.tiny import (
+    metric_rows,
+    same_tensors,
+    save_convnext,
+    save_images,
+    save_tiny_world,
+    student_weights,
+    tiny_tree,
+)
 
 STEPS = 12
 
@@ -38,56 +46,16 @@ STEPS = 12
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, two teachers and 60 images in one folder."""
-    root = tmp_path_factory.mktemp("world")
-    save_base(root / "base")
-    save_convnext(root / "classifier")
-    save_segformer(root / "segmenter")
-    save_images(root / "images", 60)
-    return root
+    return save_tiny_world(tmp_path_factory.mktemp("world"))
 
 
 def tree(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    recipe: dict[str, Any] = {
-        "student": {"base": str(world / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
-        "teachers": {
-            "classifier": {"model": str(world / "classifier")},
-            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"]},
-        },
-        "images": {"path": str(world / "images"), "size": 32, "holdout": 12, "workers": 0},
-        "transfer": {"calibration_images": 16},
-        "train": {
-            "steps": STEPS,
-            "batch": 8,
-            "lr": 5e-3,
-            "precision": "fp32",
-            "log_every": 1,
-            "save_every": 4,
-            "evaluate_every": 6,
-            "ema": 0.9,
-        },
-        "out": str(out),
-    }
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        recipe[section] = recipe[section] | {name: value} if name else value
-    return recipe
+    settings = {"train__steps": STEPS, "train__save_every": 4, "train__evaluate_every": 6, "train__ema": 0.9}
+    return tiny_tree(world, out, **settings | changes)
 
 
 def run(world: Path, out: Path, resume: bool = False, **changes: Any) -> dict[str, Any]:
     return distill(check_recipe(tree(world, out, **changes)), resume=resume)
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "student" / "model.safetensors")
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def metrics(out: Path, kind: str = "train") -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["kind"] == kind]
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +67,10 @@ def quiet_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_learns_and_leaves_everything_that_a_run_folder_promises(world: Path, quiet_run: Path) -> None:
-    losses = [row["loss"] for row in metrics(quiet_run)]
+    losses = [row["loss"] for row in metric_rows(quiet_run)]
     assert len(losses) == STEPS
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
-    evaluations = metrics(quiet_run, "evaluation")
+    evaluations = metric_rows(quiet_run, "evaluation")
     assert [row["step"] for row in evaluations] == [0, 6, 12]
     names = {
         "fvu/classifier/stage1/summary",
@@ -126,18 +94,20 @@ def test_it_learns_and_leaves_everything_that_a_run_folder_promises(world: Path,
 
 def test_the_base_inside_is_still_the_base(world: Path, quiet_run: Path) -> None:
     inside = {
-        n.removeprefix("encoder.base."): t for n, t in weights(quiet_run).items() if n.startswith("encoder.base.")
+        n.removeprefix("encoder.base."): t
+        for n, t in student_weights(quiet_run).items()
+        if n.startswith("encoder.base.")
     }
-    assert same(inside, load_file(world / "base" / "model.safetensors"))
+    assert same_tensors(inside, load_file(world / "base" / "model.safetensors"))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
     world: Path, quiet_run: Path, tmp_path: Path
 ) -> None:
     run(world, tmp_path / "again", images__workers=2)
-    assert same(weights(tmp_path / "again"), weights(quiet_run))
+    assert same_tensors(student_weights(tmp_path / "again"), student_weights(quiet_run))
     run(world, tmp_path / "other", train__seed=1)
-    assert not same(weights(tmp_path / "other"), weights(quiet_run))
+    assert not same_tensors(student_weights(tmp_path / "other"), student_weights(quiet_run))
 
 
 # where the run is killed: (event, how many times it has happened by then)
@@ -199,10 +169,10 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (out / "student").exists()
     distill(check_recipe(recipe), resume=True)
-    assert same(weights(out), weights(quiet_run))
+    assert same_tensors(student_weights(out), student_weights(quiet_run))
     # the log is that of one run: each step and evaluation once, with the same numbers
     for kind, number in (("train", "loss"), ("evaluation", "fvu_spread")):
-        ours, theirs = ([(row["step"], row[number]) for row in metrics(o, kind)] for o in (out, quiet_run))
+        ours, theirs = ([(row["step"], row[number]) for row in metric_rows(o, kind)] for o in (out, quiet_run))
         assert ours == theirs
     assert not list(out.rglob("*.partial"))
 
@@ -215,7 +185,7 @@ def test_a_finished_run_is_left_as_it_is(world: Path, quiet_run: Path, capsys: p
     summary = run(world, quiet_run, resume=True)
     assert "finished already" in capsys.readouterr().err
     assert left() == before
-    assert summary["fvu_spread"] == metrics(quiet_run, "evaluation")[-1]["fvu_spread"]
+    assert summary["fvu_spread"] == metric_rows(quiet_run, "evaluation")[-1]["fvu_spread"]
 
 
 def test_a_finished_run_needs_no_checkpoint(world: Path, quiet_run: Path, tmp_path: Path, capsys: Any) -> None:
@@ -250,7 +220,7 @@ def test_asked_to_stop_it_saves_and_says_so(
     recipe = tree(world, out, images__workers=1, train__steps=5000, train__save_every=5000, train__evaluate_every=5000)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     process = start(tmp_path / "recipe.yaml")
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3 or process.poll() is not None)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metric_rows(out)) > 3 or process.poll() is not None)
     if group:
         os.killpg(process.pid, number)  # as a batch system does: workers and all
         os.killpg(process.pid, number)  # and more than once
@@ -275,7 +245,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_means_the_one_before(
     shutil.rmtree(out / "student")
     run(world, out, resume=True)
     assert "trying the previous one" in capsys.readouterr().err
-    assert same(weights(out), weights(quiet_run))
+    assert same_tensors(student_weights(out), student_weights(quiet_run))
     for checkpoint in checkpoints(out / "checkpoints"):
         (checkpoint / "state.json").unlink()
     shutil.rmtree(out / "student")
@@ -311,16 +281,16 @@ def test_two_ranks_learn_what_one_learns(balance: str, optimizer: str, off: floa
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two"))
+    one, two = ([row["loss"] for row in metric_rows(tmp_path / name)] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=off)
-    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    ours, theirs = student_weights(tmp_path / "one"), student_weights(tmp_path / "two")
     assert all(torch.allclose(ours[name], theirs[name], rtol=100 * off, atol=off) for name in ours)
 
 
 def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Path) -> None:
     for parts in (1, 4):
         run(world, tmp_path / str(parts), train__accumulate=parts, train__steps=4, train__optimizer="adamw")
-    one, four = (metrics(tmp_path / name) for name in ("1", "4"))
+    one, four = (metric_rows(tmp_path / name) for name in ("1", "4"))
     for name in ("loss", "s2t/classifier/stage1/summary", "t2s/joint/spatial"):
         assert [row[name] for row in four] == pytest.approx([row[name] for row in one], rel=1e-4)
 
@@ -346,7 +316,7 @@ def test_accumulation_changes_memory_and_nothing_else(world: Path, tmp_path: Pat
 )
 def test_every_choice_of_the_recipe_trains(changes: dict[str, Any], world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "run", **changes, train__steps=3)
-    assert all(row["loss"] < 100 for row in metrics(tmp_path / "run"))
+    assert all(row["loss"] < 100 for row in metric_rows(tmp_path / "run"))
     assert shoulders.load(tmp_path / "run")(torch.rand(1, 3, 32, 32)).latent.grid == (4, 4)
 
 
@@ -468,7 +438,7 @@ def test_a_half_line_of_a_killed_run_is_no_measure(tmp_path: Path) -> None:
 def test_compiled_it_learns_the_same(world: Path, tmp_path: Path) -> None:
     for name, compiled in (("plain", False), ("compiled", True)):
         run(world, tmp_path / name, train__compile=compiled, train__steps=4)
-    plain, compiled_ = ([row["loss"] for row in metrics(tmp_path / name)] for name in ("plain", "compiled"))
+    plain, compiled_ = ([row["loss"] for row in metric_rows(tmp_path / name)] for name in ("plain", "compiled"))
     assert compiled_ == pytest.approx(plain, rel=1e-4)
 
 
@@ -547,12 +517,12 @@ def test_a_part_that_no_teacher_has_does_not_stop_a_run_from_going_on(world: Pat
         "student__adapter": {"kind": "conv", "width": 32},
     }
     run(world, tmp_path / "run", **changes)
-    whole = weights(tmp_path / "run")
+    whole = student_weights(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "student")
     newest = checkpoints(tmp_path / "run" / "checkpoints")
     shutil.rmtree(max(newest))
     run(world, tmp_path / "run", resume=True, **changes)
-    assert same(weights(tmp_path / "run"), whole)
+    assert same_tensors(student_weights(tmp_path / "run"), whole)
 
 
 def test_too_few_images_are_refused_with_what_to_do(world: Path, tmp_path: Path) -> None:

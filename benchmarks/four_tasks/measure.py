@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from jobs import Job, Setting, name_in_rows
 
-from shoulders.config.recipe import as_size, read_recipe
+from shoulders.config.recipe import read_recipe
+from shoulders.config.section import as_size
 from shoulders.distillation import distill
 from shoulders.distributed.device import this_device
 from shoulders.evaluation.teacher_heads import evaluate_heads

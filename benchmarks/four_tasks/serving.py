@@ -29,7 +29,8 @@ from row_file import Row, publish
 from tables import DOC, insert, line_of
 from torch import Tensor
 
-from shoulders.config.recipe import as_size, read_recipe
+from shoulders.config.recipe import read_recipe
+from shoulders.config.section import as_size
 from shoulders.distributed.device import this_device
 from shoulders.inference import run_heads
 from shoulders.model import ShouldersModel, load

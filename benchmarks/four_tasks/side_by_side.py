@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tables import retention, short
 from torch import Tensor
 
-from shoulders.config.recipe import TeacherSpec, as_size, read_recipe
+from shoulders.config.recipe import read_recipe
+from shoulders.config.section import as_size
+from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.images import View, render
 from shoulders.images.pictures import draw_prediction

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.inference import head_on_teacher
 from shoulders.tasks import TASKS
 from shoulders.teachers import load_teacher

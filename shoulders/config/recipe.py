@@ -11,9 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from shoulders.config.messages import explain
 from shoulders.config.overrides import apply_override
 from shoulders.config.section import Section, UserPath
-from shoulders.config.section import as_size as as_size
 from shoulders.config.sections import Cache, Images, TeacherSpec, Train, Transfer
-from shoulders.config.sections import Source as Source
 from shoulders.config.student import Conv, Student
 from shoulders.errors import RecipeError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from shoulders.config.recipe import Recipe, TeacherSpec, read_recipe
+from shoulders.config.recipe import Recipe, read_recipe
+from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.features import FeaturesOf

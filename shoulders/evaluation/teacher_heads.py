@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.evaluation.models import MODELS, check_models, chosen_teachers, recipe_of_run

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from shoulders.config.recipe import Train, as_size
+from shoulders.config.section import as_size
+from shoulders.config.sections import Train
 from shoulders.distillation import Trainer
 from shoulders.feature_cache import CachedTeachers
 from shoulders.hub import quiet

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image as Pillow
 from torch import Tensor
 
-from shoulders.config.recipe import as_size
+from shoulders.config.section import as_size
 from shoulders.images import View, render
 from shoulders.images.pictures import BACKGROUND, Colours, assign_colours, draw_prediction
 from shoulders.model import ShouldersModel

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from shoulders.config.recipe import Images, Recipe, as_size
+from shoulders.config.recipe import Recipe
+from shoulders.config.section import as_size
+from shoulders.config.sections import Images
 from shoulders.features import Batch
 from shoulders.images import ImageSet, batches, evaluation_batches
 from shoulders.teachers import AnyTeachers

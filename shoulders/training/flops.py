@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from shoulders.config.recipe import Recipe, as_size
+from shoulders.config.recipe import Recipe
+from shoulders.config.section import as_size
 from shoulders.distributed.context import DistContext
 from shoulders.distributed.device import this_device
 from shoulders.features import Batch

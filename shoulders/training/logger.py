@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from shoulders.config.recipe import Train
+from shoulders.config.sections import Train
 from shoulders.distributed.device import environment, peak_memory_gib
 from shoulders.storage.atomic import write_text
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from shoulders.config.recipe import Train
+from shoulders.config.sections import Train
 from shoulders.distributed.sharding import clip_grad_norm, replicate, shard_like
 from shoulders.errors import DataError
 from shoulders.optimizers import MuonAdamW, ema_update, split_parameters, warmup_cosine

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
-from shoulders.config.recipe import Recipe, Source, as_size, check_name
+from shoulders.config.recipe import Recipe, check_name
 from shoulders.config.resume import check_resumed
+from shoulders.config.section import as_size
+from shoulders.config.sections import Source
 from shoulders.config.user_code import check_function
 from shoulders.distributed.context import DistContext
 from shoulders.distributed.sharding import FSDP_SUPPORTED

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shoulders.config.recipe import Recipe, as_size
+from shoulders.config.recipe import Recipe
+from shoulders.config.section import as_size
 from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
 from shoulders.model import ShouldersConfig, ShouldersModel, build_student

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shoulders.config.recipe import Recipe, as_size, read_recipe
+from shoulders.config.recipe import Recipe, read_recipe
+from shoulders.config.section import as_size
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.evaluation.evaluate import Rows, evaluate

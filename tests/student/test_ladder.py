@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from shoulders.config.recipe import check_recipe
 from shoulders.config.student import Student
 from shoulders.distillation import Trainer, prepare
 from shoulders.distributed.context import DistContext
@@ -22,7 +21,7 @@ from shoulders.student.base import base_layers_needed, check_base
 from shoulders.student.encoder import Encoder
 from shoulders.teachers import AnyTeachers, Tap, Teacher
 from shoulders.training.optimizers import Optimizers
-from tests.tiny import BASE_CONFIGS, MEAN, STD, save_base, save_convnext, save_images
+from tests.tiny import BASE_CONFIGS, MEAN, STD, save_base, save_convnext, save_images, tiny_recipe
 
 
 def build(layers: int = 2, blocks: int = 2) -> Encoder:
@@ -53,16 +52,15 @@ def saved_bytes(encoder: Encoder, pixels: Tensor) -> int:
 
 
 def trainer_of(tmp_path: Path, adapter: dict[str, Any], **transfer: Any) -> Trainer:
+    save_base(tmp_path / "base")
     save_images(tmp_path / "images", 80)
-    recipe = check_recipe(
-        {
-            "student": {"base": str(save_base(tmp_path / "base")), "adapter": adapter},
-            "teachers": {"convnext": {"model": str(save_convnext(tmp_path / "convnext"))}},
-            "images": {"path": str(tmp_path / "images"), "size": 32, "workers": 0},
-            "transfer": transfer,
-            "train": {"batch": 4, "steps": 10, "precision": "fp32"},
-            "out": str(tmp_path / "run"),
-        }
+    recipe = tiny_recipe(
+        tmp_path,
+        student__adapter=adapter,
+        teachers={"convnext": {"model": str(save_convnext(tmp_path / "convnext"))}},
+        images__holdout=None,
+        transfer=transfer,
+        train={"batch": 4, "steps": 10, "precision": "fp32"},
     )
     return prepare(recipe, {}, DistContext(0, 1, torch.device("cpu")))
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shoulders.config.recipe import TeacherSpec
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import DataError, RecipeError
 from shoulders.inference import HeadInput, head_on_teacher
 from shoulders.tasks import TASKS, Row, task_of_head

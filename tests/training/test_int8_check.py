@@ -6,26 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.config.recipe import Recipe
 from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
 from shoulders.hub.fast import Int8Linear, int8_available
 from shoulders.teachers import check_teacher, load_teacher
 from shoulders.training.int8_check import check_int8
-from tests.tiny import save_base, save_images, save_segformer
+from tests.tiny import save_base, save_images, save_segformer, tiny_recipe
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
+    save_base(tmp_path / "base")
     save_images(tmp_path / "images", 80)
-    return check_recipe(
-        {
-            "student": {"base": str(save_base(tmp_path / "base"))},
-            "teachers": {"segmenter": {"model": str(save_segformer(tmp_path / "segmenter")), "int8": True}},
-            "images": {"path": str(tmp_path / "images"), "size": 32, "holdout": 8},
-            "out": str(tmp_path / "run"),
-        }
-    )
+    segmenter = {"model": str(save_segformer(tmp_path / "segmenter")), "int8": True}
+    return tiny_recipe(tmp_path, teachers={"segmenter": segmenter}, images__holdout=8)
 
 
 @pytest.mark.skipif(not int8_available(), reason="int8 is no faster on this machine")

@@ -30,7 +30,7 @@ from shoulders.transfer.losses import Settings, kpu
 from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent, teacher_name
 from tests.feature_cache.toy import SINGLE_PROCESS, SMALL_SHARDS, contents
 from tests.test_distillation import metrics, same, weights
-from tests.tiny import save_base, save_convnext, save_images, save_segformer
+from tests.tiny import save_base, save_convnext, save_images, save_segformer, tiny_tree
 
 B, D, GRID = 5, 8, (2, 2)
 STEPS = 6
@@ -174,30 +174,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(world: Path, out: Path, sources: list[str] | None, **changes: Any) -> Any:
-    tree: dict[str, Any] = {
-        "student": {"base": str(world / "base"), "adapter": {"kind": "bottleneck", "width": 8}},
-        "teachers": {
-            "classifier": {"model": str(world / "classifier")},
-            "segmenter": {"model": str(world / "segmenter"), "taps": ["stage0", "stage1"], "sources": sources},
-        },
-        "images": {
-            "sources": {name: {"path": str(world / name)} for name in ("photos", "streets")},
-            "size": 32,
-            "holdout": 16,
-            "workers": 0,
-        },
-        "transfer": {"calibration_images": 16},
-        "train": {
-            "steps": STEPS,
-            "batch": 8,
-            "lr": 5e-3,
-            "precision": "fp32",
-            "log_every": 1,
-            "save_every": 3,
-            "evaluate_every": 3,
-        },
-        "out": str(out),
-    }
+    tree = tiny_tree(
+        world,
+        out,
+        teachers__segmenter__sources=sources,
+        images__path=None,
+        images__sources={name: {"path": str(world / name)} for name in ("photos", "streets")},
+        images__holdout=16,
+        train__steps=STEPS,
+        train__save_every=3,
+        train__evaluate_every=3,
+    )
     return check_recipe(tree | {key: tree.get(key, {}) | value for key, value in changes.items()})
 
 

@@ -12,7 +12,8 @@ import transformers as hf
 from torch import Tensor
 
 import shoulders
-from shoulders.config.recipe import TeacherSpec, check_recipe
+from shoulders.config.recipe import check_recipe
+from shoulders.config.sections import TeacherSpec
 from shoulders.distillation import distill
 from shoulders.errors import RecipeError
 from shoulders.evaluation.evaluate import evaluate
