@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from shoulders.storage.atomic import write_text
-from shoulders.tasks.classification import LabelledVectors, knn_top1, linear_top1
+from shoulders.tasks.vector_probes import LabelledVectors, knn_top1, linear_top1
 from shoulders.world import CLASSES, SIZE, STYLES
 
 HERE = Path(__file__).resolve().parent

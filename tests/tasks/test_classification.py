@@ -15,10 +15,11 @@ from torch import Tensor
 
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped
-from shoulders.tasks import Row, classification
-from shoulders.tasks.classification import LabelledVectors
+from shoulders.tasks import Row, vector_probes
+from shoulders.tasks.classification import fit_classification_probes
 from shoulders.tasks.data.labelled import find_labelled
 from shoulders.tasks.heads.linear import fit_logistic, linear_logits
+from shoulders.tasks.vector_probes import LabelledVectors
 
 
 def clusters(n: int, n_classes: int, width: int, spread: float, seed: int) -> LabelledVectors:
@@ -41,7 +42,7 @@ def by_metric(rows: list[Row]) -> dict[str, float]:
 
 def test_the_vector_of_an_image_is_its_summary() -> None:
     features = Features(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.ones(2, 4, 2), (2, 2))
-    vectors = classification.extract_vectors(lambda batch: features, [batch_of([1, 0], 2), batch_of([1, 1], 2)])
+    vectors = vector_probes.extract_vectors(lambda batch: features, [batch_of([1, 0], 2), batch_of([1, 1], 2)])
     assert torch.equal(vectors.x, torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]))
     assert vectors.labels.tolist() == [1, 0, 1, 1]
     assert vectors.ids.tolist() == [0, 1, 0, 1]
@@ -49,32 +50,32 @@ def test_the_vector_of_an_image_is_its_summary() -> None:
 
 def test_without_a_summary_the_vector_is_the_mean_over_the_tokens() -> None:
     spatial = torch.tensor([[[0.0, 8.0], [2.0, 0.0]]], dtype=torch.bfloat16)  # (1, 2, 2)
-    vectors = classification.extract_vectors(lambda batch: Features(None, spatial, (1, 2)), [batch_of([0], 1)])
+    vectors = vector_probes.extract_vectors(lambda batch: Features(None, spatial, (1, 2)), [batch_of([0], 1)])
     assert torch.equal(vectors.x, torch.tensor([[1.0, 4.0]]))
     assert vectors.x.dtype == torch.float32
 
 
 def test_skipped_images_are_listed_and_not_counted() -> None:
     batches = [batch_of([], 0, (Skipped("a.jpg", "truncated"),)), batch_of([2], 1)]
-    vectors = classification.extract_vectors(lambda batch: Features(torch.ones(len(batch), 3), None), batches)
+    vectors = vector_probes.extract_vectors(lambda batch: Features(torch.ones(len(batch), 3), None), batches)
     assert len(vectors.x) == 1
     assert vectors.skipped == (Skipped("a.jpg", "truncated"),)
 
 
 def test_images_without_labels_are_refused() -> None:
     with pytest.raises(DataError, match="needs labels"):
-        classification.extract_vectors(lambda batch: Features(torch.ones(1, 3), None), [batch_of(None, 1)])
+        vector_probes.extract_vectors(lambda batch: Features(torch.ones(1, 3), None), [batch_of(None, 1)])
 
 
 def test_a_split_without_readable_images_is_refused() -> None:
     with pytest.raises(DataError, match="none of the 1"):
-        classification.extract_vectors(lambda batch: Features(None, None), [batch_of([], 0, (Skipped("a", "b"),))])
+        vector_probes.extract_vectors(lambda batch: Features(None, None), [batch_of([], 0, (Skipped("a", "b"),))])
 
 
 def test_features_that_are_not_finite_are_refused() -> None:
     broken = Features(torch.tensor([[1.0], [float("nan")]]), None)
     with pytest.raises(NumericError, match="1 of 2 images"):
-        classification.extract_vectors(lambda batch: broken, [batch_of([0, 1], 2)])
+        vector_probes.extract_vectors(lambda batch: broken, [batch_of([0, 1], 2)])
 
 
 @pytest.mark.parametrize("l2", [0.3, 0.01])
@@ -87,7 +88,7 @@ def test_logistic_regression_equals_that_of_scikit_learn(l2: float) -> None:
     expected = torch.from_numpy(reference.predict_proba(test.x.double().numpy())).float()
     torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
     agreement = reference.score(test.x.double().numpy(), test.labels.numpy())
-    assert classification.top1(ours.argmax(1), test.labels) == pytest.approx(agreement, abs=1e-3)
+    assert vector_probes.top1(ours.argmax(1), test.labels) == pytest.approx(agreement, abs=1e-3)
 
 
 def test_a_warm_start_reaches_the_same_minimum() -> None:
@@ -114,11 +115,11 @@ def knn_reference(train: LabelledVectors, test: LabelledVectors, n_classes: int)
 def test_knn_equals_a_brute_force_reference() -> None:
     train, test = clusters(150, 4, 6, 1.5, seed=1), clusters(60, 4, 6, 1.5, seed=2)
     expected = knn_reference(train, test, 4)
-    value, settings = classification.knn_top1(train, None, test, 4, seed=0)
+    value, settings = vector_probes.knn_top1(train, None, test, 4, seed=0)
     assert value == sum(a == b for a, b in zip(expected, test.labels.tolist(), strict=True)) / 60
     # with the predictions of the reference as labels, every prediction is correct
     relabelled = LabelledVectors(test.x, torch.tensor(expected), test.ids)
-    assert classification.knn_top1(train, None, relabelled, 4, seed=0)[0] == 1.0
+    assert vector_probes.knn_top1(train, None, relabelled, 4, seed=0)[0] == 1.0
     assert settings == {"k": 20, "temperature": 0.07}
 
 
@@ -128,16 +129,16 @@ def test_few_shot_is_the_nearest_mean_of_the_drawn_images() -> None:
     train = LabelledVectors(x, torch.tensor([0, 0, 1, 1]), torch.arange(4))
     test = LabelledVectors(torch.tensor([[5.0, 4.0], [1.0, -0.5]]), torch.tensor([0, 1]), torch.arange(2))
     # means of unit vectors: (.5, .5) and (-.5, -.5): the second image is nearer to class 0
-    assert classification.few_shot_top1(2, train, None, test, 2, seed=0) == (0.5, {"draws": 5, "std": 0.0})
-    assert classification.few_shot_top1(3, train, None, test, 2, seed=0) is None
+    assert vector_probes.few_shot_top1(2, train, None, test, 2, seed=0) == (0.5, {"draws": 5, "std": 0.0})
+    assert vector_probes.few_shot_top1(3, train, None, test, 2, seed=0) is None
 
 
 @pytest.mark.parametrize("with_val", [True, False])
 def test_separable_clusters_are_classified_perfectly(with_val: bool) -> None:
     train, test = clusters(120, 3, 16, 0.05, seed=1), clusters(60, 3, 16, 0.05, seed=2)
     val = clusters(60, 3, 16, 0.05, seed=3) if with_val else None
-    rows = classification.evaluate_vectors(train, val, test, 3, seed=0)
-    assert by_metric(rows) == dict.fromkeys(classification.PROBES, 1.0)
+    rows = vector_probes.evaluate_vectors(train, val, test, 3, seed=0, task="classification")
+    assert by_metric(rows) == dict.fromkeys(vector_probes.PROBES, 1.0)
     assert all(row["n"] == 60 and row["task"] == "classification" for row in rows)
     assert rows[1]["settings"]["selected_on"] == ("val" if with_val else "a tenth of train")
 
@@ -149,7 +150,7 @@ def test_random_labels_are_classified_at_chance() -> None:
         x, labels = torch.randn(n, 8, generator=generator), torch.randint(0, 4, (n,), generator=generator)
         return LabelledVectors(x, labels, torch.arange(n))
 
-    values = by_metric(classification.evaluate_vectors(noise(400), None, noise(2000), 4, seed=0))
+    values = by_metric(vector_probes.evaluate_vectors(noise(400), None, noise(2000), 4, seed=0, task="classification"))
     assert all(abs(value - 0.25) < 0.05 for value in values.values()), values
 
 
@@ -157,7 +158,7 @@ def test_the_same_seed_gives_the_same_rows() -> None:
     train, test = clusters(200, 4, 8, 2.0, seed=1), clusters(100, 4, 8, 2.0, seed=2)
 
     def rows(seed: int) -> list[dict[str, object]]:
-        every = classification.evaluate_vectors(train, None, test, 4, seed)
+        every = vector_probes.evaluate_vectors(train, None, test, 4, seed, task="classification")
         return [{name: value for name, value in row.items() if name != "seconds"} for row in every]
 
     assert rows(3) == rows(3)
@@ -172,8 +173,8 @@ def test_scale_and_shift_of_a_channel_do_not_change_the_linear_probe() -> None:
         constant = torch.full((len(split.x), 1), 3.0)
         return LabelledVectors(torch.cat([split.x * scale + shift, constant], 1), split.labels, split.ids)
 
-    plain, _ = classification.linear_top1(train, None, test, 4, seed=0)
-    scaled, _ = classification.linear_top1(changed(train), None, changed(test), 4, seed=0)
+    plain, _ = vector_probes.linear_top1(train, None, test, 4, seed=0)
+    scaled, _ = vector_probes.linear_top1(changed(train), None, changed(test), 4, seed=0)
     assert scaled == pytest.approx(plain, abs=0.01)
 
 
@@ -188,8 +189,8 @@ def test_from_a_folder_of_images_to_rows(tmp_path: Path) -> None:
     def colours(batch: Batch) -> Features:
         return Features.from_map(batch.pixels((4, 4)) - 0.5)
 
-    rows = classification.fit_classification_probes(colours, find_labelled(tmp_path), (4, 4), batch=7)
-    assert by_metric(rows) == dict.fromkeys(classification.PROBES, 1.0)
+    rows = fit_classification_probes(colours, find_labelled(tmp_path), (4, 4), batch=7)
+    assert by_metric(rows) == dict.fromkeys(vector_probes.PROBES, 1.0)
     settings = rows[0]["settings"]
     assert (settings["split"], settings["skipped"], settings["k"]) == ("80/20 by image id", 1, 20)
     assert rows[0]["n"] + int(settings["train"]) == 40
@@ -210,7 +211,7 @@ def small_pixels(parquet: Path, count: int) -> LabelledVectors:
 def test_pixel_means_of_cifar10_are_weak_features(shared_data: Path) -> None:
     train = small_pixels(shared_data / "cifar10" / "train.parquet", 2000)
     test = small_pixels(shared_data / "cifar10" / "test.parquet", 1000)
-    values = by_metric(classification.evaluate_vectors(train, None, test, 10, seed=0))
+    values = by_metric(vector_probes.evaluate_vectors(train, None, test, 10, seed=0, task="classification"))
     assert 0.2 < values["knn_top1"] < 0.45
     assert 0.25 < values["linear_top1"] < 0.45
     assert 0.1 < values["1shot_top1"] < values["10shot_top1"] < 0.35
