@@ -13,8 +13,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "student/base.py": ("tests/student/test_base.py", "tests/student/test_ladder.py"),
     "student/config.py": ("tests/student/test_config.py",),
     "student/convolutions.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
-    "student/encoder.py": ("tests/student/test_encoder.py", "tests/student/test_ladder.py"),
-    "student/families.py": ("tests/student/test_encoder.py", "tests/student/test_base.py"),
+    "student/encoder.py": (
+        "tests/student/test_encoder_reference.py",
+        "tests/student/test_encoder.py",
+        "tests/student/test_ladder.py",
+    ),
+    "student/families.py": (
+        "tests/student/test_encoder_reference.py",
+        "tests/student/test_encoder.py",
+        "tests/student/test_base.py",
+    ),
     "student/kinds.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
     "student/ladder.py": ("tests/student/test_adapters.py", "tests/student/test_encoder.py"),
     "tasks/average_precision.py": ("tests/tasks/test_average_precision.py", "tests/tasks/data/test_coco.py"),

@@ -23,3 +23,9 @@ def test_the_layers_of_a_config_are_the_blocks_of_its_base_and_the_latent() -> N
     chosen = ShouldersConfig(base=base.to_dict(), out_features=["block0", "latent"])
     assert list(chosen.out_indices) == [1, 3]
     assert list(ShouldersConfig(base=base.to_dict(), out_indices=[1]).out_features) == ["block0"]
+
+
+def test_other_settings_of_transformers_are_kept() -> None:
+    config = ShouldersConfig(num_labels=7, note="of my own")
+    assert config.num_labels == 7 and config.note == "of my own"
+    assert config.name_or_path == ""
