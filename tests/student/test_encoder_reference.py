@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModel
 
+from shoulders.features import Features
+from shoulders.student.convolutions import Convolutions
 from shoulders.student.encoder import Encoder
 from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD
 
@@ -58,3 +61,33 @@ def test_base_features_have_no_gradient() -> None:
     pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
     assert not encoder.base_features(pixels)["latent"].components()["spatial"].requires_grad
     assert encoder(pixels)["latent"].components()["spatial"].requires_grad
+
+
+@torch.no_grad()
+def test_an_adapter_beside_the_base_takes_all_of_its_input_layers() -> None:
+    encoder = build("dinov2", {"kind": "conv", "width": 32, "depth": 1, "blocks": [0]})
+    assert encoder.adapter.input_layers == ("block0", "latent")
+    pixels = torch.rand(1, 3, 32, 32)
+    expected = encoder.adapt(encoder.base_features(pixels, ("block0", "latent")), pixels)["latent"]
+    assert torch.equal(encoder(pixels)["latent"].components()["spatial"], expected.components()["spatial"])
+
+
+@torch.no_grad()
+def test_the_stem_halves_the_pixels_three_times_and_its_map_is_averaged_down_to_the_grid() -> None:
+    adapter = Convolutions(("latent",), 8, 64, 1)
+    convolutions = [module for module in adapter.stem if isinstance(module, torch.nn.Conv2d)]
+    assert [(conv.in_channels, conv.out_channels, conv.stride) for conv in convolutions] == [
+        (3, 16, (2, 2)),
+        (16, 32, (2, 2)),
+        (32, 64, (2, 2)),
+    ]
+    for parameter in adapter.parameters():
+        parameter.normal_(std=0.3)
+    pixels = torch.randn(2, 3, 64, 64)  # a map of 8 x 8, a grid of 4 x 4
+    base = Features(torch.randn(2, 8), torch.randn(2, 16, 8), (4, 4))
+    image = adapter.stem(pixels)
+    result = adapter.adapt({"latent": base}, pixels)["latent"].components()["spatial"]
+    for antialias in (True, False):
+        resized = F.interpolate(image, (4, 4), mode="bilinear", antialias=antialias)
+        expected = adapter.rungs["latent"](resized, base)[1].components()["spatial"]
+        assert torch.allclose(result, expected, atol=1e-4) == antialias
