@@ -17,7 +17,7 @@ from shoulders.config.recipe import read_recipe
 from shoulders.config.section import as_size
 from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
-from shoulders.images import View, render
+from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, render
 from shoulders.images.pictures import draw_prediction
 from shoulders.model import ShouldersModel, load
 from shoulders.tasks import TASKS
@@ -27,8 +27,6 @@ from shoulders.teachers.heads.post_process import post_process
 
 NUM_IMAGES = 8  # in two blocks of four
 SCORE_THRESHOLD = 0.5
-WHOLE_IMAGE = View(0.0, 0.0, 1.0, 1.0)
-MAX_PIXELS = 50_000_000
 CELL, SMALL_CELL = 256, 192  # px of the longer side of a picture; the second for images that are no larger
 DOCS_WIDTH = 1400  # px of a sheet in the documentation
 GAP, MARGIN, TITLE, HEADING, LEGEND = 6, 16, 44, 24, 30

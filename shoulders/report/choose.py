@@ -12,13 +12,12 @@ from torch import Tensor
 
 from shoulders.config.recipe import Recipe
 from shoulders.errors import ShouldersError
-from shoulders.images import Collection, ImageSource, Undecodable, open_images, open_source
+from shoulders.images import MAX_PIXELS, Collection, ImageSource, Undecodable, open_images, open_source
 from shoulders.report.record import RunRecord
 
 FEATURE_IMAGES = 4  # images whose features are drawn
 MAX_PREDICTION_IMAGES = 8  # images with predictions, of all heads together
 MAX_IMAGES_PER_HEAD = 4
-MAX_PIXELS = 50_000_000  # of an image
 
 GivenImages = ImageSource | Mapping[str, ImageSource] | None  # for all heads, or by name of the head
 Selection = tuple[Collection, NDArray[np.int64]]  # indices of images in a collection

@@ -11,7 +11,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 from shoulders.config.section import as_size
-from shoulders.images import View, render
+from shoulders.images import WHOLE_IMAGE, render
 from shoulders.images.pictures import BACKGROUND, Colours, assign_colours, draw_prediction
 from shoulders.model import ShouldersModel
 from shoulders.report.inline import jpeg
@@ -25,7 +25,6 @@ PICTURE_PX = 400  # longer side
 SCORE_THRESHOLD = 0.5  # objects with a lower score are not shown
 MAX_CLASSES = 3  # of a classification
 MAX_LABELS, MAX_SCORES = 5, 3  # labels below a picture, and scores of each label
-WHOLE_IMAGE = View(0, 0, 1, 1)
 
 
 @dataclass(frozen=True)
