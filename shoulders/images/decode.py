@@ -8,14 +8,15 @@ import warnings
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
 from shoulders.errors import DataError
 
 MAX_PIXELS = 50_000_000  # of an image, by default; larger ones are not decoded
 # the formats that Pillow may try: EPS would start Ghostscript, and decoders of rare formats have more faults
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+READS_AVIF = "avif" in features.modules and features.check("avif")  # depends on how Pillow was built
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if READS_AVIF else ()))
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (whether to swap rows and columns first, axes of (H, W) to reverse then)
 _ORIENTATIONS = {

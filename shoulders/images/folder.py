@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.images.decode import Undecodable
-from shoulders.images.source import MAX_FILE_BYTES, NameList, label_at
+from shoulders.images.source import MAX_FILE_BYTES, NameList, is_image_name, label_at
+
+HIDDEN = (b".", b"__MACOSX")  # beginnings of names that are passed over; macOS puts the latter into zip files
 
 
 class Folder:
@@ -46,15 +48,32 @@ class Folder:
         return label_at(self.labels, index)
 
 
-def walk(root: Path) -> Iterator[bytes]:
-    """Relative paths of the files below ``root``, without hidden ones.
+@dataclass
+class Listing:
+    """What is below a folder; all paths are relative to it.
+
+    Args:
+        files: regular files that are not hidden.
+        folders: that are not hidden, the folder itself as ``b""``.
+        broken: links to nothing, pipes and devices.
+        hidden: folders whose images are passed over because of their name.
+    """
+
+    files: list[bytes] = field(default_factory=list)
+    folders: list[bytes] = field(default_factory=list)
+    broken: list[bytes] = field(default_factory=list)
+    hidden: list[bytes] = field(default_factory=list)
+
+
+def list_files(root: Path) -> Listing:
+    """The files below ``root``, without hidden ones.
 
     Links to folders are followed, each folder is listed once: at its real path if that is below ``root``.
 
     Raises:
         OSError: a sub-folder cannot be listed; otherwise its images would be missing in silence.
     """
-    top = os.fsencode(root)
+    top, listing = os.fsencode(root), Listing()
     visited: set[tuple[int, int]] = set()
     folders, links = [b""], list[bytes]()
     while folders or links:
@@ -64,16 +83,32 @@ def walk(root: Path) -> Iterator[bytes]:
         if (status.st_dev, status.st_ino) in visited:
             continue
         visited.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
+        listing.folders.append(relative)
+        for entry in _entries(folder):
             path = relative + b"/" + entry.name if relative else entry.name
-            if entry.is_file():
-                yield path
+            if entry.name.startswith(HIDDEN):
+                if _holds_images(entry):
+                    listing.hidden.append(path)
+            elif entry.is_file():
+                listing.files.append(path)
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
+            else:
+                listing.broken.append(path)
+    return listing
+
+
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _holds_images(entry: os.DirEntry[bytes]) -> bool:
+    """Whether this is a folder directly in which there are images."""
+    try:
+        return entry.is_dir() and any(is_image_name(inside.name) for inside in _entries(os.fsencode(entry.path)))
+    except OSError:  # a hidden folder need not be readable
+        return False
 
 
 def _classes(names: list[bytes]) -> tuple[list[str] | None, NDArray[np.int64] | None]:

@@ -184,6 +184,6 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
     """Names of the ``label`` column in the Hugging Face schema metadata."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return [str(name) for name in names]

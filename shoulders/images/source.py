@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from shoulders.images.decode import READS_AVIF
+
 EXTENSIONS = (
     ".jpg",
     ".jpeg",
@@ -23,6 +25,7 @@ EXTENSIONS = (
     ".ppm",
     ".pgm",
     ".pbm",
+    *((".avif",) if READS_AVIF else ()),
 )
 _EXTENSION_BYTES = tuple(extension.encode() for extension in EXTENSIONS)
 MAX_FILE_BYTES = 2**29  # 512 MiB: a larger file has more pixels than any useful max_pixels, so it is not read

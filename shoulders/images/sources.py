@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from shoulders.config.sections import Images
 from shoulders.config.user_code import call_function
 from shoulders.errors import DataError, RecipeError
-from shoulders.images.folder import Folder, walk
+from shoulders.images.folder import Folder, Listing, list_files
 from shoulders.images.image_set import ImageSet
 from shoulders.images.parquet import Parquet
+from shoulders.images.passed_over import PassedOver
 from shoulders.images.source import EXTENSIONS, ImageSource, is_image_name
 from shoulders.images.tar import TarShards
 
@@ -107,9 +109,10 @@ def open_images(settings: Images, seed: int) -> ImageSet:
 
 def _open_folder(path: Path, column: str) -> ImageSource:
     try:
-        files = sorted(walk(path))
+        listing = list_files(path)
     except OSError as error:
         raise DataError(f"{error.filename!r}: cannot be listed ({error.strerror}); give access to it") from error
+    files = sorted(listing.files)
     images = [name for name in files if is_image_name(name)]
     tables = [name for name in files if name.lower().endswith(b".parquet")]
     shards = [name for name in files if name.lower().endswith(b".tar")]
@@ -118,8 +121,36 @@ def _open_folder(path: Path, column: str) -> ImageSource:
             f"{path}: contains {len(images)} image, {len(tables)} .parquet and {len(shards)} .tar files; "
             "keep one kind in a folder, or list each kind as its own source in images.sources"
         )
+    source: ImageSource
     if tables:
-        return Parquet([path / os.fsdecode(name) for name in tables], tables, column)
-    if shards:
-        return TarShards([path / os.fsdecode(name) for name in shards], shards)
-    return Folder(path, images)
+        source = Parquet([path / os.fsdecode(name) for name in tables], tables, column)
+    elif shards:
+        source = TarShards([path / os.fsdecode(name) for name in shards], shards)
+    else:
+        source = Folder(path, images)
+    passed_over = _passed_over(listing, {*images, *tables, *shards}, source.classes if images else None)
+    if not len(source):
+        looked_for = f"looked for {' '.join(EXTENSIONS)}, .parquet and .tar"
+        counts = f"; passed over are {passed_over.describe()}" if passed_over else ""
+        raise DataError(f"{path}: contains no images; {looked_for}{counts}")
+    if passed_over:
+        warnings.warn(
+            f"{path}: {len(source)} images are used; passed over are {passed_over.describe()}; convert or "
+            "rename what should be used",
+            stacklevel=4,
+        )
+    return source
+
+
+def _passed_over(listing: Listing, used: set[bytes], classes: list[str] | None) -> PassedOver:
+    """What a folder contains beside the files that are used."""
+    passed_over = PassedOver()
+    for name in listing.files:
+        if name not in used:
+            passed_over.add(name)
+    passed_over.add_named("broken links or pipes", sorted(listing.broken))
+    passed_over.add_named("hidden folders of images", sorted(listing.hidden))
+    if classes is not None:
+        top = {name for name in listing.folders if name and b"/" not in name}
+        passed_over.add_named("class folders without images", sorted(top - {os.fsencode(name) for name in classes}))
+    return passed_over

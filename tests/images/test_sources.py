@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import call_source, open_source
-from shoulders.images.decode import Undecodable
+from shoulders.images.decode import READS_AVIF, Undecodable, decode
 from shoulders.images.parquet import Parquet
 from shoulders.images.source import ImageSource, NameList, image_id
 
@@ -68,7 +70,10 @@ def labels(source: ImageSource) -> list[int | None]:
 
 def test_folder(tmp_path: Path, files: dict[str, bytes]) -> None:
     root = write_folder(tmp_path / "photos", files | {"cat/notes.txt": b"", "cat/._0.jpg": b"", ".trash/x.jpg": b""})
-    source = open_source(root)
+    with pytest.warns(
+        UserWarning, match=r"5 images are used; passed over are hidden folders of images: 1 \('\.trash'\)"
+    ):
+        source = open_source(root)
     assert names(source) == ["ant/2.jpg", "ant/4.jpg", "cat/0.jpg", "cat/1.jpg", "dog/3.jpg"]
     assert contents(source) == [files[name] for name in names(source)]
     assert source.classes == ["ant", "cat", "dog"]
@@ -94,7 +99,8 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path, files: dict[str, b
     (root / "cat" / "loop").symlink_to(root)
     (root / "cat" / "gone.jpg").symlink_to(tmp_path / "nothing")
     os.mkfifo(root / "cat" / "pipe.jpg")
-    assert names(open_source(root)) == sorted([*files, "linked/9.jpg"])
+    with pytest.warns(UserWarning, match=r"broken links or pipes: 2 \('cat/gone\.jpg', 'cat/pipe\.jpg'\)"):
+        assert names(open_source(root)) == sorted([*files, "linked/9.jpg"])
 
 
 def test_a_folder_that_is_linked_to_as_well_keeps_its_name(tmp_path: Path) -> None:
@@ -155,11 +161,13 @@ def test_tar_shards(tmp_path: Path, files: dict[str, bytes], tar: WriteTar) -> N
     members |= {"000.cls": b"4", "./000.cls": b"4", "./001.json": b'{"label": 2}', "./002.cls": b"what"}
     tar(shards / "a.tar", members)
     tar(shards / "b.tar", {"x.jpg": files["cat/0.jpg"]})
-    source = open_source(shards)
+    with pytest.warns(UserWarning, match=r"shards: labels that are no class numbers: 1 \('002\.cls'\); their images"):
+        source = open_source(shards)
     assert names(source) == [f"a.tar/{number:03}.jpg" for number in range(5)] + ["b.tar/x.jpg"]
     assert contents(source) == [*files.values(), files["cat/0.jpg"]]
     assert labels(source) == [4, 2, None, None, None, None]
-    assert contents(open_source(shards / "a.tar")) == list(files.values())
+    with pytest.warns(UserWarning, match="no class numbers"):
+        assert contents(open_source(shards / "a.tar")) == list(files.values())
 
 
 def test_only_regular_members_are_images(tmp_path: Path, files: dict[str, bytes]) -> None:
@@ -173,9 +181,122 @@ def test_only_regular_members_are_images(tmp_path: Path, files: dict[str, bytes]
         member = tarfile.TarInfo("../../escape.jpg")
         member.size = 3
         tar.addfile(member, io.BytesIO(b"abc"))
-    source = open_source(path)
+    with pytest.warns(UserWarning, match=r"passed over are links or devices: 4 \('0\.jpg', '1\.jpg', '2\.jpg', \.\.\)"):
+        source = open_source(path)
     assert names(source) == ["hostile.tar/../../escape.jpg"] and contents(source) == [b"abc"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.tar"]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            {"clip_0.0.png": b"", "clip_0.0.cls": b"0", "clip_0.1.png": b"", "clip_0.1.cls": b"1"},
+            "the sample 'clip_0' has two labels, 0 in 'clip_0.0.cls' and 1 in 'clip_0.1.cls'",
+        ),
+        (
+            {"x.left.png": b"", "x.right.png": b"", "x.cls": b"4"},
+            "the sample 'x' has two images, 'x.left.png' and 'x.right.png', and the label in 'x.cls'",
+        ),
+        ({"x.png": b"", "x.cls": b"4", "x.json": b'{"label": 7}'}, "two labels, 4 in 'x.cls' and 7 in 'x.json'"),
+        ({"x.png": b"", "x.cls": b"1", "y.png": b"", "x.jpg": b"", "./x.cls": b"1"}, "'x.png' and 'x.jpg'"),
+    ],
+)
+def test_samples_that_share_a_key_are_refused(
+    tmp_path: Path, tar: WriteTar, members: dict[str, bytes], message: str
+) -> None:
+    tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=re.escape(message) + r".*up to the first dot"):
+        open_source(tmp_path / "a.tar")
+
+
+def test_images_without_labels_may_share_a_key(tmp_path: Path, tar: WriteTar) -> None:
+    tar(
+        tmp_path / "a.tar",
+        {"x.left.png": b"", "x.right.png": b"", "x.json": b'{"caption": 1}', "y.png": b"", "y.cls": b"3"},
+    )
+    assert labels(open_source(tmp_path / "a.tar")) == [None, None, 3]
+
+
+def test_equal_labels_and_upper_case_and_whole_numbers_are_read(tmp_path: Path, tar: WriteTar) -> None:
+    members = {"x.PNG": b"", "x.CLS": b"1\n", "x.json": b'{"label": 1}', "y.png": b"", "y.json": b'{"label": 2.0}'}
+    tar(tmp_path / "a.tar", members)
+    assert labels(open_source(tmp_path / "a.tar")) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("z.cls", b"cat"),
+        ("z.cls", b"-1"),
+        ("z.cls", b"1_0"),
+        ("z.json", b'{"label": true}'),
+        ("z.json", b'{"label": 1e999}'),
+        ("z.json", b"[" * 60_000),
+        ("z.cls", b"1" * 70_000),
+    ],
+)
+def test_labels_that_are_no_class_numbers_are_counted(tmp_path: Path, tar: WriteTar, name: str, text: bytes) -> None:
+    tar(tmp_path / "a.tar", {"x.png": b"", "x.cls": b"1", "z.png": b"", name: text})
+    with pytest.warns(UserWarning, match=rf"labels that are no class numbers: 1 \('{name}'\); their images have no"):
+        assert labels(open_source(tmp_path / "a.tar")) == [1, None]
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGLINK])
+def test_thousands_of_chained_headers_are_refused(tmp_path: Path, kind: bytes) -> None:
+    content = b"12 path=aaa\n" if kind == tarfile.XHDTYPE else b"name\0"
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, len(content)
+    part = header.tobuf(tarfile.GNU_FORMAT) + content.ljust(512, b"\0")
+    (tmp_path / "a.tar").write_bytes(5000 * part + tarfile.TarInfo("a.jpg").tobuf() + bytes(1024))
+    with pytest.raises(DataError, match=r"a\.tar: not a complete, uncompressed tar file \(too many chained headers\)"):
+        open_source(tmp_path / "a.tar")
+
+
+MIXED = {
+    **{f"dog/h{number}.heic": b"" for number in range(4)},
+    "dog/photo": b"",
+    "cat/x.jpg_large": b"",
+    "cat/notes.txt": b"",
+    "cat/x.jpg.tmp": b"",
+}
+
+
+def test_files_that_are_passed_over_are_counted_by_extension(
+    tmp_path: Path, files: dict[str, bytes], tar: WriteTar
+) -> None:
+    root = write_folder(tmp_path / "photos", files | MIXED | {".fox/1.jpg": b"", "__MACOSX/1.jpg": b""})
+    (root / "cow").mkdir()
+    (root / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    with pytest.warns(UserWarning, match="5 images are used") as caught:
+        assert names(open_source(root)) == sorted(files)
+    assert str(caught[0].message).removeprefix(f"{root}: 5 images are used; passed over are ") == (
+        ".heic: 4 ('dog/h0.heic', 'dog/h1.heic', 'dog/h2.heic', ..), hidden folders of images: 2 ('.fox', '__MACOSX'), "
+        ".jpg_large: 1 ('cat/x.jpg_large'), .tmp: 1 ('cat/x.jpg.tmp'), broken links or pipes: 1 ('cat/gone.jpg'), "
+        "class folders without images: 1 ('cow'), without an extension: 1 ('dog/photo'); convert or rename what "
+        "should be used"
+    )
+    tar(tmp_path / "a.tar", files | MIXED)
+    with pytest.warns(UserWarning, match=r"a\.tar: 5 images are used; passed over are \.heic: 4 .*\.tmp: 1") as caught:
+        open_source(tmp_path / "a.tar")
+    assert len(caught) == 1
+
+
+def test_a_folder_of_files_that_cannot_be_read_is_refused_with_their_counts(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"contains no images; looked for .*; passed over are \.heic: 4"):
+        open_source(write_folder(tmp_path / "photos", MIXED))
+
+
+@pytest.mark.skipif(not READS_AVIF, reason="needs Pillow with AVIF")
+def test_avif_and_upper_case_extensions_are_read(tmp_path: Path, tar: WriteTar) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 10, 10)).save(file, "AVIF")
+    files = {"1.avif": file.getvalue(), "2.AVIF": file.getvalue(), "3.JPEG": b"x"}
+    tar(tmp_path / "a.tar", files)
+    for source in (open_source(write_folder(tmp_path / "photos", files)), open_source(tmp_path / "a.tar")):
+        assert len(source) == 3
+        red = decode(source.read(0), 1000)[:, 3, 4].float()
+        assert (red - red.new_tensor([200, 10, 10])).abs().max() < 10
 
 
 @pytest.mark.parametrize("fault", ["cut", "header", "compressed", "claims a terabyte", "two"])
@@ -228,6 +349,15 @@ def test_errors_of_open_source_name_the_fix(tmp_path: Path, files: dict[str, byt
     ]:
         with pytest.raises(error, match=message):
             open_source(path)
+
+
+def test_nested_metadata_of_a_parquet_file_is_no_list_of_names(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"image": [b"x", b"y"], "label": [1, 0]})
+    nested = 200_000 * b"[" + 200_000 * b"]"
+    parquet.write_table(table.replace_schema_metadata({b"huggingface": nested}), tmp_path / "x.parquet")
+    source = open_source(tmp_path / "x.parquet")
+    assert source.classes is None and labels(source) == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["uint8", "uint64", "list"])

@@ -125,6 +125,8 @@ def _read_content(
             raise ValueError("two images or two categories have the same id")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise DataError(f"{path}: not a COCO annotation file: JSON that is nested too deeply") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
     return images, class_indices, classes, annotations

@@ -105,7 +105,7 @@ def _read_classes(path: Path) -> tuple[str, ...] | None:
         return None
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON that can be read: {error}; give a list of names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: not a list of names; give one name for each index from 0")

@@ -56,6 +56,16 @@ def test_indices_without_a_name_are_reported(tmp_path: Path) -> None:
         assert find_masks(tmp_path).classes == ("one", "two")
 
 
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
+    nested = 200_000 * "[" + 200_000 * "]"
+    (save_masks(tmp_path / "masks") / "classes.json").write_text(nested)
+    with pytest.raises(DataError, match=r"classes\.json: not JSON that can be read: maximum recursion depth"):
+        find_masks(tmp_path / "masks")
+    (save_objects(tmp_path / "objects") / "train.json").write_text(nested)
+    with pytest.raises(DataError, match=r"train\.json: not a COCO annotation file: JSON that is nested too deeply"):
+        find_objects(tmp_path / "objects")
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_masks_of_few_bits_hold_indices(bits: int, tmp_path: Path) -> None:
     indices = np.arange(2 ** min(bits, 4)).reshape(2, -1) % 4 if bits > 1 else np.array([[0, 1], [1, 0]])
