@@ -29,8 +29,16 @@ from shoulders.transfer.distances import distance
 from shoulders.transfer.losses import Settings, kpu
 from shoulders.transfer.projectors import FeatureDims, JointToStudent, TeacherToStudent, teacher_name
 from tests.feature_cache.toy import SINGLE_PROCESS, SMALL_SHARDS, contents
-from tests.test_distillation import metrics, same, weights
-from tests.tiny import save_base, save_convnext, save_images, save_segformer, tiny_tree
+from tests.tiny import (
+    metric_rows,
+    same_tensors,
+    save_base,
+    save_convnext,
+    save_images,
+    save_segformer,
+    student_weights,
+    tiny_tree,
+)
 
 B, D, GRID = 5, 8, (2, 2)
 STEPS = 6
@@ -211,8 +219,8 @@ def test_a_teacher_runs_on_images_of_its_own_sources_alone(world: Path, tmp_path
 
 
 def test_training_reduces_the_loss_and_measures_each_teacher_on_its_own_images(world: Path, streets_only: Path) -> None:
-    assert "fvu/segmenter" in metrics(streets_only, "evaluation")[-1]
-    rows = metrics(streets_only)
+    assert "fvu/segmenter" in metric_rows(streets_only, "evaluation")[-1]
+    rows = metric_rows(streets_only)
     assert sum(row["loss"] for row in rows[-2:]) < 0.97 * sum(row["loss"] for row in rows[:2])
     assert all("s2t/classifier/stage1/spatial" in row for row in rows)
     assert any("s2t/segmenter/stage0/spatial" in row for row in rows)
@@ -225,7 +233,7 @@ def test_a_resumed_run_ends_with_the_same_bits(world: Path, streets_only: Path, 
         shutil.rmtree(left)
     shutil.rmtree(tmp_path / "run" / "student")
     distill(recipe(world, tmp_path / "run", ["streets"]), resume=True)
-    assert same(weights(tmp_path / "run"), weights(streets_only))
+    assert same_tensors(student_weights(tmp_path / "run"), student_weights(streets_only))
 
 
 def test_a_source_without_teachers_is_refused(world: Path, tmp_path: Path) -> None:
@@ -253,7 +261,7 @@ def test_naming_all_sources_is_the_same_as_naming_none(world: Path, tmp_path: Pa
     short = {"train": {"steps": 2}}
     distill(recipe(world, tmp_path / "all", ["photos", "streets"], **short))
     distill(recipe(world, tmp_path / "none", None, **short))
-    one, other = weights(tmp_path / "all"), weights(tmp_path / "none")
+    one, other = student_weights(tmp_path / "all"), student_weights(tmp_path / "none")
     # gradients of a token are added in another order
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in other)
 
@@ -265,7 +273,7 @@ def test_a_cache_gives_the_same_student(world: Path, streets_only: Path, tmp_pat
     distill(cached)
     live = {"images": {"views": 2}}
     distill(recipe(world, tmp_path / "live", ["streets"], **live))
-    assert same(weights(tmp_path / "cached"), weights(tmp_path / "live"))
+    assert same_tensors(student_weights(tmp_path / "cached"), student_weights(tmp_path / "live"))
 
 
 def test_a_cache_holds_images_of_the_sources_alone(world: Path, tmp_path: Path) -> None:
@@ -308,7 +316,7 @@ def test_a_compiled_run_has_the_same_losses_and_few_graphs(world: Path, streets_
     counters = torch._dynamo.utils.counters
     counters.clear()
     distill(recipe(world, tmp_path / "compiled", ["streets"], train={"compile": True, "evaluate_every": 1000}))
-    plain, compiled = ([row["loss"] for row in metrics(one)] for one in (streets_only, tmp_path / "compiled"))
+    plain, compiled = ([row["loss"] for row in metric_rows(one)] for one in (streets_only, tmp_path / "compiled"))
     assert compiled == pytest.approx(plain, rel=1e-4)
     # in steps, and in held-out measures: of no gradients, and of their last images, which are fewer
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
