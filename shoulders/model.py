@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import shoulders.student.encoder as encoder
 from shoulders.config.section import as_size
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.hub import quiet
+from shoulders.hub import Pretrained, check_weight_files, quiet, read_json
 from shoulders.hub.card import write_card
 from shoulders.student.config import ShouldersConfig
 from shoulders.student.families import BASES
@@ -67,6 +67,8 @@ class ShouldersPreTrainedModel(PreTrainedModel):
             DataError: if a key is missing, left over, or of another shape.
         """
         return_info = kwargs.pop("output_loading_info", False)
+        kwargs["use_safetensors"] = True  # else transformers reads a pickle where there is nothing else
+        _check_weight_files(*args[:1], **kwargs)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         faults = {
             name: sorted(map(str, info.get(name) or ()))
@@ -242,6 +244,24 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
         """Maps of pixels (B, 3, h, w) in [0, 1]."""
         features = self.student.encoder(pixel_values, self.out_features)
         return BackboneOutput(feature_maps=tuple(features[layer].to_map() for layer in self.out_features))
+
+
+def _check_weight_files(source: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
+    """Refuse a folder or hub id whose files lead to other weights than its own safetensors.
+
+    Raises:
+        DataError: naming the file and the name in it.
+    """
+    source = kwargs.get("pretrained_model_name_or_path", source)
+    if source is None:
+        return
+    config = kwargs.get("config")
+    try:
+        pretrained = Pretrained("student", str(source), kwargs.get("revision"))
+        named = config.to_dict() if isinstance(config, ShouldersConfig) else read_json(pretrained, "config.json") or {}
+        check_weight_files(replace(pretrained, config=named))
+    except RecipeError as error:
+        raise DataError(str(error)) from error
 
 
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:

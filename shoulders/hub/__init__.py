@@ -14,6 +14,7 @@ from shoulders.hub.files import (
     resolve_source,
 )
 from shoulders.hub.preprocessing import HALF_STATS, IMAGENET_STATS, PixelStats, Preprocessing, read_preprocessing
+from shoulders.hub.weight_files import check_weight_files
 from shoulders.hub.weights import check_weights, load_strict, quiet, read_config
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PixelStats",
     "Preprocessing",
     "Pretrained",
+    "check_weight_files",
     "check_weights",
     "find_file",
     "load_strict",

@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from shoulders.errors import DataError
 from shoulders.hub.files import Pretrained
+from shoulders.hub.weight_files import INDEX, WEIGHTS, check_weight_files
 
 # AttributeError and ImportError come from a model's own code
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def read_config(pretrained: Pretrained, *, remote_code: bool = False) -> PreTrainedConfig:
@@ -36,13 +36,17 @@ def read_config(pretrained: Pretrained, *, remote_code: bool = False) -> PreTrai
 
 
 def check_weights(pretrained: Pretrained) -> None:
-    """Refuse a local folder without safetensors; files on the hub are checked when the weights are loaded.
+    """Refuse a local folder without safetensors, and any model whose files name other weights than its own.
+
+    Whether a hub model has safetensors is found out when its weights are loaded.
 
     Raises:
-        RecipeError: the folder has no weights, or a pickle of them, which the message says how to convert.
+        RecipeError: the folder has no weights, or a pickle of them, which the message says how to convert; or as
+            `check_weight_files`.
     """
+    check_weight_files(pretrained)
     folder = Path(pretrained.source)
-    if not folder.is_dir() or any((folder / name).is_file() for name in WEIGHT_FILES):
+    if not folder.is_dir() or any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         return
     if any(folder.glob("pytorch_model*.bin")):
         model_class = (pretrained.config.get("architectures") or ["AutoModel"])[0]
@@ -73,8 +77,10 @@ def load_strict(
         options: further arguments of the model's constructor.
 
     Raises:
+        RecipeError: as `check_weights`.
         DataError: a weight is missing or has another shape, or the file is damaged or not safetensors.
     """
+    check_weights(pretrained)
     model_name = f"{pretrained.key}: {pretrained.source!r}"
     try:
         with quiet():
