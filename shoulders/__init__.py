@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shoulders.config.recipe import Recipe, read_recipe
     from shoulders.distillation import distill
-    from shoulders.evaluation.evaluate import evaluate
     from shoulders.feature_cache import build_cache as cache
     from shoulders.features import Batch, Features
     from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, load
     from shoulders.planning import plan
     from shoulders.prediction import predict
     from shoulders.teachers import Teacher
+    from shoulders.training.supervised_baseline import evaluate_with_baseline as evaluate
 
 __version__ = "0.1.0"
 
@@ -61,7 +61,7 @@ PUBLIC = {
     "Teacher": "shoulders.teachers:Teacher",
     "cache": "shoulders.feature_cache:build_cache",
     "distill": "shoulders.distillation:distill",
-    "evaluate": "shoulders.evaluation.evaluate:evaluate",
+    "evaluate": "shoulders.training.supervised_baseline:evaluate_with_baseline",
     "load": "shoulders.model:load",
     "plan": "shoulders.planning:plan",
     "predict": "shoulders.prediction:predict",

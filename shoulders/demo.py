@@ -64,8 +64,7 @@ class DemoSettings:
         holdout: as in a recipe.
         step_fraction: of the usual number of steps of a probe.
         baseline_steps: steps of the training from scratch, by the teacher whose task it is. The four trainings together
-            cost the training FLOPs of the distillation, as `shoulders.training.supervised_baseline.equal_flops` counts
-            them.
+            cost the training FLOPs of the distillation (`shoulders.training.supervised_baseline.training_flops`).
     """
 
     scenes: dict[str, int]

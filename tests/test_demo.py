@@ -16,7 +16,7 @@ import pytest
 from shoulders.demo import BASELINE_CANDIDATES, FULL, KINDS, QUICK, Row, demo, demo_recipe
 from shoulders.tasks import TASKS
 from shoulders.training.checkpoint import checkpoints
-from shoulders.training.supervised_baseline import BATCH, equal_flops
+from shoulders.training.supervised_baseline import BATCH, training_flops
 from shoulders.world import TEACHER_TASKS
 
 
@@ -69,7 +69,7 @@ def test_the_trainings_from_scratch_together_cost_the_flops_of_the_distillation(
     images = FULL.steps * FULL.batch / (QUICK.steps * QUICK.batch)
     for teacher, (name, style, labels) in TEACHER_TASKS.items():
         splits = TASKS[name].find_splits(folder / "scenes" / style / labels, "image")
-        flops = equal_flops(folder, TASKS[name].finetune(splits), (96, 96))
+        flops = training_flops(folder, TASKS[name].finetune(splits), (96, 96))
         budget = flops.distillation * images / len(TEACHER_TASKS)
         assert FULL.baseline_steps[teacher] == pytest.approx(budget / flops.supervised / BATCH, rel=0.05)
 

@@ -92,7 +92,7 @@ def evaluate_probes(
     if len(probe_seeds) > 1:
         features_of = cache_features(features_of, summaries_only=not TASKS[job.task].needs_spatial)
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-    splits = subsample(splits) if job.task == "classification" else splits
+    splits = subsample(splits) if isinstance(splits, LabelledSplits) else splits
     for probe_seed in probe_seeds:
         scores = TASKS[job.task].fit_probe(features_of, splits, size, BATCH, 0, probe_seed)
         yield make_rows(job, kind, scores, seed, probe_seed)

@@ -21,6 +21,7 @@ from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, render
 from shoulders.images.pictures import draw_prediction
 from shoulders.model import ShouldersModel, load
 from shoulders.tasks import TASKS
+from shoulders.tasks.data.labelled import LabelledSplits
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
 from shoulders.teachers.heads.post_process import post_process
@@ -83,13 +84,13 @@ def choose_images(job: Job, labels: Path) -> tuple[list[Tensor], list[Prediction
     """
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
     split = splits.val or splits.test
-    if job.task == "classification":
+    if isinstance(splits, LabelledSplits):
         members = [np.flatnonzero(split.labels() == number) for number in range(min(NUM_IMAGES, splits.n_classes))]
         chosen = [int(rows[len(rows) // 2]) for rows in members if len(rows)]
     else:
         chosen = np.linspace(0, len(split.indices) - 1, NUM_IMAGES + 2).round().astype(int)[1:-1].tolist()
     images = [split.images.pixels(int(split.indices[row]), MAX_PIXELS, None)[0] for row in chosen]
-    classes = [str(name) for name in (split.images.classes if job.task == "classification" else splits.classes)]
+    classes = list(splits.classes)
     return images, [TASKS[job.task].labels_as_predictions(split, row, classes) for row in chosen], classes
 
 
@@ -139,7 +140,7 @@ def draw_sheet(
     names = [name for name in classes if name != "background"]
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     size = cell_size([image for image, *_ in examples])
-    bars = job.task == "classification"
+    bars = not TASKS[job.task].needs_spatial
     columns = ("image", "teacher", "student", "labels")[: 3 if bars else 4]
     blocks = [examples[: len(examples) // 2], examples[len(examples) // 2 :]]
     width = len(columns) * (size[0] + GAP) - GAP

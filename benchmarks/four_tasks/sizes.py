@@ -95,8 +95,8 @@ def main() -> None:
         student = load(run).to(this_device())
         for job in setting.jobs:
             splits = TASKS[job.task].find_splits(labels / job.labels, "image")
-            splits = subsample(splits) if job.task == "classification" else splits
-            for kind in ("teacher_head", "student_probe") if job.task == "classification" else ("teacher_head",):
+            splits = subsample(splits) if not TASKS[job.task].needs_spatial else splits
+            for kind in ("teacher_head", "student_probe") if not TASKS[job.task].needs_spatial else ("teacher_head",):
                 for factor, size in sizes_of(student).items():
                     match = {"dataset": job.dataset, "kind": kind, "factor": factor, "seed": args.seed}
                     if not file.has(**match):

@@ -72,14 +72,9 @@ def _evaluate_heads(run: Path, task: str, data: Path, names: list[str] | None, s
 def _evaluate_probes(
     run: Path, task: str, data: Path, names: list[str] | None, scratch_steps: int | None, settings: dict[str, Any]
 ) -> Rows:
-    from shoulders.evaluation.evaluate import evaluate
-    from shoulders.evaluation.models import BASELINE
+    from shoulders.training.supervised_baseline import evaluate_with_baseline
 
-    if names and BASELINE in names:
-        from shoulders.training.supervised_baseline import evaluate_with_baseline
-
-        return evaluate_with_baseline(run, task, data, names, steps=scratch_steps, **settings)
-    return evaluate(run, task, data, names, **settings)
+    return evaluate_with_baseline(run, task, data, names, scratch_steps=scratch_steps, **settings)
 
 
 def _check_heads(heads: bool, fit_options: dict[str, Any]) -> None:

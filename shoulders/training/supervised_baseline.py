@@ -32,18 +32,18 @@ from shoulders.transfer.projectors import teacher_name
 
 BATCH = 32
 CANDIDATES = (HParams("adamw", 1e-3), HParams("muon", 2e-3))
-COUNTED = 2  # images of a counted step
+COUNTED_IMAGES = 2  # of a counted step
 
 
 @dataclass(frozen=True)
-class Equal:
+class TrainingFlops:
     """Training FLOPs of a whole distillation, and of one image of supervised training."""
 
     distillation: int
     supervised: int
 
-    def steps(self, batch: int) -> int:
-        """How many supervised steps of a batch cost what the distillation cost, rounded."""
+    def equal_steps(self, batch: int) -> int:
+        """Supervised steps of a batch with the FLOPs of the distillation, rounded."""
         return max(1, round(self.distillation / (self.supervised * batch)))
 
 
@@ -51,28 +51,28 @@ def evaluate_with_baseline(
     run: Path | str,
     task: str,
     data: Path | str,
-    models: Sequence[str] = (BASELINE,),
+    models: Sequence[str] | None = None,
     *,
-    steps: int | None = None,
+    scratch_steps: int | None = None,
     size: tuple[int, int] | None = None,
     workers: int = 1,
     seed: int = 0,
     **settings: Any,
 ) -> Rows:
-    """`shoulders.evaluation.evaluate.evaluate`, which also takes ``scratch``, the baseline, among the models.
+    """`shoulders.evaluation.evaluate.evaluate`, which here also takes ``scratch``, the baseline, as a model.
 
     Args:
-        steps: of the baseline; default: as many as cost what the run's distillation did, `equal_flops`.
+        scratch_steps: of the baseline; default: those with the FLOPs of the run's distillation.
         settings: the other arguments of `shoulders.evaluation.evaluate.evaluate`.
 
     Raises:
         RecipeError: as `shoulders.evaluation.evaluate.evaluate`, or the steps cannot be counted.
     """
-    if steps is None:
+    if models and BASELINE in models and scratch_steps is None:
         check_countable(run)
 
     def train(splits: Any) -> list[Row]:
-        return train_supervised_baseline(run, task, splits, steps, size=size, workers=workers, seed=seed)
+        return train_supervised_baseline(run, task, splits, scratch_steps, size=size, workers=workers, seed=seed)
 
     trained = {BASELINE: train}
     return evaluate(run, task, data, models, size=size, workers=workers, seed=seed, trained_models=trained, **settings)
@@ -96,7 +96,7 @@ def train_supervised_baseline(
         folder: a run folder, or with ``steps`` a student's folder.
         task: a name in `shoulders.tasks.TASKS`.
         splits: as that task finds them.
-        steps: default: as many as cost what the run's distillation did, `equal_flops`.
+        steps: default: those with the FLOPs of the run's distillation.
         size: (h, w) of the input in px; default: the student's.
         batch: images per step.
         workers: threads that decode.
@@ -113,14 +113,14 @@ def train_supervised_baseline(
     build = partial(init_from_scratch, config, finetune_task, seed, device)
     settings: dict[str, float | int | str] = {}
     if steps is None:
-        equal = equal_flops(folder, finetune_task, size)
-        steps = equal.steps(batch)
-        settings = {"distillation_flops": equal.distillation, "flops_per_image": equal.supervised}
+        flops = training_flops(folder, finetune_task, size)
+        steps = flops.equal_steps(batch)
+        settings = {"distillation_flops": flops.distillation, "flops_per_image": flops.supervised}
     schedule = FinetuneSchedule(steps, batch, candidates)
     return finetune(build, finetune_task, size, schedule, workers=workers, seed=seed, settings=settings)[0]
 
 
-def equal_flops(folder: Path | str, task: FinetuneTask, size: tuple[int, int]) -> Equal:
+def training_flops(folder: Path | str, task: FinetuneTask, size: tuple[int, int]) -> TrainingFlops:
     """The training FLOPs of a run's distillation, and of an image of (h, w) px of supervised training.
 
     Raises:
@@ -131,7 +131,7 @@ def equal_flops(folder: Path | str, task: FinetuneTask, size: tuple[int, int]) -
     per_image = distillation_flops(student, recipe)
     step, images = _supervise(student.config, task, size)
     supervised = count_flops(step) / images
-    return Equal(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
+    return TrainingFlops(round(per_image * recipe.train.batch * recipe.train.steps), round(supervised))
 
 
 def check_countable(folder: Path | str) -> Recipe:
@@ -142,20 +142,20 @@ def check_countable(folder: Path | str) -> Recipe:
     """
     file = Path(folder) / "recipe.yaml"
     if not file.is_file():
-        raise RecipeError(f"{folder}: no recipe.yaml to tell what the distillation cost; give --scratch-steps")
+        raise RecipeError(f"{folder}: no recipe.yaml, which the FLOPs of the distillation need; give --scratch-steps")
     recipe = read_recipe(file)
     absent = sorted({teacher_name(tap) for tap in load(folder).taps} - {*recipe.teachers, BASE})
     if absent:
-        raise RecipeError(f"{folder}: its recipe lacks {', '.join(absent)}, whose cost counts; give --scratch-steps")
+        raise RecipeError(f"{folder}: its recipe lacks {', '.join(absent)}, whose FLOPs count; give --scratch-steps")
     return recipe
 
 
 def _supervise(config: ShouldersConfig, task: FinetuneTask, size: tuple[int, int]) -> tuple[Callable[[], None], int]:
     """One supervised step, without the optimizer, and its number of images: unreadable ones are left out."""
     model = init_from_scratch(config, task, 0, this_device())
-    schedule = FinetuneSchedule(1, COUNTED, CANDIDATES)
+    schedule = FinetuneSchedule(1, COUNTED_IMAGES, CANDIDATES)
     views = AugmentedViews(task, task.splits.train, size, schedule.scale, 0)
-    pixels, targets = next(views.batches(COUNTED, 1, feature_grid(model, size)))
+    pixels, targets = next(views.batches(COUNTED_IMAGES, 1, feature_grid(model, size)))
 
     def step() -> None:
         task.loss(model.head, model.features_of(pixels.to(model.device)), targets).backward()
