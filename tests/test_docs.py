@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoulders.config.resume import FREE_ON_RESUME
+from tests.test_layers import HEIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -42,6 +43,8 @@ def test_the_tree_of_the_readme_names_every_entry_of_the_package() -> None:
     entries = {path.name for path in (ROOT / "shoulders").iterdir() if path.name != "__pycache__"}
     assert set(tree) == entries
     assert all(len(purpose.split()) <= MAX_PURPOSE_WORDS for purpose in tree.values())
+    heights = [HEIGHT[entry.removesuffix(".py")] for entry in tree]
+    assert heights == sorted(heights, reverse=True), "the README says that no entry imports one that is above it"
 
 
 def test_every_link_between_pages_leads_to_a_file_and_a_heading() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from shoulders.config.recipe import as_recipe, dump_recipe, read_recipe
+from shoulders.config.recipe import Recipe, as_recipe, dump_recipe, read_recipe
 from shoulders.errors import RecipeError
+from shoulders.transfer.losses import METHODS
 
 VALID = """
 student: {base: some/base, adapter: {kind: bottleneck, width: 16}}
@@ -67,6 +69,10 @@ def test_a_conv_adapter_reads_the_blocks_that_projectors_read(recipe: Path) -> N
     assert read_recipe(recipe, [*conv, "student.adapter.blocks=[3]"]).student.adapter.model_dump()["blocks"] == [3]
     with pytest.raises(RecipeError, match=r"transfer\.layers: block2 missing, which student\.adapter\.blocks names"):
         read_recipe(recipe, [*conv, "student.adapter.blocks=[2, 3]"])
+
+
+def test_the_methods_of_a_recipe_are_those_of_the_losses() -> None:
+    assert get_args(Recipe.model_fields["method"].annotation) == tuple(METHODS)
 
 
 @pytest.mark.parametrize(
