@@ -21,3 +21,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}: set SHOULDERS_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two teachers and 60 images in one folder, which no test changes; see `tests.tiny.save_tiny_world`."""
+    from tests.tiny import save_tiny_world
+
+    return save_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `tests.runs` that nothing interrupted, which no test changes."""
+    from tests.runs import run
+
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(tiny_world, out)
+    return out

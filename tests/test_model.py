@@ -1,3 +1,5 @@
+"""The student as a transformers model: saved and loaded, as a backbone, and refused where it is damaged."""
+
 from __future__ import annotations
 
 import json
@@ -21,8 +23,10 @@ from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD, save_base
 TAPS = {"one/last": {"summary": 5, "spatial": 6}, "two/stage0": {"summary": None, "spatial": 12}}
 
 
-def student(kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standardize: str = "phi_s") -> ShouldersModel:
-    """A student whose adapter is no longer at birth."""
+def make_student(
+    kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standardize: str = "phi_s"
+) -> ShouldersModel:
+    """A student whose adapter has random weights."""
     torch.manual_seed(0)
     base = AutoModel.from_config(BASE_CONFIGS[kind](), **BASES[kind].build)
     config = ShouldersConfig(
@@ -45,13 +49,13 @@ def student(kind: str = "dinov2", adapter: dict[str, Any] = ADAPTERS[0], standar
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda a: a["kind"])
 @pytest.mark.parametrize("kind", BASES)
-def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[str, Any], tmp_path: Path) -> None:
-    ours = student(kind, adapter)
+def test_a_loaded_student_computes_the_same_bits(kind: str, adapter: dict[str, Any], tmp_path: Path) -> None:
+    student = make_student(kind, adapter)
     pixels = torch.rand(2, 3, 32, 48)
-    ours.save_pretrained(tmp_path / "student")
+    student.save_pretrained(tmp_path / "student")
     with torch.no_grad():
-        expected = {tap: f.components() for tap, f in ours.predict_teacher_features(pixels).items()}
-        latent = ours(pixels).latent
+        expected = {tap: f.components() for tap, f in student.predict_teacher_features(pixels).items()}
+        latent = student(pixels).latent
     reloaded = AutoModel.from_pretrained(tmp_path / "student").eval()
     assert not any(p.requires_grad for p in reloaded.encoder.base.parameters())
     with torch.no_grad():
@@ -60,25 +64,27 @@ def test_a_fresh_process_reads_the_very_same_student(kind: str, adapter: dict[st
             assert all(torch.equal(x, expected[tap][part]) for part, x in features.components().items())
 
 
-def test_in_half_precision_it_inherits_too(tmp_path: Path) -> None:
-    ours = student(standardize="phi_s")
-    ours.config.base["dtype"] = "float32"  # as bases on the hub were stored
-    ours.save_pretrained(tmp_path / "student")
+def test_a_student_in_bfloat16_predicts_nearly_the_same(tmp_path: Path) -> None:
+    student = make_student(standardize="phi_s")
+    student.config.base["dtype"] = "float32"  # as bases on the hub were stored
+    student.save_pretrained(tmp_path / "student")
     half = AutoModel.from_pretrained(tmp_path / "student", dtype=torch.bfloat16).eval()
     pixels = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
-        expected, told = ours.predict_teacher_features(pixels), half.predict_teacher_features(pixels.bfloat16())
-    for tap, features in told.items():
+        expected, predicted = student.predict_teacher_features(pixels), half.predict_teacher_features(pixels.bfloat16())
+    for tap, features in predicted.items():
         for part, x in features.components().items():
             assert torch.allclose(x.float(), expected[tap].components()[part], atol=0.1, rtol=0.1)
 
 
-def test_auto_model_knows_it_in_a_fresh_process_in_whichever_order_packages_are_imported(tmp_path: Path) -> None:
-    ours = student()
-    ours.save_pretrained(tmp_path / "student")
+def test_auto_model_loads_a_student_whichever_package_is_imported_first(tmp_path: Path) -> None:
+    student = make_student()
+    student.save_pretrained(tmp_path / "student")
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
-        save_file({"pixels": pixels, "latent": ours(pixels).latent.spatial.contiguous()}, tmp_path / "io.safetensors")
+        save_file(
+            {"pixels": pixels, "latent": student(pixels).latent.spatial.contiguous()}, tmp_path / "io.safetensors"
+        )
     for first in (
         "import shoulders; from transformers import AutoModel",
         "from transformers import AutoModel; import shoulders",
@@ -97,21 +103,21 @@ assert torch.equal(latent.spatial, io["latent"])
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_inside_the_students_file_the_base_has_the_names_of_the_hub(kind: str, tmp_path: Path) -> None:
-    ours = student(kind)
-    ours.save_pretrained(tmp_path / "student")
-    ours.encoder.base.save_pretrained(tmp_path / "base")
-    inside = {
+def test_the_weights_of_the_base_have_the_names_of_the_hub(kind: str, tmp_path: Path) -> None:
+    student = make_student(kind)
+    student.save_pretrained(tmp_path / "student")
+    student.encoder.base.save_pretrained(tmp_path / "base")
+    of_base = {
         name.removeprefix("encoder.base.")
         for name in load_file(tmp_path / "student" / "model.safetensors")
         if name.startswith("encoder.base.")
     }
-    assert inside == set(load_file(tmp_path / "base" / "model.safetensors"))
+    assert of_base == set(load_file(tmp_path / "base" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("fault", ["missing", "left over", "other shape"])
 def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None:
-    student().save_pretrained(tmp_path)
+    make_student().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "encoder.adapter.parts.0-mlp.up.weight"
     if fault == "missing":
@@ -127,7 +133,7 @@ def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_damaged_student_is_named(name: str, tmp_path: Path) -> None:
-    student().save_pretrained(tmp_path)
+    make_student().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
     with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
@@ -143,51 +149,51 @@ def test_a_folder_without_a_student_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("adapter", [{"kind": "bottleneck", "wid": 3}, {"kind": "nothing"}, "bottleneck"])
 def test_settings_of_another_version_are_named(adapter: Any, tmp_path: Path) -> None:
-    student().save_pretrained(tmp_path)
+    make_student().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": adapter}))
     with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
 
 
-def test_as_a_backbone_it_gives_one_map_per_place(tmp_path: Path) -> None:
-    ours = student()
-    ours.save_pretrained(tmp_path)
+def test_a_backbone_returns_one_map_per_layer(tmp_path: Path) -> None:
+    student = make_student()
+    student.save_pretrained(tmp_path)
     backbone = ShouldersBackbone.from_pretrained(tmp_path, out_features=["block0", "latent"]).eval()
     pixels = torch.rand(2, 3, 48, 32)
     with torch.no_grad():
         maps = backbone(pixels).feature_maps
-        seen = ours.encoder(pixels, ["block0", "latent"])
+        features = student.encoder(pixels, ["block0", "latent"])
     assert [m.shape for m in maps] == [(2, 32, 6, 4)] * 2
-    assert all(torch.equal(m, seen[place].to_map()) for m, place in zip(maps, ["block0", "latent"], strict=True))
+    assert all(torch.equal(m, features[layer].to_map()) for m, layer in zip(maps, ["block0", "latent"], strict=True))
     assert backbone.num_features == [32, 32, 32, 32]
 
 
-def test_inherited_features_are_in_the_teachers_own_space() -> None:
-    ours = student(standardize="channel")
-    part = ours.standardizer("one/last").parts["spatial"]
+def test_predicted_teacher_features_are_in_the_teachers_own_space() -> None:
+    student = make_student(standardize="channel")
+    part = student.standardizer("one/last").parts["spatial"]
     with torch.no_grad():
         part.mean.fill_(100.0)  # type: ignore[operator]
         part.std.fill_(0.5)  # type: ignore[operator]
         pixels = torch.rand(1, 3, 32, 32)
-        told = ours.project(ours.forward_features(pixels))["one/last"]
-        inherited = ours.predict_teacher_features(pixels)["one/last"]
-        assert torch.allclose(inherited.components()["spatial"], told.components()["spatial"] * 0.5 + 100)
-        back = ours.standardize({"one/last": inherited})["one/last"]
-        assert torch.allclose(back.components()["spatial"], told.components()["spatial"], atol=1e-4)
+        standardized = student.project(student.forward_features(pixels))["one/last"]
+        predicted = student.predict_teacher_features(pixels)["one/last"]
+        assert torch.allclose(predicted.components()["spatial"], standardized.components()["spatial"] * 0.5 + 100)
+        back = student.standardize({"one/last": predicted})["one/last"]
+        assert torch.allclose(back.components()["spatial"], standardized.components()["spatial"], atol=1e-4)
 
 
-def test_the_config_is_plain_json_that_says_whose_knowledge_it_is(tmp_path: Path) -> None:
-    ours = student()
-    ours.config.teachers = {"one": {"source": "a/b", "revision": None, "license": "mit"}}
-    ours.save_pretrained(tmp_path)
+def test_the_config_is_plain_json_with_the_licenses_of_the_teachers(tmp_path: Path) -> None:
+    student = make_student()
+    student.config.teachers = {"one": {"source": "a/b", "revision": None, "license": "mit"}}
+    student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["teachers"]["one"]["license"] == "mit"
     assert config["base"]["model_type"] == "dinov2"
     assert config["taps"] == TAPS
 
 
-def test_features_refuse_what_contradicts_itself() -> None:
+def test_features_of_contradicting_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="neither"):
         Features(None, None)
     with pytest.raises(ValueError, match=r"spatial must be \(B, 6, C\)"):

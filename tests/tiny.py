@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shoulders.cli import main
 from shoulders.config.recipe import Recipe, check_recipe
+from shoulders.features import Features
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 _VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -178,3 +179,10 @@ def run_cli(*args: object) -> Finished:
     finally:
         warnings.formatwarning = format_warning
     return Finished(int(code or 0), out.getvalue(), err.getvalue())
+
+
+class Colours(torch.nn.Module):
+    """Mean colours of an image, and of its 8 x 8 px patches."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+        return {"mean.rgb": Features.from_map(torch.nn.functional.avg_pool2d(pixels, 8), pixels.mean((2, 3)))}

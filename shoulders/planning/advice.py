@@ -93,9 +93,9 @@ def cache(measured: Measurements) -> Suggestion | None:
     overrides = [f"images.views={estimate['views']}"] if recipe.images.views == "fresh" else []
     overrides += [f"cache.path={estimate['path']}"] if recipe.cache.path is None else []
     reason = (
-        f"the teachers take {measured.teachers_s / measured.step_s:.0%} of a step; a cache of their features (shoulders "
-        f"cache with the same overrides) takes {size_text(estimate['disk_bytes'])} and {estimate['minutes']:.1f} "
-        "minutes, once"
+        f"the teachers take {measured.teachers_s / measured.step_s:.0%} of a step; a cache of their features "
+        f"(shoulders cache with the same overrides) takes {size_text(estimate['disk_bytes'])} and "
+        f"{estimate['minutes']:.1f} minutes, once"
     )
     return Suggestion(tuple(overrides), measured.share_saved(measured.teachers_s), reason)
 

@@ -31,8 +31,8 @@ from shoulders.planning.watch import (
     REST,
     TEACHER,
     TRANSFER,
-    Run,
     Seconds,
+    StepFunction,
     StopWatch,
     measure_steps,
     medians,
@@ -144,7 +144,7 @@ def _memory(trainer: Trainer, available: int) -> dict[str, Any]:
 def _time(trainer: Trainer, step: TrainStep) -> tuple[float, Seconds, float | None]:
     """Seconds of a whole step, of its parts, and of one in bf16 without its loader where that may be faster."""
     watch = StopWatch(trainer.dist.device)
-    steps: list[Run] = [step, timed(step, watch)]
+    steps: list[StepFunction] = [step, timed(step, watch)]
     teachers = trainer.teachers
     # a cache has one precision
     if isinstance(teachers, Teachers) and not teachers.bf16 and use_bf16("auto", trainer.dist.device):

@@ -27,7 +27,7 @@ FORWARD, BACKWARD = "student, forward", "student, backward"
 TRANSFER, OPTIMIZER, REST = "projectors and loss", "optimizer", "all else"
 SECTIONS = {BASE_FORWARD: BASE, UPDATE: OPTIMIZER}  # of `TrainStep`
 Seconds = dict[str, float]  # by part
-Run = Callable[[int, Batch], object]  # a step
+StepFunction = Callable[[int, Batch], object]
 
 
 class StopWatch:
@@ -114,7 +114,7 @@ def timed_teachers(teachers: AnyTeachers) -> dict[str, nn.Module]:
     return {CACHE: teachers}
 
 
-def timed(step: TrainStep, watch: StopWatch) -> Run:
+def timed(step: TrainStep, watch: StopWatch) -> StepFunction:
     """The step, with its parts timed; nothing can be timed in a compiled one."""
     sectioned = replace(step, section=watch.section, compile=False)
 
@@ -125,7 +125,7 @@ def timed(step: TrainStep, watch: StopWatch) -> Run:
     return run
 
 
-def measure_steps(steps: Sequence[Run], batches: RunBatches, watch: StopWatch) -> list[list[Seconds]]:
+def measure_steps(steps: Sequence[StepFunction], batches: RunBatches, watch: StopWatch) -> list[list[Seconds]]:
     """Seconds by part of real steps, in turns, so that a drift of the machine affects all of them.
 
     Without `timed` a step has two parts, its batch and everything else. The first step of each is left out, because it

@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary / "tensors.safetensors")
         (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: manifest_entry(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
 
     final = folder / NAME.format(step)
@@ -58,7 +58,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, expected in manifest.items():
-            if _fingerprint(path / name) != expected:
+            if manifest_entry(path / name) != expected:
                 raise DataError(f"{path / name}: its bytes are not those that were saved")
         return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
@@ -106,6 +106,7 @@ def fingerprint(*modules: nn.Module, settings: object = None) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def manifest_entry(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

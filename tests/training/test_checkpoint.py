@@ -1,3 +1,5 @@
+"""Checkpoints: what is saved is loaded, every damage is noticed, and a full disk harms nothing."""
+
 from __future__ import annotations
 
 import errno
@@ -15,7 +17,7 @@ from shoulders.training.checkpoint import checkpoints, load_checkpoint, load_new
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
 
 
-def test_what_is_saved_is_what_is_loaded_and_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_a_loaded_checkpoint_is_the_saved_one_and_only_the_latest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         save_checkpoint(tmp_path, step, TENSORS, {"world": 1}, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000010", "step-00000015"]
@@ -28,13 +30,13 @@ def test_what_is_saved_is_what_is_loaded_and_only_the_newest_are_kept(tmp_path: 
 
 
 @pytest.mark.parametrize("keep", [1, 3, 5])
-def test_as_many_are_kept_as_were_asked_for(keep: int, tmp_path: Path) -> None:
+def test_as_many_checkpoints_are_kept_as_the_recipe_has(keep: int, tmp_path: Path) -> None:
     for number in range(1, 8):
         save_checkpoint(tmp_path, number, {"a": torch.ones(1)}, {}, keep=keep)
         assert len(checkpoints(tmp_path)) == min(number, keep)
 
 
-def test_one_that_was_damaged_and_gone_back_before_does_not_push_out_the_sound(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_of_a_later_step_does_not_replace_a_valid_one(tmp_path: Path) -> None:
     for step in (4, 12):
         save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
     (tmp_path / "step-00000012" / "state.json").write_text("{}")
@@ -42,26 +44,26 @@ def test_one_that_was_damaged_and_gone_back_before_does_not_push_out_the_sound(t
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000006"]
 
 
-def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path) -> None:
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
     dice = random.Random(0)  # noqa: S311
     files = sorted(path.iterdir())
     for trial in range(100):
         file = files[trial % len(files)]
-        sound = file.read_bytes()
-        bad = bytearray(sound)
+        valid = file.read_bytes()
+        damaged = bytearray(valid)
         if trial < 80:
-            bad[dice.randrange(len(bad))] ^= 1 << dice.randrange(8)
+            damaged[dice.randrange(len(damaged))] ^= 1 << dice.randrange(8)
         else:
-            del bad[dice.choice([0, 1, len(bad) // 2, len(bad) - 1]) :]
-        file.write_bytes(bad)
+            del damaged[dice.choice([0, 1, len(damaged) // 2, len(damaged) - 1]) :]
+        file.write_bytes(damaged)
         with pytest.raises(DataError, match="step-00000001"):
             load_checkpoint(path)
-        file.write_bytes(sound)
+        file.write_bytes(valid)
     load_checkpoint(path)
 
 
-def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     rename, fsync, paths = Path.rename, os.fsync, {}
     original_open = os.open
@@ -91,8 +93,10 @@ def test_bytes_reach_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: 
     assert after == ["sync c"]
 
 
-@pytest.mark.parametrize("where", ["save_file", "_fingerprint"])
-def test_a_full_disk_is_named_and_harms_nothing(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["save_file", "manifest_entry"])
+def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
 
     def full(*args: object) -> None:

@@ -289,13 +289,13 @@ def test_a_cache_holds_images_of_the_sources_alone(world: Path, tmp_path: Path) 
     planned = {row["teacher"]: row["views"] for row in estimate_cache(one, settings=SMALL_SHARDS)["teachers"]}
     assert planned["segmenter"] == 2 * 3 + 3  # half of so few are held out
     assert planned["classifier"] == planned["base"] > 6 * planned["segmenter"]
-    told = {row["teacher"]: row for row in build_cache(one, settings=SMALL_SHARDS)["teachers"]}
-    assert {name: row["views"] for name, row in told.items()} == planned
-    assert [row["undecodable"] in (1, 2) for row in told.values()] == [True] * 3  # held out, or in two views
-    assert told["segmenter"]["bytes"] == planned["segmenter"] * told["segmenter"]["bytes_per_view"]
+    built = {row["teacher"]: row for row in build_cache(one, settings=SMALL_SHARDS)["teachers"]}
+    assert {name: row["views"] for name, row in built.items()} == planned
+    assert [row["undecodable"] in (1, 2) for row in built.values()] == [True] * 3  # held out, or in two views
+    assert built["segmenter"]["bytes"] == planned["segmenter"] * built["segmenter"]["bytes_per_view"]
     before = contents(tmp_path / "cache")
     shards = [name for name in before if name.startswith("segmenter/shard")]
-    assert 0 < len(shards) == told["segmenter"]["shards"] < told["classifier"]["shards"]
+    assert 0 < len(shards) == built["segmenter"]["shards"] < built["classifier"]["shards"]
 
     for name in shards:
         (tmp_path / "cache" / name).unlink()

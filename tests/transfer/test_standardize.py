@@ -1,3 +1,5 @@
+"""Standardizers: means, variances and inverses of every kind."""
+
 from __future__ import annotations
 
 import pytest
@@ -24,7 +26,7 @@ def fitted(kind: str, x: torch.Tensor) -> Standardizer:
 
 @pytest.mark.parametrize("kind", ["channel", "phi_s"])
 @pytest.mark.parametrize("width", [2, 8, 12, 30])
-def test_every_channel_gets_mean_0_and_variance_1(kind: str, width: int) -> None:
+def test_every_channel_has_mean_0_and_variance_1(kind: str, width: int) -> None:
     x = correlated(4000, width)
     y = fitted(kind, x)(x)
     assert torch.allclose(y.mean(0), torch.zeros(width), atol=2e-3)
@@ -37,7 +39,7 @@ def test_phi_s_is_one_scalar_times_an_orthogonal_map(width: int) -> None:
     rotation = equal_variance_rotation(torch.cov(x.T, correction=0).reshape(width, width)).double()
     assert torch.allclose(rotation @ rotation.T, torch.eye(width, dtype=torch.float64), atol=1e-5)
     y = fitted("phi_s", x)(x)
-    # distances shrink by one common factor, whatever their direction: no channel is blown up
+    # all distances shrink by one factor, whatever their direction
     factors = torch.pdist(y[:50]) / torch.pdist(x[:50])
     assert factors.max() / factors.min() < 1.001
 
