@@ -30,7 +30,7 @@ from shoulders.images import ImageSet, SkipReport, open_images
 from shoulders.model import save_student
 from shoulders.storage.atomic import write_folder, write_text
 from shoulders.storage.locks import run_lock
-from shoulders.teachers import AnyTeachers, Teacher, Teachers, load_teacher
+from shoulders.teachers import AnyTeachers, Teacher, Teachers, check_same_on_ranks, load_teacher
 from shoulders.training.batches import MAX_IMAGES, run_batches
 from shoulders.training.calibration import fit_standardizers
 from shoulders.training.checkpoint import load_newest, save_checkpoint
@@ -101,6 +101,8 @@ def prepare(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistCon
         bf16=bf16,
         sources={name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()},
     )
+    if dist.world_size > 1 and isinstance(teachers, Teachers):
+        check_same_on_ranks(teachers, dist.gather)
     torch.manual_seed(recipe.train.seed)
     module = DistillationModule(init_student(recipe, teachers), recipe)
     dist.log(f"{len(images)} training images, {len(images.heldout)} held out; base {recipe.student.base}")

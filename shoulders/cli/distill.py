@@ -9,6 +9,11 @@ import typer
 from shoulders.cli.options import AsJson, Overrides, RecipeFile, print_json
 from shoulders.cli.tables import cell, print_table
 
+FVU_ABOVE_1 = (
+    "an fvu above 1 is worse than the mean of the teacher's features: the map from the latent overfits to the first "
+    "half of the held-out images (raise images.holdout), or the projector is hardly trained (raise train.steps)"
+)
+
 
 def distill(
     recipe: RecipeFile,
@@ -37,4 +42,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
         ["teacher / tap / component", "fvu", "fvu of the projector"],
         [[name, f"{value:.3f}", cell(summary.get(f"fvu_projector/{name}"))] for name, value in fvu.items()],
     )
+    if any(value > 1 for key, value in summary.items() if key.startswith("fvu") and key != "fvu_spread"):
+        print(FVU_ABOVE_1)
     print(f"\n{summary['steps']} steps in {summary['seconds']:.0f} s; the student is in {summary['out']}/student")

@@ -25,7 +25,7 @@ def training_section(record: RunRecord) -> Html:
         return section("training", "Training", missing("This run has no metrics.jsonl; it is written by", command))
     text = paragraph(
         "fvu is the fraction of the variance of a teacher’s features that the student does not explain, on held-out "
-        "images: 0 is perfect, and 1 is as good as predicting the mean. ",
+        "images: 0 is perfect, 1 is as good as predicting the mean, and above 1 is worse. ",
         element("b", "Projector"),
         " is the student’s own projector for this teacher; ",
         element("b", "latent"),

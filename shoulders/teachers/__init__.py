@@ -7,6 +7,7 @@ function that the recipe names as ``module: package.module:function``.
 from shoulders.teachers.describe import describe
 from shoulders.teachers.families import FAMILIES, list_families
 from shoulders.teachers.load import check_teacher, load_teacher
+from shoulders.teachers.pure import check_pure, check_same_on_ranks
 from shoulders.teachers.teacher import AnyTeachers, Tap, Teacher, Teachers
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "Tap",
     "Teacher",
     "Teachers",
+    "check_pure",
+    "check_same_on_ranks",
     "check_teacher",
     "describe",
     "list_families",

@@ -16,6 +16,7 @@ from shoulders.hub import load_strict
 from shoulders.hub.fast import int8_available, optimize_for_inference, to_fast_layout, to_int8
 from shoulders.teachers.checkpoint import Checkpoint, read_checkpoint, teacher_error
 from shoulders.teachers.families import REMOTE
+from shoulders.teachers.pure import check_pure
 from shoulders.teachers.teacher import Teacher, check_output
 
 
@@ -96,7 +97,10 @@ def load_teacher(name: str, spec: TeacherSpec, optimize: bool = True) -> Teacher
         to_int8(model)
     model_name = f"teachers.{name}.model: {checkpoint.pretrained.source!r}"
     try:
-        return _to_teacher(Encoder(model, checkpoint, optimize), checkpoint)
+        teacher = _to_teacher(Encoder(model, checkpoint, optimize), checkpoint)
+        if checkpoint.family is REMOTE:
+            check_pure(name, teacher)
+        return teacher
     except RecipeError as error:
         raise DataError(f"{model_name}: {error}") from error
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:  # of a model's own forward
@@ -156,6 +160,7 @@ def _build_from_module(name: str, spec: TeacherSpec) -> Teacher:
     if not isinstance(teacher, Teacher):
         message = f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}"
         raise teacher_error(name, "module", message)
+    check_pure(name, teacher)
     pixels = torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))
     try:
         check_output(teacher(pixels), 2)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from shoulders.errors import RecipeError
+from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features
 
 
@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         """Features by tap for pixels (B, 3, h, w) in [0, 1]; no gradient is recorded."""
         with torch.no_grad():
             output = self.module((pixels - self.mean) / self.std)
-        return output if self._selected is None else {tap: output[tap] for tap in self._selected}
+        return output if self._selected is None else {tap: output[tap] for tap in self._selected if tap in output}
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher is not trained: it stays in evaluation mode whatever ``mode`` is."""
@@ -244,6 +244,8 @@ class Teachers(AnyTeachers):
         for name, taps in self.selected.items():
             rows = batch.rows_of(self.sources.get(name))
             outputs = self._run(self[name], batch if rows is None else batch.take(rows))
+            if lost := [tap for tap in taps if tap not in outputs]:
+                raise DataError(f"teachers.{name}: has no tap {lost[0]!r} any more; return the same for all images")
             on_device = None if rows is None else rows.to(self[name].mean.device, non_blocking=True)
             features |= {f"{name}/{tap}": replace(outputs[tap].map(Tensor.float), rows=on_device) for tap in taps}
         return features

@@ -12,7 +12,7 @@ from torch import Tensor
 from shoulders.errors import DataError
 from shoulders.features import Batch, Features, Skipped, align
 from shoulders.model import ShouldersModel
-from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
+from shoulders.transfer.fvu import channel_standardized, fvu, is_constant, unexplained
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import teacher_name
 
@@ -39,7 +39,7 @@ class HeldOutSet:
         size: (h, w) of the student's input in px.
 
     Raises:
-        DataError: a teacher has features of fewer than ``MIN_IMAGES`` images.
+        DataError: a teacher has features of fewer than ``MIN_IMAGES`` images, or the same for all of them.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class HeldOutSet:
         for name, target in self.targets.items():
             if len(target.vectors) < MIN_IMAGES:
                 raise too_few(teacher_name(name), len(target.vectors), len(self))
+            if is_constant(target.vectors):
+                raise constant_features(name, len(target.vectors))
 
     def __len__(self) -> int:
         """Images that could be read."""
@@ -128,6 +130,21 @@ def too_few(teacher: str, count: int, heldout: int) -> DataError:
     return DataError(
         f"images: {teacher} learns from {count} of {heldout} held-out images, and {MIN_IMAGES} are needed; give more "
         "images"
+    )
+
+
+def constant_features(name: str, count: int) -> DataError:
+    """The refusal of features without variance: nothing can be learned from them, and fvu would be 0.
+
+    Args:
+        name: of the target: teacher/tap/component.
+        count: number of images.
+    """
+    teacher = teacher_name(name)
+    tap, component = name.removeprefix(f"{teacher}/").rsplit("/", 1)
+    return DataError(
+        f"teachers.{teacher}: the {component} of tap {tap!r} is the same for all of {count} held-out images; leave it "
+        f"out with teachers.{teacher}.taps, check the teacher's weights, or give images that differ"
     )
 
 

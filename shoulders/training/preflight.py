@@ -21,7 +21,7 @@ from shoulders.distributed.sharding import FSDP_SUPPORTED
 from shoulders.errors import RecipeError
 from shoulders.images import ImageSet
 from shoulders.student.base import check_base
-from shoulders.teachers import Teacher, check_teacher
+from shoulders.teachers import Teacher, check_pure, check_teacher
 from shoulders.teachers.heads import check_head
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.heldout import MIN_IMAGES, too_few
@@ -79,6 +79,8 @@ def check_inputs(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
     check_base(recipe.student, as_size(recipe.images.size), recipe.transfer.layers)
     for name, spec in recipe.teachers.items():
         check_teacher(name, spec)
+    for name, teacher in extra_teachers.items():
+        check_pure(name, teacher)
 
 
 def check_cache_mode(recipe: Recipe) -> None:

@@ -51,5 +51,16 @@ def unexplained(prediction: Tensor, target: Tensor) -> float:
 def channel_standardized(fit: Tensor, *others: Tensor) -> list[Tensor]:
     """``fit`` and ``others`` (n, C) with the channel means and deviations of ``fit``; constant channels become 0."""
     mean, std = fit.mean(0), fit.std(0)
-    live = std > 1e-6 * (1 + mean.abs())
+    live = _varying_channels(fit)
     return [torch.where(live, (vectors - mean) / torch.where(live, std, 1.0), 0.0) for vectors in (fit, *others)]
+
+
+def is_constant(vectors: Tensor) -> bool:
+    """Whether `fvu` has nothing to explain in vectors (n, P, C): no channel varies in the first half of the images."""
+    first_half = vectors[: len(vectors) // 2].flatten(0, 1).double()
+    return bool(first_half.isfinite().all() and not _varying_channels(first_half).any())
+
+
+def _varying_channels(vectors: Tensor) -> Tensor:
+    """(C,) bool, of vectors (n, C): which channels vary by more than rounding does."""
+    return vectors.std(0) > 1e-6 * (1 + vectors.mean(0).abs())
