@@ -51,8 +51,14 @@ def decode(data: bytes, max_pixels: int, min_side: int | None = None) -> Tensor:
     return decode_with_size(data, max_pixels, min_side)[0]
 
 
-def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
-    """Like `decode`, and also the size (H, W) of the upright image at full scale."""
+def decode_with_size(
+    data: bytes, max_pixels: int, min_side: int | None = None, upright: bool = True
+) -> tuple[Tensor, tuple[int, int]]:
+    """Like `decode`, and also the size (H, W) of the image at full scale.
+
+    Args:
+        upright: whether the EXIF orientation is applied; if not, the pixels are as they are stored.
+    """
     if not data:
         raise Undecodable("empty file")
     with warnings.catch_warnings():
@@ -63,8 +69,8 @@ def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) 
                 _check_size(width, height, max_pixels)
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))
+                orientation = _orientation(image)  # before load, which turns TIFF images upright
                 image.load()
-                swapped, flips = _ORIENTATIONS.get(_orientation(image), (False, ()))
                 pixels = _to_rgb(image)  # (H, W, 3)
         except Undecodable:
             raise
@@ -75,12 +81,32 @@ def decode_with_size(data: bytes, max_pixels: int, min_side: int | None = None) 
         except Exception as error:  # decoders raise errors of many kinds
             message = " ".join(str(error).split())
             raise Undecodable(f"damaged: {type(error).__name__} {message}"[:200]) from error
-    upright = pixels.swapaxes(0, 1) if swapped else pixels
-    upright = np.flip(upright, flips)
-    if image.format != "JPEG" and image.format != "MPO":
-        height, width = pixels.shape[:2]  # TIFF is already upright after load
-    tensor = torch.from_numpy(np.ascontiguousarray(upright)).permute(2, 0, 1)  # (3, H, W)
-    return tensor, (width, height) if swapped else (height, width)
+    swapped, flips = _ORIENTATIONS.get(orientation, (False, ()))
+    if image.format == "TIFF":
+        oriented = pixels if upright else _undo(pixels, swapped, flips)
+    else:
+        oriented = np.flip(pixels.swapaxes(0, 1) if swapped else pixels, flips) if upright else pixels
+    tensor = torch.from_numpy(np.ascontiguousarray(oriented)).permute(2, 0, 1)  # (3, H, W)
+    if image.format not in ("JPEG", "MPO"):  # only these are decoded at a reduced scale
+        return tensor, (tensor.shape[1], tensor.shape[2])
+    return tensor, (width, height) if swapped and upright else (height, width)
+
+
+def _undo(pixels: NDArray[np.uint8], swapped: bool, flips: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Upright pixels (H, W, 3) as they were stored."""
+    stored = np.flip(pixels, flips)
+    return stored.swapaxes(0, 1) if swapped else stored
+
+
+def has_orientation(data: bytes) -> bool:
+    """Whether the pixels of an encoded image are stored otherwise than upright."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return _orientation(image) in _ORIENTATIONS
+        except Exception:  # decoding it gives the reason
+            return False
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from shoulders.errors import DataError
-from shoulders.images.decode import Undecodable, decode_with_size
+from shoulders.images.decode import Undecodable, decode_with_size, has_orientation
 from shoulders.images.order import permutation, quotas, stream
 from shoulders.images.source import ImageSource, image_id
 
@@ -22,6 +24,8 @@ class Collection:
 
     Args:
         sources: opened sources by name.
+        upright: whether EXIF orientations are applied; if not, pixels are as they are stored, and the first image with
+            an orientation is named in a warning. Labels are in stored pixels, see docs/images.md.
 
     Attributes:
         ids: (count,) int64.
@@ -32,8 +36,9 @@ class Collection:
         DataError: two images of one source have the same name.
     """
 
-    def __init__(self, sources: Mapping[str, ImageSource]) -> None:
-        self.sources = dict(sources)
+    def __init__(self, sources: Mapping[str, ImageSource], upright: bool = True) -> None:
+        self.sources, self.upright = dict(sources), upright
+        self.warn_orientation = not upright
         self.ends = np.cumsum([len(source) for source in self.sources.values()])
         only = next(iter(self.sources.values())) if len(self.sources) == 1 else None
         # the class numbers of different sources mean different classes
@@ -89,7 +94,14 @@ class Collection:
             raise
         except Exception as error:  # a deleted file, a disk error, a damaged page of a parquet file, ...
             raise Undecodable(f"cannot be read: {' '.join(str(error).split())}"[:200]) from error
-        return decode_with_size(data, max_pixels, min_side)
+        if self.warn_orientation and get_worker_info() is None and has_orientation(data):
+            self.warn_orientation = False
+            warnings.warn(
+                f"{self.name(index)}: has an EXIF orientation; images with labels are used as they are stored, as in "
+                "COCO (further ones are not named): if the labels are for upright images, save these upright",
+                stacklevel=2,
+            )
+        return decode_with_size(data, max_pixels, min_side, self.upright)
 
     def _locate(self, index: int) -> tuple[str, int]:
         """Name of the source of an image, and the index of the image in it."""

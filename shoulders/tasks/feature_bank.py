@@ -163,9 +163,10 @@ def check_size(name: str, image: tuple[int, int], annotation: tuple[int, int]) -
         DataError: naming the image.
     """
     if image != annotation:
+        stored = " (as it is stored, without EXIF orientation)" if image == annotation[::-1] else ""
         raise DataError(
-            f"{name}: the image is {image[1]} x {image[0]} px, its labels are for {annotation[1]} x {annotation[0]} "
-            "px; make them agree, or leave it out"
+            f"{name}: the image is {image[1]} x {image[0]} px{stored}, its labels are for {annotation[1]} x "
+            f"{annotation[0]} px; make them agree, or leave it out"
         )
 
 

@@ -63,6 +63,8 @@ def test_exif_orientation(kind: str, orientation: int, expected: str) -> None:
     pixels, size = decode_with_size(encode(quadrants(), kind, exif=exif), MAX_PIXELS)
     assert corners(pixels) == expected
     assert tuple(pixels.shape[1:]) == size == ((40, 24) if orientation >= 5 else (24, 40))
+    stored, size = decode_with_size(encode(quadrants(), kind, exif=exif), MAX_PIXELS, upright=False)
+    assert (corners(stored), tuple(stored.shape[1:]), size) == ("RGBW", (24, 40), (24, 40))
 
 
 def test_the_full_size_is_right_with_an_orientation_and_a_reduced_scale() -> None:
@@ -70,6 +72,9 @@ def test_the_full_size_is_right_with_an_orientation_and_a_reduced_scale() -> Non
     exif[0x0112] = 6
     pixels, size = decode_with_size(encode(quadrants(800, 600), "JPEG", exif=exif), MAX_PIXELS, min_side=100)
     assert (corners(pixels), size, tuple(pixels.shape)) == ("BRWG", (800, 600), (3, 200, 150))
+    photo = encode(quadrants(800, 600), "JPEG", exif=exif)
+    pixels, size = decode_with_size(photo, MAX_PIXELS, min_side=100, upright=False)
+    assert (corners(pixels), size, tuple(pixels.shape)) == ("RGBW", (600, 800), (3, 150, 200))
 
 
 @pytest.mark.parametrize(("min_side", "height"), [(None, 600), (601, 600), (300, 300), (299, 300), (75, 75), (1, 75)])

@@ -165,7 +165,7 @@ def _all_labelled(path: Path, name: str, source: ImageSource) -> LabelledSplit:
             f"{path}: {missing} of {len(source)} images have no label; give each a class folder, a parquet "
             f"column called label, or a .cls file in the tar ({LAYOUTS})"
         )
-    return LabelledSplit(Collection({name: source}), np.arange(len(source)))
+    return LabelledSplit(Collection({name: source}, upright=False), np.arange(len(source)))
 
 
 def _renumber(path: Path, name: str, images: Collection, classes: list[str] | None) -> None:

@@ -89,14 +89,14 @@ def present_splits(path: Path, exists: Callable[[str], bool], layout: str) -> li
 
 
 def open_split_images(folder: Path, column: str) -> Collection:
-    """The images of a split.
+    """The images of a split, with pixels as they are stored, as their labels are.
 
     Raises:
         DataError: there is no such folder.
     """
     if not folder.exists():
         raise DataError(f"{folder}: missing; put the images of this split into it")
-    return Collection({folder.name: open_source(folder, column)})
+    return Collection({folder.name: open_source(folder, column)}, upright=False)
 
 
 def assemble_splits(by_name: Mapping[str, AnnotatedSplit[T]], classes: tuple[str, ...]) -> AnnotatedSplits[T]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 from PIL import Image
 
 from shoulders.errors import DataError, RecipeError
+from shoulders.images import Collection, open_source
+from shoulders.tasks.data.labelled import find_labelled
 from shoulders.tasks.data.masks import find_masks, read_mask
 from shoulders.tasks.data.objects import find_objects
 from tests.tasks.scenes import save_masks, save_objects
@@ -64,6 +68,40 @@ def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (save_objects(tmp_path / "objects") / "train.json").write_text(nested)
     with pytest.raises(DataError, match=r"train\.json: not a COCO annotation file: JSON that is nested too deeply"):
         find_objects(tmp_path / "objects")
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6])
+def test_labels_of_all_tasks_are_in_stored_pixels(tmp_path: Path, orientation: int) -> None:
+    """As in pycocotools and in a mask, which know nothing of the EXIF orientation of the photo."""
+    stored = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    stored[10:20, 5:30] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "PNG", exif=exif)
+    for split in ("train", "test"):
+        folders = [f"masks/images/{split}", f"objects/{split}", f"classes/{split}/a", f"classes/{split}/b"]
+        for folder in folders:
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / folder / "x.png").write_bytes(file.getvalue())
+        (tmp_path / f"masks/annotations/{split}").mkdir(parents=True)
+        mask = (stored == 255).all(-1).astype(np.uint8)
+        Image.fromarray(mask).save(tmp_path / f"masks/annotations/{split}/x.png")
+        box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 10, 25, 10]}
+        image = {"id": 1, "file_name": "x.png", "height": 48, "width": 64}
+        content = {"images": [image], "categories": [{"id": 1, "name": "white"}], "annotations": [box]}
+        (tmp_path / f"objects/{split}.json").write_text(json.dumps(content))
+    for find, folder in ((find_masks, "masks"), (find_objects, "objects"), (find_labelled, "classes")):
+        test = find(tmp_path / folder).test  # type: ignore[operator]
+        warned = (
+            warnings.catch_warnings() if orientation == 1 else pytest.warns(UserWarning, match="x.png: has an EXIF")
+        )
+        with warned:
+            pixels, size = test.images.pixels(0, 10_000, None)
+            assert np.array_equal(pixels.permute(1, 2, 0).numpy(), stored) and size == (48, 64)
+            test.images.pixels(0, 10_000, None)
+    upright = Collection({"photos": open_source(tmp_path / "objects/test")}).pixels(0, 10_000, None)[0]
+    assert np.array_equal(upright.permute(1, 2, 0).numpy(), stored) == (orientation == 1)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
