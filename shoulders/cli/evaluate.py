@@ -58,7 +58,7 @@ def evaluate(
     if as_json:
         print_json(rows)
     else:
-        print(f"{task}: scores in %, {rows[0]['n']} images" + (f", {finetune} finetuned" if finetune else ""))
+        print(f"{task}: scores in %, {_count_images(rows[0])}" + (f", {finetune} finetuned" if finetune else ""))
         print_table(*_score_table(rows))
 
 
@@ -85,6 +85,14 @@ def _check_heads(heads: bool, fit_options: dict[str, Any]) -> None:
 
 def _show_progress(model: str) -> None:
     print(f"evaluating {model} ...", file=sys.stderr)
+
+
+def _count_images(row: dict[str, Any]) -> str:
+    """The test images of a score, and those that were skipped."""
+    skipped = row["settings"].get("skipped_test", 0)
+    if not skipped:
+        return f"{row['n']} images"
+    return f"{row['n']} of {row['n'] + skipped} images; skipped: {row['settings']['skipped_reasons']}"
 
 
 def _score_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

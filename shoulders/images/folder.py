@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.images.decode import Undecodable
+from shoulders.images.passed_over import list_names
 from shoulders.images.source import MAX_FILE_BYTES, NameList, is_image_name, label_at
 
 HIDDEN = (b".", b"__MACOSX")  # beginnings of names that are passed over; macOS puts the latter into zip files
@@ -46,6 +47,13 @@ class Folder:
     def label(self, index: int) -> int | None:
         """Class index of an image, or None."""
         return label_at(self.labels, index)
+
+    def why_unlabelled(self) -> str:
+        """What prevents the sub-folders from being the classes, where only some images do; for an error."""
+        others = [name for name in map(self.names.__getitem__, range(len(self))) if name.count(b"/") != 1]
+        if not 0 < len(others) < len(self):
+            return ""
+        return f", because {len(others)} of them are not exactly one folder down ({list_names(others, len(others))})"
 
 
 @dataclass

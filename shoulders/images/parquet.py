@@ -16,6 +16,8 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.images.decode import Undecodable
 from shoulders.images.source import label_at
 
+LABEL = "label"  # the column of the classes
+TEXT = ("string", "large_string", "string_view")  # types of pyarrow
 MAX_CACHE_BYTES = 2**28  # 256 MiB of row groups in memory in each process
 
 
@@ -42,11 +44,13 @@ class Parquet:
         self.paths = [os.path.abspath(path) for path in paths]
         self.files = [os.fsdecode(name) for name in names]
         self.column, self.max_cache_bytes = column, max_cache_bytes
+        self.columns: dict[str, str] = {}  # types of all columns but that of the images
         groups: list[tuple[int, int, int]] = []
         labels: list[NDArray[np.int64] | None] = []
         class_names: list[list[str] | None] = []
         for number, path in enumerate(self.paths):
-            group_sizes, label, classes = _inspect(path, column)
+            group_sizes, label, classes, columns = _inspect(path, column)
+            self.columns |= columns
             groups += [(number, group, count) for group, count in enumerate(group_sizes)]
             labels.append(label)
             class_names.append(classes)
@@ -89,6 +93,18 @@ class Parquet:
         """Class index of an image, or None."""
         return label_at(self.labels, index)
 
+    def why_unlabelled(self) -> str:
+        """Why the files have no labels, for an error; nothing where some rows have one."""
+        if self.labels is not None:
+            return ""
+        if LABEL in self.columns:
+            kind = self.columns[LABEL]
+            return f", because the column {LABEL} ({kind}) does not hold integers or strings of the same classes"
+        others = ", ".join(self.columns) or "none"
+        return (
+            f", because no column is called {LABEL} (columns beside the images: {others}; rename that of the classes)"
+        )
+
     def _column(self, group: int) -> Any:
         """The image column of one row group."""
         if group in self.cache:
@@ -113,8 +129,8 @@ def _pyarrow() -> Any:
     return pyarrow.parquet
 
 
-def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | None, list[str] | None]:
-    """Number of rows of each row group, labels, and class names of one file."""
+def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | None, list[str] | None, dict[str, str]]:
+    """Number of rows of each row group, labels, class names, and types of the other columns of one file."""
     parquet = _pyarrow()
     try:
         with parquet.ParquetFile(path) as opened:
@@ -124,7 +140,8 @@ def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | Non
             leaf = _leaf(schema, column)
             group_sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             _check_embedded(path, opened.metadata, leaf)
-            return group_sizes, _labels(opened), _class_names(schema.metadata)
+            columns = {field.name: str(field.type) for field in schema if field.name != column}
+            return group_sizes, *_labels(opened), columns
     except (OSError, ValueError) as error:  # the errors of pyarrow are subclasses of these
         fault = " ".join(str(error).split())
         raise DataError(f"{path}: not a complete parquet file ({fault}); fetch or write it again") from error
@@ -154,12 +171,19 @@ def _check_embedded(path: str, metadata: Any, leaf: str) -> None:
                 )
 
 
-def _labels(opened: Any) -> NDArray[np.int64] | None:
+def _labels(opened: Any) -> tuple[NDArray[np.int64] | None, list[str] | None]:
+    """Labels and class names: integers with the names of the schema, or strings, whose sorted values are the names."""
     schema = opened.schema_arrow
-    if "label" not in schema.names or not str(schema.field("label").type).removeprefix("u").startswith("int"):
-        return None
-    column = opened.read(columns=["label"], use_threads=False).column(0)
-    return column.cast("int64").fill_null(-1).to_numpy()
+    kind = str(schema.field(LABEL).type) if LABEL in schema.names else ""
+    if kind.removeprefix("u").startswith("int"):
+        column = opened.read(columns=[LABEL], use_threads=False).column(0)
+        return column.cast("int64").fill_null(-1).to_numpy(), _class_names(schema.metadata)
+    if kind.startswith(TEXT) or kind.startswith("dictionary<values=string"):
+        values = opened.read(columns=[LABEL], use_threads=False).column(0).cast("string").to_pylist()
+        classes = sorted({value for value in values if value is not None})
+        number = {value: index for index, value in enumerate(classes)} | {None: -1}
+        return np.array([number[value] for value in values], dtype=np.int64), classes
+    return None, None
 
 
 def _merge_classes(

@@ -17,6 +17,7 @@ from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import MAX_PIXELS, Undecodable, View, evaluation_batches
 from shoulders.tasks.data.labelled import LabelledSplit, LabelledSplits, find_labelled
 from shoulders.tasks.heads.linear import LinearHead
+from shoulders.tasks.skipped import skipped_settings
 from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Task
 from shoulders.tasks.teacher_head_eval import class_indices, head_outputs, head_rows
 from shoulders.tasks.vector_probes import LabelledVectors, evaluate_vectors, extract_vectors, image_vectors, top1
@@ -60,6 +61,7 @@ def fit_classification_probes(
         "train": len(train.x),
         "skipped": sum(len(part.skipped) for part in (train, val, test) if part is not None),
         "features_seconds": time.perf_counter() - started_at,
+        **skipped_settings(test.skipped),
     }
     rows = evaluate_vectors(train, val, test, splits.n_classes, seed, "classification", on_head)
     return [Row(**{**row, "settings": row["settings"] | common}) for row in rows]
@@ -127,11 +129,13 @@ def evaluate_classification_head(head: HeadWithInput, splits: LabelledSplits, ba
     if names is None and splits.n_classes > len(head.classes):
         raise RecipeError(f"the head has {len(head.classes)} classes, the data {splits.n_classes}")
     indices = torch.tensor(class_indices(head.classes, names) if names else range(len(head.classes)))
-    labels = torch.from_numpy(splits.test.labels())
-    hits = 0
-    for positions, _, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
+    labels, test = torch.from_numpy(splits.test.labels()), splits.test
+    skipped: list[Skipped] = []
+    hits = n = 0
+    for positions, _, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
         hits += int((indices[output.logits.argmax(-1).cpu()] == labels[positions]).sum())
-    return head_rows("classification", {"top1": hits / len(labels)}, len(labels), started_at)
+        n += len(positions)
+    return head_rows("classification", {"top1": hits / n}, n, started_at, skipped)
 
 
 def class_label(split: LabelledSplit, position: int, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from shoulders.errors import DataError, NumericError, RecipeError
 from shoulders.features import Batch, FeaturesOf, Skipped
 from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, Undecodable, render
 from shoulders.tasks.data.splits import AnnotatedSplit, T
+from shoulders.tasks.skipped import check_skipped
 
 MAX_STORED_BYTES = 8 * 2**30  # of float16 features of one split; more are computed again
 HELD_OUT_FRACTION = 0.2
@@ -42,7 +43,7 @@ class FeatureBank(Generic[T]):
         grid: (H, W) of the features; ``width`` is their C, ``device`` where they are computed.
 
     Raises:
-        DataError: an image of another size than its annotation, or none that can be read.
+        DataError: an image of another size than its annotation, or too many that cannot be read.
         RecipeError: the features have no spatial component.
         NumericError: a feature is not finite.
     """
@@ -72,6 +73,7 @@ class FeatureBank(Generic[T]):
         if not readable:
             first = self.skipped[0]
             raise DataError(f"none of {len(self.skipped)} images can be read; the first: {first.name} ({first.reason})")
+        check_skipped(self.skipped, len(split.indices))
         self.readable = np.array(readable, dtype=np.int64)  # positions in the split
         self.indices = np.arange(len(readable))  # (n,) in `readable` and `stored`
         self.annotations = [split.annotations[position] for position in readable]

@@ -167,6 +167,8 @@ def finetune(
         "skipped": len(views.skipped),
         **(settings or {}),
     }
+    if n < len(splits.test.indices):
+        described |= {"skipped_test": len(splits.test.indices) - n, "skipped_reasons": "images that cannot be read"}
     return rows_of(task.task, values, n, time.perf_counter() - started_at, described), model
 
 

@@ -263,14 +263,19 @@ def evaluate_object_head(
     started_at = time.perf_counter()
     indices = np.array(class_indices(head.classes, splits.classes), dtype=np.int64)
     detections: list[Detections] = []
-    for positions, sizes, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
-        check_sizes(splits.test, positions, sizes)
+    skipped: list[Skipped] = []
+    images: list[AnnotatedImage] = []
+    test = splits.test
+    for positions, sizes, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
+        check_sizes(test, positions, sizes)
+        images += [test.annotations[position] for position in positions]
         detections += [replace(one, classes=indices[one.classes]) for one in interpret(head.processor, output, sizes)]
-    annotations = Annotations(splits.classes, tuple(splits.test.annotations))
+    annotations = Annotations(splits.classes, tuple(images))
     values: dict[str, float] = {}
-    for prefix, kind in kinds.items():
+    has_objects = any((~image.crowd).any() for image in images)
+    for prefix, kind in kinds.items() if has_objects else ():
         matched = match(annotations, detections, kind)
         values |= {f"{prefix}{name}": value for name, value in average_precision(matched).items() if value == value}
         low, high = interval(matched)
         values |= {f"{prefix}AP_low": low, f"{prefix}AP_high": high}
-    return head_rows(task, values, len(detections), started_at)
+    return head_rows(task, values, len(detections), started_at, skipped)

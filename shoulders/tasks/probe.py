@@ -18,6 +18,7 @@ from shoulders.features import FeaturesOf
 from shoulders.optimizers import ema_update, warmup_cosine
 from shoulders.tasks.data.splits import AnnotatedSplit, AnnotatedSplits
 from shoulders.tasks.feature_bank import FeatureBank, hold_out, minibatches
+from shoulders.tasks.skipped import skipped_settings
 from shoulders.tasks.task import Row, Size, rows_of
 
 
@@ -158,6 +159,7 @@ def fit_probe(
         "train": len(banks.train),
         "skipped": sum(len(bank.skipped) for bank in (banks.train, banks.val, banks.test) if bank is not None),
         "features_seconds": computed_at - started_at,
+        **skipped_settings(banks.test.skipped),
     }
     if not probe.settings.select:
         settings["parameters"] = sum(parameter.numel() for parameter in fit.head.parameters())

@@ -85,7 +85,12 @@ def _pair_counts(file: MaskFile, predicted: Tensor, n_classes: int) -> Tensor:
 
 
 def segmentation_scores(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
-    """Metrics of one confusion matrix over all images; a class neither labelled nor predicted has no IoU."""
+    """Metrics of one confusion matrix over all images; a class neither labelled nor predicted has no IoU.
+
+    There are no metrics where no pixel is labelled.
+    """
+    if not confusion.any():
+        return {}
     by_class = {f"IoU/{name}": value for name, value in zip(classes, class_ious(confusion).tolist(), strict=True)}
     accuracy = (confusion.diagonal().sum().double() / confusion.sum().clamp(min=1)).item()
     ious = {name: value for name, value in by_class.items() if value == value}  # not nan
@@ -173,13 +178,16 @@ def evaluate_semantic_head(
     started_at = time.perf_counter()
     indices, n_classes = torch.tensor(class_indices(head.classes, splits.classes)), len(splits.classes)
     counts = torch.zeros(n_classes**2, dtype=torch.int64)
-    for positions, sizes, output in head_outputs(head, splits.test.images, splits.test.indices, batch, workers):
-        check_sizes(splits.test, positions, sizes)
+    skipped: list[Skipped] = []
+    test, n = splits.test, 0
+    for positions, sizes, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
+        check_sizes(test, positions, sizes)
+        n += len(positions)
         maps = head.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
         for position, predicted in zip(positions, maps, strict=True):
-            counts += _pair_counts(splits.test.annotations[position], indices[predicted.cpu().long()], n_classes)
+            counts += _pair_counts(test.annotations[position], indices[predicted.cpu().long()], n_classes)
     values = segmentation_scores(counts.view(n_classes, n_classes), splits.classes)
-    return head_rows("semantic", values, len(splits.test.annotations), started_at)
+    return head_rows("semantic", values, n, started_at, skipped)
 
 
 def mask_labels(split: AnnotatedSplit[MaskFile], position: int, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypedDict
 
 from torch import Tensor, nn
 
+from shoulders.errors import DataError
 from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import View
 
@@ -186,7 +187,14 @@ class Task:
 def rows_of(
     task: str, values: Mapping[str, float], n: int, seconds: float, settings: dict[str, float | int | str]
 ) -> list[Row]:
-    """A row for each metric."""
+    """A row for each metric.
+
+    Raises:
+        DataError: there is no value, because no test image that can be read has a label.
+    """
+    if not values:
+        why = f"; skipped: {settings['skipped_reasons']}" if "skipped_reasons" in settings else ""
+        raise DataError(f"{task}: none of the {n} test images that can be read has a label{why}; repair or add some")
     return [
         Row(task=task, metric=metric, value=value, n=n, seconds=seconds, settings=settings)
         for metric, value in values.items()

@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shoulders.errors import DataError, RecipeError
+from shoulders.errors import RecipeError
+from shoulders.features import Skipped
 from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, Collection, Undecodable, render
 from shoulders.tasks.data.splits import AnnotatedSplit
 from shoulders.tasks.feature_bank import check_size
+from shoulders.tasks.skipped import check_skipped, skipped_settings
 from shoulders.tasks.task import HeadWithInput, Row, Size, rows_of
 
 HeadOutput = tuple[list[int], list[Size], Any]  # positions in the split, sizes of the originals, the head's output
@@ -28,27 +30,39 @@ HeadOutput = tuple[list[int], list[Size], Any]  # positions in the split, sizes 
 
 @torch.no_grad()
 def head_outputs(
-    head: HeadWithInput, images: Collection, indices: NDArray[np.int64], batch: int, workers: int
+    head: HeadWithInput,
+    images: Collection,
+    indices: NDArray[np.int64],
+    batch: int,
+    workers: int,
+    skipped: list[Skipped],
 ) -> Iterator[HeadOutput]:
     """The head's outputs for some images in order, each drawn whole at the head's input size.
 
+    Args:
+        skipped: images that cannot be read are left out and added to it, as for a probe.
+
     Raises:
-        DataError: an image cannot be read.
+        DataError: too many images cannot be read.
     """
 
-    def draw(index: int) -> tuple[Tensor, Size]:
+    def draw(index: int) -> tuple[Tensor, Size] | Skipped:
         try:
             pixels, size = images.pixels(index, MAX_PIXELS, max(head.size))
         except Undecodable as error:
-            raise DataError(f"{images.name(index)}: {error}; correct it or leave it out") from error
+            return Skipped(images.name(index), str(error))
         return render(pixels, WHOLE_IMAGE, head.size), size
 
     with ThreadPoolExecutor(workers) if workers else nullcontext() as pool:
         for start in range(0, len(indices), batch):
             of_batch = indices[start : start + batch].tolist()
             drawn = list((pool.map if pool else map)(draw, of_batch))
-            output = head.compute_output(torch.stack([pixels for pixels, _ in drawn]).float() / 255)
-            yield list(range(start, start + len(of_batch))), [size for _, size in drawn], output
+            skipped += [image for image in drawn if isinstance(image, Skipped)]
+            check_skipped(skipped, len(indices))
+            readable = [(start + i, *image) for i, image in enumerate(drawn) if not isinstance(image, Skipped)]
+            if readable:
+                positions, pixels, sizes = zip(*readable, strict=True)
+                yield list(positions), list(sizes), head.compute_output(torch.stack(pixels).float() / 255)
 
 
 def check_sizes(split: AnnotatedSplit[Any], positions: Sequence[int], sizes: Sequence[Size]) -> None:
@@ -79,6 +93,7 @@ def class_indices(head_classes: Sequence[str], data_classes: Sequence[str]) -> l
     return [indices[name].pop(0) for name in head_classes]
 
 
-def head_rows(task: str, values: dict[str, float], n: int, started_at: float) -> list[Row]:
-    """Rows of a teacher's head."""
-    return rows_of(task, values, n, time.perf_counter() - started_at, {"head": "teacher"})
+def head_rows(task: str, values: dict[str, float], n: int, started_at: float, skipped: Sequence[Skipped]) -> list[Row]:
+    """Rows of a teacher's head on n test images; others were skipped."""
+    settings = {"head": "teacher", **skipped_settings(skipped)}
+    return rows_of(task, values, n, time.perf_counter() - started_at, settings)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, FeaturesOf, Skipped
 from shoulders.tasks.heads.linear import LinearHead, fit_logistic, linear_logits
+from shoulders.tasks.skipped import check_skipped
 from shoulders.tasks.task import Row
 
 Settings = dict[str, float | int | str]
@@ -45,7 +46,7 @@ def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch]) -> Labell
     """One vector per image, see `image_vectors`.
 
     Raises:
-        DataError: if the images have no labels, or there are none.
+        DataError: if the images have no labels, there are none, or too many cannot be read.
         NumericError: if a feature is not finite.
     """
     vectors: list[Tensor] = []
@@ -64,6 +65,7 @@ def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch]) -> Labell
     if not vectors:
         raise DataError(f"none of the {len(skipped)} labelled images could be read")
     x = torch.cat(vectors)
+    check_skipped(skipped, len(x) + len(skipped))
     if not x.isfinite().all():
         bad = int((~x.isfinite().all(1)).sum())
         raise NumericError(f"features of {bad} of {len(x)} images are not finite: check the weights")

@@ -184,6 +184,22 @@ def test_a_broken_mask_is_one_line_and_exit_3(world: Path, tmp_path: Path) -> No
     assert "val/1.png: not a mask" in done.stderr
 
 
+def test_the_table_counts_test_images_that_are_skipped(world: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 12), ("test", 8)):
+        save_images(tmp_path / "data" / split, count, classes=2)
+    for file in sorted((tmp_path / "data/test").rglob("*.jpg"))[:2]:
+        file.write_bytes(file.read_bytes()[:300])
+    options = ["--task", "classification", "--data", str(tmp_path / "data"), "--models", "student", "--workers", "0"]
+    printed = run_cli("evaluate", str(world / "run"), *options).stdout
+    assert printed.startswith("classification: scores in %, 6 of 8 images; skipped: 2 damaged ('")
+    settings = saved_rows(world / "run", "classification")[-1]["settings"]
+    assert settings["skipped_test"] == 2
+    for file in sorted((tmp_path / "data/test").rglob("*.jpg"))[:3]:
+        file.write_bytes(b"")
+    refused = run_cli("evaluate", str(world / "run"), *options)
+    assert refused.returncode == 3 and "3 of 8 labelled images cannot be read, 3 empty file ('" in refused.stderr
+
+
 def test_the_table_leaves_out_single_classes(world: Path, tmp_path: Path) -> None:
     save_masks(tmp_path, {"train": 2, "val": 2})
     student, models = world / "run/student", "student,base"

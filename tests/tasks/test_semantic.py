@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
 
+from shoulders.errors import DataError
 from shoulders.features import FeaturesOf
 from shoulders.tasks import Row, semantic
 from shoulders.tasks.data.masks import find_masks
 from shoulders.tasks.feature_bank import FeatureBank
 from shoulders.tasks.probe import fit_probe
+from shoulders.tasks.task import rows_of
 from tests.tasks.scenes import SIZE, colours, constant, save_masks
 
 PROBE = replace(semantic.PROBE, settings=replace(semantic.PROBE.settings, min_steps=60))
@@ -99,3 +101,10 @@ def test_masks_of_ignored_pixels_only_give_zero(tmp_path: Path) -> None:
     for index in range(2):
         Image.new("L", ((64, 40)[index], (48, 40)[index]), 255).save(tmp_path / f"annotations/val/{index}.png")
     assert by_metric(fit(colours, tmp_path)) == {"mIoU": 0.0, "pixel_accuracy": 0.0}
+
+
+def test_without_a_labelled_pixel_there_is_no_value() -> None:
+    """And not 0: the only mask with labels may be that of an image that cannot be read."""
+    assert semantic.segmentation_scores(torch.zeros(2, 2, dtype=torch.int64), ("a", "b")) == {}
+    with pytest.raises(DataError, match="semantic: none of the 3 test images that can be read has a label"):
+        rows_of("semantic", {}, 3, 0.0, {})

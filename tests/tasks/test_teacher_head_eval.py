@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from shoulders.config.sections import TeacherSpec
 from shoulders.errors import DataError, RecipeError
 from shoulders.inference import HeadInput, head_on_teacher
 from shoulders.tasks import TASKS, Row, task_of_head
+from shoulders.tasks.data.coco import AnnotatedImage
 from shoulders.tasks.teacher_head_eval import class_indices
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
@@ -96,3 +99,54 @@ def test_annotations_of_another_size_than_their_image_are_refused(
     Image.open(first).convert("RGB").resize((48, 40)).save(first)
     with pytest.raises(DataError, match=f"{first.name}: the image is 48 x 40 px, its labels are for 96 x 96 px"):
         evaluate(shipped_head(name), TEACHER_TASKS[name].task, tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("classifier", "studio/classification"), ("segmenter", "paper/semantic"), ("detector", "neon/instances")],
+)
+def test_images_that_cannot_be_read_are_skipped_and_counted(
+    name: str, folder: str, scenes: Path, tmp_path: Path
+) -> None:
+    """As for a probe: the value is that of the set without them; too many are refused."""
+    task, head, data = TEACHER_TASKS[name].task, shipped_head(name), tmp_path / "data"
+    shutil.copytree(scenes / folder, data)
+    splits = TASKS[task].find_splits(data, "image")
+    files = sorted(path for path in data.rglob("*.png") if "test" in path.parts and "annotations" not in path.parts)
+    remaining = np.array([i for i, name in enumerate(names_of_test(splits)) if Path(name).name not in broken(files)])
+    expected = TASKS[task].evaluate_head(head, replace(splits, test=splits.test.take(remaining)), 20, 0)
+    for file in files[:2]:
+        file.write_bytes(file.read_bytes()[:60])
+    rows = TASKS[task].evaluate_head(head, splits, 7, 0)
+    assert {row["metric"]: row["value"] for row in rows} == {row["metric"]: row["value"] for row in expected}
+    assert rows[0]["n"] == 38 and rows[0]["settings"]["skipped_test"] == 2
+    assert str(rows[0]["settings"]["skipped_reasons"]).startswith("2 ")
+    for file in files[2:11]:
+        file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"1\d of 40 labelled images cannot be read, .*; at most 25% may be skipped"):
+        TASKS[task].evaluate_head(head, splits, 7, 0)
+
+
+def test_a_set_whose_objects_cannot_be_read_is_refused(scenes: Path, tmp_path: Path) -> None:
+    """The only image with an object is damaged."""
+    shutil.copytree(scenes / "neon/instances", tmp_path / "data")
+    splits = TASKS["detection"].find_splits(tmp_path / "data", "image")
+    annotations = [splits.test.annotations[0], *(without_objects(one) for one in splits.test.annotations[1:])]
+    splits = replace(splits, test=replace(splits.test, annotations=annotations))
+    first = tmp_path / "data/test" / splits.test.images.name(int(splits.test.indices[0]))
+    first.write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 39 test images .* has a label; skipped: 1 empty file \("):
+        TASKS["detection"].evaluate_head(shipped_head("detector"), splits, 20, 0)
+
+
+def names_of_test(splits: Any) -> list[str]:
+    return [splits.test.images.name(index) for index in splits.test.indices.tolist()]
+
+
+def broken(files: list[Path]) -> set[str]:
+    return {file.name for file in files[:2]}
+
+
+def without_objects(image: AnnotatedImage) -> AnnotatedImage:
+    none = np.zeros(0)
+    return AnnotatedImage(image.file, image.size, none.astype(int), none.reshape(0, 4), none, none.astype(bool), ())

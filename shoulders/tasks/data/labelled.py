@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import Collection, ImageSource, open_source
+from shoulders.images.folder import Folder
+from shoulders.images.parquet import Parquet
 from shoulders.tasks.data.splits import OTHER_VAL_NAMES, SPLITS
 
 SUFFIXES = ("", ".parquet", ".tar")  # a split is a folder (of class folders, parquet or tar files) or one file
@@ -23,6 +25,8 @@ SPLIT_OF_ENTRY = re.compile(r"(train|val|valid|validation|dev|test)(?:$|[-_.].*(
 # a file of a split, anywhere below, such as data/train-00000-of-00002.parquet or imagenet1k-train-0000.tar
 SPLIT_OF_FILE = re.compile(r"(?:^|.*[-_./])(train|valid|validation|val|dev|test)(?=[-_./])")
 TEST_FRACTION = 0.2
+MAX_NUMBERED_CLASSES = 10_000  # numbers up to this may have any gaps; higher ones see `MAX_GAPS`
+MAX_GAPS = 10  # times as many numbers as classes
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,9 @@ def _all_labelled(path: Path, name: str, source: ImageSource) -> LabelledSplit:
     """All images of a source, none of them without a label."""
     missing = len(source) if source.labels is None else int((source.labels < 0).sum())
     if missing:
+        reason = source.why_unlabelled() if isinstance(source, Folder | Parquet) else ""
         raise DataError(
-            f"{path}: {missing} of {len(source)} images have no label; give each a class folder, a parquet "
+            f"{path}: {missing} of {len(source)} images have no label{reason}; give each a class folder, a parquet "
             f"column called label, or a .cls file in the tar ({LAYOUTS})"
         )
     return LabelledSplit(Collection({name: source}, upright=False), np.arange(len(source)))
@@ -191,6 +196,12 @@ def _count_classes(path: Path, splits: dict[str, LabelledSplit]) -> int:
             raise DataError(f"{path}: {name} has labels that train lacks: {extra}; give every class to train")
     highest = max(max(in_split) for in_split in labels.values())
     n_classes = highest + 1 if classes is None else len(classes)
+    distinct = len(labels["train"])
+    if classes is None and n_classes > max(MAX_NUMBERED_CLASSES, MAX_GAPS * distinct):
+        raise DataError(
+            f"{path}: {distinct} different labels in train, the highest of all is {highest}: a head would have "
+            f"{n_classes} outputs; number the classes from 0 without gaps"
+        )
     if highest >= n_classes:
         raise DataError(f"{path}: label {highest}, but only {n_classes} class names; give every class a name")
     if len(labels["train"]) < 2:

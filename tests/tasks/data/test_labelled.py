@@ -223,6 +223,49 @@ def test_a_label_that_train_lacks_is_refused(tmp_path: Path) -> None:
         find_labelled(tmp_path)
 
 
+def test_label_numbers_with_huge_gaps_are_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "far.tar", [7, 7, 2_000_000, 2_000_000])
+    message = "2 different labels in train, the highest of all is 2000000: a head would have 2000001 outputs; number"
+    with pytest.raises(DataError, match=message):
+        find_labelled(tmp_path / "far.tar")
+    write_tar(tmp_path / "near.tar", [7, 7, 999, 999])  # some of ImageNet's classes
+    assert find_labelled(tmp_path / "near.tar").n_classes == 1000
+
+
+@pytest.mark.parametrize("encode", [False, True])
+def test_strings_in_the_column_label_are_the_names_of_classes(tmp_path: Path, encode: bool) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split, values in (("train", ["dog", "cat", "fox", "dog"]), ("test", ["fox", "cat"])):
+        labels = pyarrow.array(values)
+        table = {"image": [b"x"] * len(values), "label": labels.dictionary_encode() if encode else labels}
+        parquet.write_table(pyarrow.table(table), tmp_path / f"{split}.parquet")
+    splits = find_labelled(tmp_path)
+    assert splits.classes == ("cat", "dog", "fox")
+    assert (splits.train.labels().tolist(), splits.test.labels().tolist()) == ([1, 0, 2, 1], [2, 0])
+
+
+def test_a_missing_label_names_what_there_is_instead(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name, columns in (("a", {"fine_label": [1, 2], "coarse_label": [0, 0]}), ("b", {"label": [[1], [2]]})):
+        parquet.write_table(pyarrow.table({"image": [b"x", b"y"]} | columns), tmp_path / f"{name}.parquet")
+    message = (
+        r"2 of 2 images have no label, because no column is called label \(columns beside the images: fine_label, coa"
+    )
+    with pytest.raises(DataError, match=message):
+        find_labelled(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"because the column label \(list<.*>\) does not hold integers or strings"):
+        find_labelled(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("stray", ["stray.png", "dog/more/9.png"])
+def test_an_image_outside_the_class_folders_is_named(tmp_path: Path, stray: str) -> None:
+    write_classes(tmp_path, ["cat", "dog"], 3)
+    (tmp_path / stray).parent.mkdir(exist_ok=True)
+    (tmp_path / stray).write_bytes(png(0))
+    with pytest.raises(DataError, match=rf"because 1 of them are not exactly one folder down \('{stray}'\)"):
+        find_labelled(tmp_path)
+
+
 def test_cifar10_is_found(shared_data: Path) -> None:
     splits = find_labelled(shared_data / "cifar10")
     assert (*counts(splits.train, splits.test), splits.n_classes) == (50_000, 10_000, 10)
