@@ -92,7 +92,7 @@ def test_labels_of_all_tasks_are_in_stored_pixels(tmp_path: Path, orientation: i
         content = {"images": [image], "categories": [{"id": 1, "name": "white"}], "annotations": [box]}
         (tmp_path / f"objects/{split}.json").write_text(json.dumps(content))
     for find, folder in ((find_masks, "masks"), (find_objects, "objects"), (find_labelled, "classes")):
-        test = find(tmp_path / folder).test  # type: ignore[operator]
+        test = find(tmp_path / folder).test
         warned = (
             warnings.catch_warnings() if orientation == 1 else pytest.warns(UserWarning, match="x.png: has an EXIF")
         )
