@@ -19,7 +19,7 @@ from shoulders.hub import Pretrained, check_weight_files
 from shoulders.model import ShouldersBackbone
 from shoulders.student.base import check_base, load_base
 from shoulders.teachers import check_teacher, load_teacher
-from tests.test_model import student
+from tests.test_model import make_student
 from tests.tiny import save_base
 
 INDEX = "model.safetensors.index.json"
@@ -40,7 +40,7 @@ def save_model(folder: Path) -> Path:
 
 
 def save_student(folder: Path) -> Path:
-    student().save_pretrained(folder)
+    make_student().save_pretrained(folder)
     return folder
 
 
