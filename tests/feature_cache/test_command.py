@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from shoulders.cli import main
-from tests.tiny import save_base, save_convnext, save_images, tiny_tree
+from tests.tiny import run_cli, save_base, save_convnext, save_images, tiny_tree
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +30,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "recipe.yaml"
 
 
-def shoulders(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object
-) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr."""
-    monkeypatch.setattr("sys.argv", ["shoulders", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
+def run(*args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    done = run_cli(*args)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_estimate_build_info_and_verify(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_estimate_build_info_and_verify(recipe: Path) -> None:
     def cache(*args: object) -> tuple[int, str, str]:
-        return shoulders(monkeypatch, capsys, "cache", recipe, *args)
+        return run("cache", recipe, *args)
 
     code, out, err = cache("--info")
     assert (code, out) == (3, "") and "there is no cache; build it with: shoulders cache RECIPE cache.path=" in err
@@ -65,36 +58,36 @@ def test_estimate_build_info_and_verify(recipe: Path, monkeypatch: Any, capsys: 
     assert (code, out) == (2, "") and "give one of --estimate, --verify and --info" in err
 
 
-def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
-    def run(*args: object) -> tuple[int, str]:
-        code, out, err = shoulders(monkeypatch, capsys, *args)
+def test_refusals_have_their_exit_codes(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> tuple[int, str]:
+        code, out, err = run(*args)
         assert out == "" and len(err.splitlines()) == 1
         return code, err
 
-    shoulders(monkeypatch, capsys, "cache", recipe)
-    code, err = run("cache", recipe, "images.views=fresh")
+    run("cache", recipe)
+    code, err = refuse("cache", recipe, "images.views=fresh")
     assert code == 2 and "fresh views never repeat" in err
-    code, err = run("distill", recipe, "images.views=fresh", "cache.mode=require")
+    code, err = refuse("distill", recipe, "images.views=fresh", "cache.mode=require")
     assert code == 2 and "cache.mode: require, but images.views is fresh" in err
-    code, err = run("cache", recipe, "cache.mod=off")
+    code, err = refuse("cache", recipe, "cache.mod=off")
     assert code == 2 and "cache.mod: unknown key; did you mean mode?" in err
-    code, err = run("distill", recipe, "train.seed=4", "cache.mode=require")
+    code, err = refuse("distill", recipe, "train.seed=4", "cache.mode=require")
     assert code == 3 and "train.seed was 0, is 4" in err and "cache.path=OTHER" in err
     shard = recipe.parent / "cache" / "classifier" / "shard-00000.bin"
     original = shard.read_bytes()
     shard.write_bytes(original[:5000] + b"?" + original[5001:])
-    code, err = run("cache", recipe, "--verify")
+    code, err = refuse("cache", recipe, "--verify")
     assert code == 3 and f"{shard}: record " in err and "is damaged; remove this file, then: shoulders cache" in err
     shard.write_bytes(original)
     usage = shutil.disk_usage(recipe.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
-    code, err = run("cache", recipe, f"cache.path={recipe.parent / 'other'}")
+    code, err = refuse("cache", recipe, f"cache.path={recipe.parent / 'other'}")
     assert code == 5 and "KiB needed, 10 bytes free; make room" in err
 
 
-def test_a_run_logs_whether_it_reads_the_cache(recipe: Path, monkeypatch: Any, capsys: Any) -> None:
-    shoulders(monkeypatch, capsys, "cache", recipe)
-    code, _, err = shoulders(monkeypatch, capsys, "distill", recipe)
+def test_a_run_logs_whether_it_reads_the_cache(recipe: Path) -> None:
+    run("cache", recipe)
+    code, _, err = run("distill", recipe)
     assert code == 0 and f"reading the teachers' features from {recipe.parent / 'cache'} (int8)" in err
-    code, _, err = shoulders(monkeypatch, capsys, "distill", recipe, "train.seed=4", f"out={recipe.parent / 'live'}")
+    code, _, err = run("distill", recipe, "train.seed=4", f"out={recipe.parent / 'live'}")
     assert code == 0 and "running the teachers, not reading the cache: " in err

@@ -12,7 +12,6 @@ import pytest
 import torch
 import yaml
 
-from shoulders.cli import main
 from shoulders.config.recipe import Recipe, check_recipe
 from shoulders.distillation import Trainer, distill, prepare
 from shoulders.distributed.context import DistContext
@@ -37,7 +36,7 @@ from shoulders.planning.watch import (
 )
 from shoulders.training.checkpoint import checkpoints
 from tests.teachers.heads.test_saved import save_teacher
-from tests.tiny import save_base, save_convnext, save_images, tiny_recipe
+from tests.tiny import run_cli, save_base, save_convnext, save_images, tiny_recipe
 
 HERE = DistContext(0, 1, torch.device("cpu"))
 
@@ -302,26 +301,18 @@ def test_suggestions_are_sorted_by_what_they_save() -> None:
     assert [one.saves for one in suggestions(measured)] == [None, *map(pytest.approx, (0.34, 0.2, 0.19))]
 
 
-def shoulders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: object) -> Any:
-    """Exit code, stdout and stderr."""
-    monkeypatch.setattr("sys.argv", ["shoulders", *map(str, args)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0), *capsys.readouterr()
-
-
-def test_the_command(world: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_the_command(world: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_of(world).model_dump(mode="json")))
-    code, out, _ = shoulders(monkeypatch, capsys, "plan", recipe, "images.workers=0")
-    assert code == 0
-    lines = out.splitlines()
+    done = run_cli("plan", recipe, "images.workers=0")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
     assert lines[0].split() == ["part", "of", "a", "step", "ms", "share"]
     assert [line.split()[0] for line in lines[2:5]] == [DECODE, "teacher", "teacher"]
     for start in ("a whole step", "memory  ", "disk    ", "time    "):
-        assert any(line.startswith(start) for line in lines), out
-    code, out, _ = shoulders(monkeypatch, capsys, "plan", recipe, "--json")
-    assert code == 0 and json.loads(out)["decode"]["workers"] == 1
+        assert any(line.startswith(start) for line in lines), done.stdout
+    done = run_cli("plan", recipe, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["decode"]["workers"] == 1
     for change, message in (
         ("train.stepz=1", "train.stepz: unknown key; did you mean steps?"),
         ("images.size=30", "images.size: "),
@@ -329,8 +320,9 @@ def test_the_command(world: Path, tmp_path: Path, monkeypatch: Any, capsys: Any)
         ("train.accumulate=3", "train.batch: 8 cannot be divided"),
         (f"out={recipe}/x", "out: cannot write to "),
     ):
-        code, out, err = shoulders(monkeypatch, capsys, "plan", recipe, change)
-        assert (code, out, len(err.splitlines())) == (2, "", 1) and message in err
+        done = run_cli("plan", recipe, change)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+        assert message in done.stderr
 
 
 def test_one_process_is_planned(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
