@@ -93,12 +93,10 @@ def predict(
         latent, by_name = _run_heads(student, names, decoded, threshold)
         by_name |= {name: run_probe(decoded) for name, run_probe in by_probe.items()}
         for index, (image, _) in enumerate(decoded):
-            predictions[image] = {
-                name: to_json(
-                    of_batch[index], None if folder is None else folder / file_name(stems[image], name, "npy")
-                )
-                for name, of_batch in by_name.items()
+            files = {
+                name: None if folder is None else folder / file_name(stems[image], name, "npy") for name in by_name
             }
+            predictions[image] = {name: to_json(of_batch[index], files[name]) for name, of_batch in by_name.items()}
             on_image()
         if folder is not None:
             _save_pictures(folder, latent, [(stems[name], pixels) for name, pixels in decoded], by_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from shoulders.evaluation.models import (
     recipe_of_run,
 )
 from shoulders.evaluation.teacher_heads import evaluate_zero_shot
+from shoulders.features import FeaturesOf
 from shoulders.model import load
 from shoulders.storage.results import upsert_results
 from shoulders.tasks import Row, Task, check_probe, find_task
@@ -56,28 +57,22 @@ def evaluate(
 ) -> Rows:
     """Fit a probe on each model's features and evaluate it.
 
+    The rows of a model are saved in ``results.json`` of the run folder as soon as it is evaluated, in place of those of
+    the same task, data, model, metric and finetuning, and its probe in ``probes/``; neither at another size.
+
     Args:
         run: a run folder, or a student's folder (which has no teachers).
         task: a name in `shoulders.tasks.TASKS`.
-        data: labelled images, see the ``find_splits`` of the task.
+        data: labelled images, see the ``find_splits`` of the task; ``column`` is their name in parquet files.
         models: any of ``student``, ``base``, ``teachers``, names of teachers, or names in ``trained_models``. Default:
             the first three; the first two where the adapter is finetuned.
-        column: of the images in parquet files.
-        batch: images per batch.
-        workers: processes or threads that decode.
-        seed: of everything that is fitted.
+        batch: images per batch; ``workers`` processes or threads decode; ``seed`` is that of all fits.
         size: (h, w) in px of the input of the student and its base; default: that of the student's training.
-        finetune: ``adapter``: after the probe is fitted, train it and the adapter together, the base frozen
-            (arXiv 2202.10054).
-        probe: a larger head to fit instead of the default one, see the ``larger_probes`` of the task; it is not saved.
+        finetune: ``adapter``: train the fitted probe and the adapter together, by ``adapter_settings``.
+        probe: one of the ``larger_probes`` of the task, to fit instead of the default one; it is not saved.
         step_fraction: of the usual number of steps of a probe.
-        adapter_settings: of ``finetune``.
-        trained_models: {name: splits -> rows} of models that are trained from labels; see
-            `shoulders.training.supervised_baseline`.
+        trained_models: {name: splits -> rows} of models that are trained from labels.
         on_model: called with each model's name before it is evaluated.
-
-    Each model's rows also replace those of the same task, data, model, metric and finetuning in ``results.json`` of the
-    run folder as soon as it is evaluated, and its probe is saved in ``probes/``; neither at another size.
 
     Returns:
         Rows of model, task, metric, value (a fraction from 0 to 1), n, seconds, settings, data and seed.
@@ -86,34 +81,78 @@ def evaluate(
         RecipeError: for a task, model or path that does not exist, or a teacher without what the task needs.
         DataError: if the student or the data cannot be used.
     """
-    run, row = Path(run), find_task(task)
-    check_probe(row, probe or row.probe_head.name, finetune)
-    is_default = probe in (None, row.probe_head.name)
-    fit_probe = row.fit_probe if is_default else row.larger_probes[str(probe)]
+    run, row, trained_models = Path(run), find_task(task), trained_models or {}
     models = models or (STUDENTS if finetune else MODELS)
-    recipe, trained_models = recipe_of_run(run), trained_models or {}
+    check_probe(row, probe or row.probe_head.name, finetune)
+    recipe = recipe_of_run(run)
     _check(models, recipe, finetune, trained_models)
     teachers = chosen_teachers(run, recipe, models)
     splits = row.find_splits(data, column)
     check_spatial(teachers, row)
     keep = partial(_keep, run if size is None and recipe else None, data, seed)
+    fit = _Fit(run, row, splits, batch, workers, seed, finetune, adapter_settings, probe, step_fraction)
     rows: Rows = []
     for name, px, features_of in models_with_features(run, models, teachers, row.needs_spatial, size):
         on_model(name)
-        heads: list[nn.Module] = []
-        model_rows = fit_probe(
-            features_of, splits, px, batch, workers, seed, on_head=heads.append, step_fraction=step_fraction
-        )
-        fitted = Probe(task, name, splits.classes, px, heads[0])
-        if finetune:
-            model_rows, fitted = _finetune(run, row, fitted, model_rows, splits, batch, workers, seed, adapter_settings)
-        rows += keep(name, model_rows, fitted if is_default else None)
+        rows += keep(name, *fit.evaluate(name, px, features_of))
     for name in (name for name in models if name in trained_models):
         on_model(name)
         rows += keep(name, trained_models[name](splits), None)
     if not finetune:
         rows += evaluate_zero_shot(run, row, data, splits, models, teachers, batch, workers, size)
     return rows
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How every model of an evaluation is fitted; the arguments of `evaluate`."""
+
+    run: Path
+    task: Task
+    splits: Any
+    batch: int
+    workers: int
+    seed: int
+    finetune: str | None
+    adapter_settings: AdapterSettings
+    probe: str | None
+    step_fraction: float
+
+    def evaluate(self, name: str, size: tuple[int, int], features_of: FeaturesOf) -> tuple[list[Row], Probe | None]:
+        """The rows of a model, and its probe if that is to be saved."""
+        is_default = self.probe in (None, self.task.probe_head.name)
+        fit_probe = self.task.fit_probe if is_default else self.task.larger_probes[str(self.probe)]
+        heads: list[nn.Module] = []
+        rows = fit_probe(
+            features_of,
+            self.splits,
+            size,
+            self.batch,
+            self.workers,
+            self.seed,
+            on_head=heads.append,
+            step_fraction=self.step_fraction,
+        )
+        probe = Probe(self.task.name, name, self.splits.classes, size, heads[0])
+        if self.finetune:
+            rows, probe = self.finetune_adapter(rows, probe)
+        return rows, probe if is_default else None
+
+    def finetune_adapter(self, probe_rows: list[Row], probe: Probe) -> tuple[list[Row], Probe]:
+        """Train a fitted probe and the adapter together; the new rows, and the probe with its adapter."""
+        student, task = load(self.run).to(this_device()), self.task.finetune(self.splits)
+        values = {row["metric"]: row["value"] for row in probe_rows}
+        settings: dict[str, float | int | str] = {
+            "finetune": "adapter",
+            "probe_value": values.get(self.task.metric.in_probes, 0.0),
+        }
+        build = partial(adapter_model, student, probe.model, probe.head)
+        schedule = self.adapter_settings.schedule(len(self.splits.train.indices), self.splits.val is not None)
+        rows, model = train_and_evaluate(
+            build, task, probe.size, schedule, self.batch, self.workers, self.seed, settings
+        )
+        adapter = model.encoder.get_submodule("adapter").state_dict()
+        return rows, replace(probe, head=model.head, adapter=adapter)
 
 
 def _check(
@@ -137,28 +176,3 @@ def _keep(run: Path | None, data: Path | str, seed: int, name: str, model_rows: 
         if probe is not None:
             save_probe(run, probe)
     return rows
-
-
-def _finetune(
-    run: Path,
-    row: Task,
-    probe: Probe,
-    probe_rows: list[Row],
-    splits: Any,
-    batch: int,
-    workers: int,
-    seed: int,
-    adapter_settings: AdapterSettings,
-) -> tuple[list[Row], Probe]:
-    """Train a fitted probe and the adapter together; the new rows, and the probe with its adapter."""
-    student, task = load(run).to(this_device()), row.finetune(splits)
-    values = {one["metric"]: one["value"] for one in probe_rows}
-    settings: dict[str, float | int | str] = {
-        "finetune": "adapter",
-        "probe_value": values.get(row.metric.in_probes, 0.0),
-    }
-    build = partial(adapter_model, student, probe.model, probe.head)
-    schedule = adapter_settings.schedule(len(splits.train.indices), splits.val is not None)
-    rows, model = train_and_evaluate(build, task, probe.size, schedule, batch, workers, seed, settings)
-    adapter = model.encoder.get_submodule("adapter").state_dict()
-    return rows, replace(probe, head=model.head, adapter=adapter)

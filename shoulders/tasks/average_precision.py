@@ -55,12 +55,12 @@ def match(annotations: Annotations, detections: Sequence[Detections], kind: Kind
         raise RecipeError(f"average precision: detections of {len(detections)} for {len(annotations.images)} images")
     annotated: list[dict[str, Any]] = []
     detected: list[dict[str, Any]] = []
-    for index, (image, found) in enumerate(zip(annotations.images, detections, strict=True)):
-        if not (np.isfinite(found.scores).all() and np.isfinite(found.boxes).all()):
+    for index, (image, of_image) in enumerate(zip(annotations.images, detections, strict=True)):
+        if not (np.isfinite(of_image.scores).all() and np.isfinite(of_image.boxes).all()):
             raise NumericError(f"{image.file}: a detected score or box is not finite: check the weights")
         objects = zip(_entries(index, image, kind), image.areas.tolist(), image.crowd.tolist(), strict=True)
         annotated += [{**entry, "area": area, "iscrowd": int(crowd)} for entry, area, crowd in objects]
-        scored = zip(_entries(index, found, kind), found.scores.tolist(), strict=True)
+        scored = zip(_entries(index, of_image, kind), of_image.scores.tolist(), strict=True)
         detected += [{**entry, "score": score} for entry, score in scored]
     truth = library().COCO(
         {

@@ -156,8 +156,8 @@ def fit_linear_head(
         fit_x, fit_labels, val_x, val_labels = x, train.labels, head.standardize(val.x), val.labels
     else:
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        held, kept = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
-        fit_x, fit_labels, val_x, val_labels = x[kept], train.labels[kept], x[held], train.labels[held]
+        select, fit = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
+        fit_x, fit_labels, val_x, val_labels = x[fit], train.labels[fit], x[select], train.labels[select]
 
     fits: list[tuple[float, float, Tensor]] = []  # (value on val, l2, weights)
     start = None
