@@ -58,19 +58,18 @@ def evaluate(
     """Fit a probe on each model's features and evaluate it.
 
     The rows of a model are saved in ``results.json`` of the run folder as soon as it is evaluated, in place of those of
-    the same task, data, model, metric and finetuning, and its probe in ``probes/``; neither at another size.
+    the same task, data, model, metric and finetuning, and its default probe in ``probes/``; neither at another size.
 
     Args:
         run: a run folder, or a student's folder (which has no teachers).
         task: a name in `shoulders.tasks.TASKS`.
         data: labelled images, see the ``find_splits`` of the task; ``column`` is their name in parquet files.
-        models: any of ``student``, ``base``, ``teachers``, names of teachers, or names in ``trained_models``. Default:
-            the first three; the first two where the adapter is finetuned.
+        models: ``student``, ``base``, ``teachers``, teachers by name, or names in ``trained_models``; default: the
+            first three, or the first two with ``finetune``.
         batch: images per batch; ``workers`` processes or threads decode; ``seed`` is that of all fits.
         size: (h, w) in px of the input of the student and its base; default: that of the student's training.
         finetune: ``adapter``: train the fitted probe and the adapter together, by ``adapter_settings``.
-        probe: one of the ``larger_probes`` of the task, to fit instead of the default one; it is not saved.
-        step_fraction: of the usual number of steps of a probe.
+        probe: one of the ``larger_probes`` of the task instead of the default one; ``step_fraction`` shortens the fit.
         trained_models: {name: splits -> rows} of models that are trained from labels.
         on_model: called with each model's name before it is evaluated.
 
@@ -78,13 +77,11 @@ def evaluate(
         Rows of model, task, metric, value (a fraction from 0 to 1), n, seconds, settings, data and seed.
 
     Raises:
-        RecipeError: for a task, model or path that does not exist, or a teacher without what the task needs.
-        DataError: if the student or the data cannot be used.
+        RecipeError, DataError: if an argument, the student or the data cannot be used.
     """
     run, row, trained_models = Path(run), find_task(task), trained_models or {}
-    models = models or (STUDENTS if finetune else MODELS)
+    models, recipe = models or (STUDENTS if finetune else MODELS), recipe_of_run(run)
     check_probe(row, probe or row.probe_head.name, finetune)
-    recipe = recipe_of_run(run)
     _check(models, recipe, finetune, trained_models)
     teachers = chosen_teachers(run, recipe, models)
     splits = row.find_splits(data, column)
@@ -98,9 +95,9 @@ def evaluate(
     for name in (name for name in models if name in trained_models):
         on_model(name)
         rows += keep(name, trained_models[name](splits), None)
-    if not finetune:
-        rows += evaluate_zero_shot(run, row, data, splits, models, teachers, batch, workers, size)
-    return rows
+    return (
+        rows if finetune else rows + evaluate_zero_shot(run, row, data, splits, models, teachers, batch, workers, size)
+    )
 
 
 @dataclass(frozen=True)
