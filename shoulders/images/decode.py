@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ MAX_PIXELS = 50_000_000  # of an image, by default; larger ones are not decoded
 # the formats that Pillow may try: EPS would start Ghostscript, and decoders of rare formats have more faults
 READS_AVIF = "avif" in features.modules and features.check("avif")  # depends on how Pillow was built
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if READS_AVIF else ()))
+GreyRange = tuple[float, float]  # the grey values that become 0 and 255
+ChooseRange = Callable[[NDArray[np.generic], str], GreyRange]
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> (whether to swap rows and columns first, axes of (H, W) to reverse then)
 _ORIENTATIONS = {
@@ -52,12 +55,18 @@ def decode(data: bytes, max_pixels: int, min_side: int | None = None) -> Tensor:
 
 
 def decode_with_size(
-    data: bytes, max_pixels: int, min_side: int | None = None, upright: bool = True
+    data: bytes,
+    max_pixels: int,
+    min_side: int | None = None,
+    upright: bool = True,
+    choose_range: ChooseRange | None = None,
 ) -> tuple[Tensor, tuple[int, int]]:
     """Like `decode`, and also the size (H, W) of the image at full scale.
 
     Args:
         upright: whether the EXIF orientation is applied; if not, the pixels are as they are stored.
+        choose_range: (values, their kind as in `deep_values`) -> the values that become 0 and 255; called for images of
+            more than 8 bits. Default: the range of their type.
     """
     if not data:
         raise Undecodable("empty file")
@@ -69,9 +78,10 @@ def decode_with_size(
                 _check_size(width, height, max_pixels)
                 if min_side is not None:
                     image.draft(None, (min_side, min_side))
+                kind = _deep_kind(image)
                 orientation = _orientation(image)  # before load, which turns TIFF images upright
                 image.load()
-                pixels = _to_rgb(image)  # (H, W, 3)
+                pixels = _to_rgb(image, kind, choose_range)  # (H, W, 3)
         except Undecodable:
             raise
         except UnidentifiedImageError as error:
@@ -123,11 +133,43 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def deep_values(data: bytes) -> tuple[NDArray[np.generic], str]:
+    """The values of an encoded image of more than 8 bits, and their kind; no values of other images.
+
+    The kind is ``integer`` or ``float`` for grey values whose range the file does not tell, ``header`` where it does,
+    ``colour`` for colours of 16 bits, of which Pillow reads the upper 8, else empty.
+
+    Raises:
+        Undecodable: the image cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_size(*image.size, MAX_PIXELS)
+                kind = _deep_kind(image)
+                return (np.asarray(image) if kind else np.zeros(0)), kind
+        except Exception as error:  # decoders raise errors of many kinds
+            raise Undecodable(f"damaged: {type(error).__name__}") from error
+
+
+def _deep_kind(image: Image.Image) -> str:
+    """The kind of an image that is not loaded yet, see `deep_values`."""
+    if image.format == "PPM" and image.mode.startswith("I"):
+        return "header"
+    if image.mode.startswith("I") or image.mode == "F":
+        return "float" if image.mode == "F" else "integer"
+    return "colour" if ";16" in str([tile[3] for tile in image.tile]) else ""
+
+
+def _to_rgb(image: Image.Image, kind: str, choose_range: ChooseRange | None) -> NDArray[np.uint8]:
     """Pixels (H, W, 3) of an image in any mode of Pillow."""
     if image.mode.startswith("I") or image.mode == "F":
-        grey = _to_eight_bits(np.asarray(image))
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        values = np.asarray(image)
+        bounds = _type_range(values) if choose_range is None else choose_range(values, kind)
+        return np.repeat(_to_eight_bits(values, bounds)[:, :, None], 3, axis=2)
+    if kind and choose_range is not None:
+        choose_range(np.asarray(image), kind)  # warns of an image that is nearly black
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")
@@ -135,15 +177,23 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _to_eight_bits(values: NDArray[np.generic]) -> NDArray[np.uint8]:
-    """Scale grey values (H, W) of more than 8 bits to 0..255 by their range; Pillow's conversion would clip at 255."""
+def _type_range(values: NDArray[np.generic]) -> GreyRange:
+    """The range of the type of grey values of more than 8 bits; values outside of it are scaled by their own range."""
+    exact = values.astype(np.float64)
+    finite = exact[np.isfinite(exact)]
+    if not finite.size:
+        raise Undecodable("damaged: no finite pixel")
+    low, high = float(finite.min()), float(finite.max())
+    maxima = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
+    return next(((0.0, top) for top in maxima if low >= 0 and high <= top), (low, high))
+
+
+def _to_eight_bits(values: NDArray[np.generic], bounds: GreyRange) -> NDArray[np.uint8]:
+    """Scale grey values (H, W) from a range to 0..255; Pillow's conversion would clip at 255."""
     exact = values.astype(np.float64)
     finite = np.isfinite(exact)
     if not finite.any():
         raise Undecodable("damaged: no finite pixel")
-    low, high = float(exact[finite].min()), float(exact[finite].max())
-    # the usual ranges start at 0; values outside of all of them are scaled by their own range
-    maxima = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
-    bottom, top = next(((0.0, top) for top in maxima if low >= 0 and high <= top), (low, high))
+    bottom, top = bounds
     scaled = (np.where(finite, exact, bottom) - bottom) * (255.0 / max(top - bottom, 1e-300))
     return np.rint(scaled).clip(0, 255).astype(np.uint8)

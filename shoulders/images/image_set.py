@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from torch.utils.data import get_worker_info
 
 from shoulders.errors import DataError
 from shoulders.images.decode import Undecodable, decode_with_size, has_orientation
+from shoulders.images.grey import SourceRanges
 from shoulders.images.order import permutation, quotas, stream
 from shoulders.images.source import ImageSource, image_id
 
@@ -39,6 +41,7 @@ class Collection:
     def __init__(self, sources: Mapping[str, ImageSource], upright: bool = True) -> None:
         self.sources, self.upright = dict(sources), upright
         self.warn_orientation = not upright
+        self.grey_ranges = {name: SourceRanges(source) for name, source in self.sources.items()}
         self.ends = np.cumsum([len(source) for source in self.sources.values()])
         only = next(iter(self.sources.values())) if len(self.sources) == 1 else None
         # the class numbers of different sources mean different classes
@@ -101,7 +104,11 @@ class Collection:
                 "COCO (further ones are not named): if the labels are for upright images, save these upright",
                 stacklevel=2,
             )
-        return decode_with_size(data, max_pixels, min_side, self.upright)
+        ranges = self.grey_ranges[key]
+        choose_range = partial(ranges.choose, name=partial(self.name, index))
+        decoded = decode_with_size(data, max_pixels, min_side, self.upright, choose_range)
+        ranges.print_notes()  # not while decoding, when warnings are ignored
+        return decoded
 
     def _locate(self, index: int) -> tuple[str, int]:
         """Name of the source of an image, and the index of the image in it."""
