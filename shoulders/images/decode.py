@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from torch import Tensor
 
 from shoulders.errors import DataError
@@ -153,7 +153,7 @@ def deep_values(data: bytes) -> tuple[NDArray[np.generic], str]:
             raise Undecodable(f"damaged: {type(error).__name__}") from error
 
 
-def _deep_kind(image: Image.Image) -> str:
+def _deep_kind(image: ImageFile.ImageFile) -> str:
     """The kind of an image that is not loaded yet, see `deep_values`."""
     if image.format == "PPM" and image.mode.startswith("I"):
         return "header"
