@@ -27,10 +27,11 @@ import shoulders.student.encoder as encoder
 from shoulders.config.section import as_size
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.hub import Pretrained, check_weight_files, quiet, read_json
+from shoulders.hub import Pretrained, check_weight_files, quiet, read_json, write_unit_range
 from shoulders.hub.card import write_card
 from shoulders.student.config import ShouldersConfig
 from shoulders.student.families import BASES
+from shoulders.student.pixels import check_pixels
 from shoulders.teachers.heads import Head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
 from shoulders.teachers.heads.saved import open_head, save_head
@@ -119,8 +120,9 @@ class ShouldersModel(ShouldersPreTrainedModel):
         """The latent of pixels (B, 3, h, w) in [0, 1].
 
         Raises:
-            ValueError: if h or w is not a multiple of the patch size.
+            ValueError: if h or w is not a multiple of the patch size, or the pixels are no floats in [0, 1].
         """
+        check_pixels(pixel_values)
         latent = self.encoder(pixel_values)["latent"]
         return StudentOutput(latent=latent, last_hidden_state=latent.spatial, pooler_output=latent.summary)
 
@@ -175,7 +177,12 @@ class ShouldersModel(ShouldersPreTrainedModel):
         return {tap: self.standardizer(tap)(features) for tap, features in teacher_features.items()}
 
     def predict_teacher_features(self, pixels: Tensor) -> dict[str, Features]:
-        """{tap: Features} in each teacher's own space, without the teachers: the input of their heads."""
+        """{tap: Features} in each teacher's own space, without the teachers: the input of their heads.
+
+        Raises:
+            ValueError: as :meth:`forward`.
+        """
+        check_pixels(pixels)
         predictions = self.project(self.forward_features(pixels))
         return {tap: self.standardizer(tap).inverse(features) for tap, features in predictions.items()}
 
@@ -241,7 +248,8 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
-        """Maps of pixels (B, 3, h, w) in [0, 1]."""
+        """Maps of pixels (B, 3, h, w) in [0, 1]; others are refused as by `ShouldersModel`."""
+        check_pixels(pixel_values)
         features = self.student.encoder(pixel_values, self.out_features)
         return BackboneOutput(feature_maps=tuple(features[layer].to_map() for layer in self.out_features))
 
@@ -285,6 +293,7 @@ def save_student(
         student.save_pretrained(folder, state_dict=weights)
         for name, head in heads.items():
             save_head(head, folder / "heads" / name)
+    write_unit_range(folder, as_size(tuple(student.config.image_size)))
     write_card(folder, as_size(tuple(student.config.image_size)), student.encoder.patch_size, student.config.teachers)
 
 

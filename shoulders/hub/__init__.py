@@ -13,7 +13,14 @@ from shoulders.hub.files import (
     read_license,
     resolve_source,
 )
-from shoulders.hub.preprocessing import HALF_STATS, IMAGENET_STATS, PixelStats, Preprocessing, read_preprocessing
+from shoulders.hub.preprocessing import (
+    HALF_STATS,
+    IMAGENET_STATS,
+    PixelStats,
+    Preprocessing,
+    read_preprocessing,
+    write_unit_range,
+)
 from shoulders.hub.weight_files import check_weight_files
 from shoulders.hub.weights import check_weights, load_strict, quiet, read_config
 
@@ -35,4 +42,5 @@ __all__ = [
     "read_license",
     "read_preprocessing",
     "resolve_source",
+    "write_unit_range",
 ]

@@ -6,17 +6,21 @@ the views, so that only a size, a mean and a standard deviation are needed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shoulders.hub.files import Pretrained, may_exist_on_hub, read_json
+from shoulders.hub.processor_defaults import with_class_defaults
 
 Triple = tuple[float, ...]
 PixelStats = tuple[Triple, Triple]  # mean and std
 
 IMAGENET_STATS: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_STATS: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+BICUBIC = 3  # as Pillow numbers it; how views are rendered
 FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -43,19 +47,19 @@ def read_preprocessing(pretrained: Pretrained, default: Preprocessing) -> Prepro
         )
     try:
         # the older of the two files may be left over: transformers 5 writes and reads the other one
-        return parse_preprocessing(
-            processor if "image_processor" in processor else image_processor or processor, default
-        )
+        settings = processor if "image_processor" in processor else image_processor or processor
+        return parse_preprocessing(settings, default, str(pretrained.config.get("model_type")))
     except ValueError as error:
         raise pretrained.error(f"has a {' or '.join(FILES)} that cannot be used: {error}") from error
 
 
-def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Preprocessing:
+def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing, model_type: str = "") -> Preprocessing:
     """The preprocessing of a preprocessor_config.json, or of the image processor in a processor_config.json.
 
     Args:
         tree: the parsed JSON; {} where the checkpoint has none.
-        default: used for what the JSON leaves out.
+        default: used for what the JSON leaves out, after what transformers assumes for the class of the processor.
+        model_type: of the checkpoint, whose usual class counts where the JSON names none.
 
     Raises:
         ValueError: a size or a mean is written in an unknown way, or a std is not positive.
@@ -63,8 +67,25 @@ def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing) -> Prep
     tree = tree.get("image_processor", tree)
     if not isinstance(tree, Mapping):
         raise ValueError(f"image_processor must be a mapping, got {type(tree).__name__}")
-    mean, std = _statistics(tree, default)
+    mean, std = _statistics(with_class_defaults(tree, model_type), default)
     return Preprocessing(_size(tree) or default.size, mean, std)
+
+
+def write_unit_range(folder: Path, size: tuple[int, int]) -> None:
+    """Write a preprocessor_config.json with which transformers gives pixels in [0, 1] of ``size`` (h, w) px.
+
+    The model of the folder normalizes them itself.
+    """
+    settings = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size[0], "width": size[1]},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _size(tree: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -160,15 +160,15 @@ def _build_from_module(name: str, spec: TeacherSpec) -> Teacher:
     if not isinstance(teacher, Teacher):
         message = f"{spec.module} must return a shoulders Teacher, got {type(teacher).__name__}"
         raise teacher_error(name, "module", message)
-    check_pure(name, teacher)
     pixels = torch.rand(2, 3, *teacher.size, generator=torch.Generator().manual_seed(0))
     try:
         check_output(teacher(pixels), 2)
-        if spec.taps is None:
-            return teacher
-        unknown = [tap for tap in spec.taps if tap not in teacher.taps]
     except RecipeError as error:
         raise teacher_error(name, "module", f"{spec.module}: {error}") from error
+    check_pure(name, teacher)
+    if spec.taps is None:
+        return teacher
+    unknown = [tap for tap in spec.taps if tap not in teacher.taps]
     if unknown:
         allowed = ", ".join(teacher.taps)
         raise teacher_error(name, "taps", f"no tap {', '.join(unknown)}; {spec.module} has {allowed}")

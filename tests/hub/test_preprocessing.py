@@ -86,3 +86,31 @@ def test_normalized_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
 def test_malformed_settings_are_refused(tree: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_preprocessing(tree, DEFAULT)
+
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+
+
+@pytest.mark.parametrize(
+    ("tree", "model_type", "mean"),
+    [
+        ({}, "dinov2", DEFAULT.mean),  # no processor: nothing that transformers would use
+        ({"size": 64}, "dinov2", CLIP_MEAN),  # BitImageProcessor is the usual one
+        ({"size": 64}, "mobilenet_v2", (0.5, 0.5, 0.5)),
+        ({"size": 64}, "of_nobody", DEFAULT.mean),
+        ({"image_processor_type": "BitImageProcessor"}, "vit", CLIP_MEAN),
+        ({"image_processor_type": "ConvNextImageProcessorFast"}, "dinov2", (0.5, 0.5, 0.5)),
+        ({"feature_extractor_type": "ViTFeatureExtractor"}, "dinov2", (0.5, 0.5, 0.5)),
+        ({"image_processor_type": "SegformerImageProcessor"}, "vit", (0.485, 0.456, 0.406)),
+        ({"image_processor_type": "RTDetrImageProcessor"}, "vit", (0.0, 0.0, 0.0)),  # it does not normalize
+        ({"image_processor_type": "RTDetrImageProcessor", "do_normalize": True}, "vit", (0.485, 0.456, 0.406)),
+        ({"image_processor_type": "BitImageProcessor", "image_mean": [0.1, 0.2, 0.4]}, "vit", (0.1, 0.2, 0.4)),
+        ({"image_processor_type": "BitImageProcessor", "do_normalize": False}, "vit", (0.0, 0.0, 0.0)),
+        ({"image_processor_type": "OfNobodyImageProcessor"}, "vit", DEFAULT.mean),
+    ],
+)
+def test_what_a_file_leaves_out_is_what_transformers_assumes_for_its_class(
+    tree: dict[str, Any], model_type: str, mean: tuple[float, ...]
+) -> None:
+    parsed = parse_preprocessing(tree, DEFAULT, model_type)
+    assert parsed.mean == pytest.approx(mean) and parsed.size in (DEFAULT.size, (64, 64))
