@@ -169,7 +169,8 @@ def _to_rgb(image: Image.Image, kind: str, choose_range: ChooseRange | None) -> 
         bounds = _type_range(values) if choose_range is None else choose_range(values, kind)
         return np.repeat(_to_eight_bits(values, bounds)[:, :, None], 3, axis=2)
     if kind and choose_range is not None:
-        choose_range(np.asarray(image), kind)  # warns of an image that is nearly black
+        bands = np.asarray(image)  # (H, W, bands)
+        choose_range(bands[..., :-1] if image.mode in ("LA", "RGBA") else bands, kind)  # warns of nearly black images
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         white = Image.new("RGBA", layers.size, "white")

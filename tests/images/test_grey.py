@@ -73,11 +73,12 @@ def test_the_same_value_is_the_same_grey_in_all_images_of_a_source(
     assert one[0, 128] == other[0, 128]
 
 
-def deep_colours(values: Pixels) -> bytes:
-    """A PNG of three channels of 16 bits."""
+def deep_colours(values: Pixels, opaque: bool = False) -> bytes:
+    """A PNG of three channels of 16 bits, or of grey and alpha."""
     height, width = values.shape
-    rows = np.repeat(values.astype(">u2")[:, :, None], 3, 2)
-    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    bands = [values, np.full_like(values, 65535)] if opaque else 3 * [values]
+    rows = np.stack(bands, 2).astype(">u2")
+    header = struct.pack(">IIBBBBB", width, height, 16, 4 if opaque else 2, 0, 0, 0)
     content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         png_chunk(kind, data) for kind, data in ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
@@ -88,6 +89,7 @@ def deep_colours(values: Pixels) -> bytes:
     ("image", "name"),
     [
         (deep_colours(RAMP * 16), "0.png: its values, of 16 bits the upper 8, use under a tenth"),
+        (deep_colours(RAMP * 16, opaque=True), "0.png: its values, of 16 bits the upper 8, use under a tenth"),
         (tiff(np.where(RAMP == 255, 10**9, RAMP).astype(np.int32)), "0.tif: its values use under a tenth"),
         (encode(Image.fromarray(np.full((8, 8), 30_000, np.uint16)), "PNG"), "0.png: its values use under a tenth"),
     ],
