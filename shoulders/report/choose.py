@@ -14,6 +14,7 @@ from shoulders.config.recipe import Recipe
 from shoulders.errors import ShouldersError
 from shoulders.images import MAX_PIXELS, Collection, ImageSource, Undecodable, open_images, open_source
 from shoulders.report.record import RunRecord
+from shoulders.tasks import TASKS
 
 FEATURE_IMAGES = 4  # images whose features are drawn
 MAX_PREDICTION_IMAGES = 8  # images with predictions, of all heads together
@@ -96,11 +97,11 @@ def _alternate_sources(images: Collection, indices: NDArray[np.int64]) -> NDArra
 
 def _open_evaluated(record: RunRecord, head: str) -> ImageSource | None:
     """The test images that a head was last evaluated on, if they still exist."""
-    folders = [row["data"] for row in record.results if row.get("head") == head and row.get("data")]
-    for folder in map(Path, reversed(folders)):
+    evaluated = [row for row in record.results if row.get("head") == head and row.get("data")]
+    for row in reversed(evaluated):
+        patterns = TASKS[row["task"]].image_paths if row.get("task") in TASKS else ()
         for split in ("test", "val"):
-            names = (f"images/{split}", split, f"{split}.parquet", f"{split}.tar")
-            for path in (folder / name for name in names):
+            for path in (Path(row["data"]) / pattern.format(split=split) for pattern in patterns):
                 try:
                     if path.exists():
                         return open_source(path)

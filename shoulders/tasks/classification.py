@@ -160,4 +160,5 @@ TASK = Task(
     labels_as_predictions=class_label,
     zero_shot=True,
     folders=("classification",),
+    image_paths=("{split}", "{split}.parquet", "{split}.tar"),
 )

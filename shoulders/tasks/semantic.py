@@ -223,4 +223,5 @@ TASK = Task(
     labels_as_predictions=mask_labels,
     larger_probes={"upernet": partial(fit_probe, UPERNET)},
     folders=("semantic",),
+    image_paths=("images/{split}",),
 )

@@ -160,6 +160,7 @@ class Task:
         probe_packages: {name of a larger probe: a package that its loss needs}.
         zero_shot: whether heads that choose among class names do this task.
         folders: names of data folders that name the task instead of the data.
+        image_paths: of the images of a split below the folder of the data, with ``{split}`` for its name.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Task:
     probe_packages: Mapping[str, str] = field(default_factory=dict)
     zero_shot: bool = False
     folders: tuple[str, ...] = ()
+    image_paths: tuple[str, ...] = ("{split}",)
 
     @property
     def metric(self) -> Metric:
