@@ -118,6 +118,8 @@ def _statistics(tree: Mapping[str, Any], default: Preprocessing) -> tuple[Triple
     normalizes = tree.get("do_normalize", True)  # null is no, as in transformers
     mean = _triple(tree.get("image_mean"), default.mean) if normalizes else (0.0, 0.0, 0.0)
     std = _triple(tree.get("image_std"), default.std) if normalizes else (1.0, 1.0, 1.0)
+    if tree.get("include_top"):  # EfficientNet divides by the deviation once more
+        std = tuple(s * t for s, t in zip(std, _triple(tree.get("image_std"), default.std), strict=True))
     # the model was trained on (255 x factor - offset - mean) / std for x in [0, 1]
     factor = 255 * _number(tree.get("rescale_factor") or 1 / 255) if tree.get("do_rescale", True) else 255.0
     offset = 1.0 if tree.get("rescale_offset") else 0.0

@@ -9,7 +9,15 @@ import transformers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 # sizes are not among them: that of the config is the one that the model was trained at
-PIXEL_KEYS = ("do_rescale", "rescale_factor", "rescale_offset", "do_normalize", "image_mean", "image_std")
+PIXEL_KEYS = (
+    "do_rescale",
+    "rescale_factor",
+    "rescale_offset",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "include_top",
+)
 
 
 def with_class_defaults(settings: Mapping[str, Any], model_type: str) -> dict[str, Any]:

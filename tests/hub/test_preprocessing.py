@@ -51,6 +51,7 @@ def test_size(tree: dict[str, Any], size: tuple[int, int]) -> None:
         },
         {"do_rescale": False, "image_mean": [123.0, 117.0, 104.0], "image_std": [58.0, 57.0, 57.0]},
         {"do_rescale": False, "do_normalize": False},
+        {"include_top": True, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]},
     ],
 )
 def test_normalized_pixels_are_those_of_the_image_processor(tree: dict[str, Any]) -> None:
@@ -65,6 +66,8 @@ def test_normalized_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
         mean = torch.as_tensor(tree.get("image_mean", DEFAULT.mean)).expand(3)
         std = torch.as_tensor(tree.get("image_std", DEFAULT.std)).expand(3)
         expected = (expected - mean[:, None, None]) / std[:, None, None]
+    if tree.get("include_top"):
+        expected = expected / torch.as_tensor(tree["image_std"])[:, None, None]
 
     mean, std = torch.tensor(parsed.mean), torch.tensor(parsed.std)
     ours = (bytes_ / 255 - mean[:, None, None]) / std[:, None, None]

@@ -186,6 +186,15 @@ TINY: dict[str, Callable[[], Any]] = {
     "pvt_v2": lambda: hf.PvtV2ForImageClassification(
         hf.PvtV2Config(num_attention_heads=[1, 1, 2, 2], image_size=64, **NARROW)
     ),
+    "mobilenet_v1": lambda: hf.MobileNetV1ForImageClassification(
+        hf.MobileNetV1Config(depth_multiplier=0.25, image_size=64)
+    ),
+    "efficientnet": lambda: hf.EfficientNetForImageClassification(
+        hf.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320)
+    ),
+    "mobilenet_v2_segmenter": lambda: hf.MobileNetV2ForSemanticSegmentation(
+        hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, output_stride=8)
+    ),
     "mobilenet_v2": lambda: hf.MobileNetV2ForImageClassification(
         hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, finegrained_output=False)
     ),

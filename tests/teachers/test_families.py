@@ -85,9 +85,16 @@ def dinov3_convnext(model: Any, x: Tensor) -> dict[str, Components]:
     return {"stage3": (output.pooler_output, output.last_hidden_state[:, 1:])}
 
 
-def mobilenet(model: Any, x: Tensor) -> dict[str, Components]:
-    output = model.mobilenet_v2(x)
-    return {"last": (output.pooler_output, to_tokens(output.last_hidden_state))}
+def pooled_map(encoder: str) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        output = getattr(model, encoder)(x)
+        return {"last": (output.pooler_output, to_tokens(output.last_hidden_state))}
+
+    return run
+
+
+def deeplab(model: Any, x: Tensor) -> dict[str, Components]:
+    return {"last": (None, to_tokens(model.mobilenet_v2(x, output_hidden_states=True).hidden_states[-1]))}
 
 
 def pvt(model: Any, x: Tensor) -> dict[str, Components]:
@@ -151,7 +158,10 @@ ORIGINALS: dict[str, Original] = {
     "swinv2": pooled_tokens("swinv2"),
     "hiera": pooled_tokens("hiera"),
     "pvt_v2": pvt,
-    "mobilenet_v2": mobilenet,
+    "mobilenet_v1": pooled_map("mobilenet_v1"),
+    "mobilenet_v2": pooled_map("mobilenet_v2"),
+    "efficientnet": pooled_map("efficientnet"),
+    "mobilenet_v2_segmenter": deeplab,
     "segformer": maps_of(lambda model, x: model(x, output_hidden_states=True).hidden_states),
     "upernet": maps_of(lambda model, x: model.backbone(x).feature_maps),
     "mask2former": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),

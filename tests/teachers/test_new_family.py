@@ -21,13 +21,13 @@ from shoulders.teachers.families.inject import inject_pooled
 from shoulders.teachers.heads import load_head
 from tests.tiny import run_cli, save_base, save_images, tiny_recipe
 
-MODEL_TYPE = "mobilenet_v1"  # a model type of transformers that the table does not have
+MODEL_TYPE = "bit"  # a model type of transformers that the table does not have
 ROW = Family(
     "hierarchical",
-    "MobileNetV1Model",
+    "BitModel",
     Taps("last", lambda config: ("last",)),
     extract_final_map,
-    head=HeadSpec("mobilenet_v1", inject_pooled),
+    head=HeadSpec("bit", inject_pooled),
     size_multiple=32,
     default_size=64,
 )
@@ -49,8 +49,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(root / "base")
     torch.manual_seed(0)
     names = {0: "class0", 1: "class1"}
-    config = hf.MobileNetV1Config(depth_multiplier=0.25, image_size=64, id2label=names, tf_padding=False)
-    model = hf.MobileNetV1ForImageClassification(config)
+    config = hf.BitConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_groups=2, id2label=names)
+    model = hf.BitForImageClassification(config)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(root / "teacher")
@@ -81,12 +81,12 @@ def test_it_is_listed_with_the_other_families() -> None:
 def test_a_teacher_of_it_computes_the_features_and_the_output_of_the_original(root: Path) -> None:
     spec = TeacherSpec(model=str(root / "teacher"))
     teacher = load_teacher("new", spec)
-    assert teacher.taps == {"last": Tap(256, 256, (2, 2))}
-    original = hf.MobileNetV1ForImageClassification.from_pretrained(root / "teacher").eval()
+    assert teacher.taps == {"last": Tap(32, 32, (8, 8))}
+    original = hf.BitForImageClassification.from_pretrained(root / "teacher").eval()
     pixels = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         normalized = (pixels - teacher.mean) / teacher.std
-        maps, logits = original.mobilenet_v1(normalized).last_hidden_state, original(normalized).logits
+        maps, logits = original.bit(normalized).last_hidden_state, original(normalized).logits
     features = teacher(pixels)
     assert logits.std() > 0
     assert torch.equal(features["last"].to_map(), maps)
@@ -117,5 +117,5 @@ def test_its_head_is_evaluated_and_reported(root: Path, run: Path) -> None:
 
 def test_without_its_row_it_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(FAMILIES, MODEL_TYPE)
-    with pytest.raises(RecipeError, match="of model type 'mobilenet_v1', which is not supported; known: beit, "):
+    with pytest.raises(RecipeError, match="of model type 'bit', which is not supported; known: beit, "):
         load_teacher("new", TeacherSpec(model=str(root / "teacher")))

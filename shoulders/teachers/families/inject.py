@@ -73,6 +73,11 @@ def inject_map(taps: TapFeatures, stub: Any) -> Any:
     return _replace_fields(stub, last_hidden_state=_maps([_last(taps)], [stub.last_hidden_state])[0])
 
 
+def inject_bare_map(taps: TapFeatures, stub: Any) -> Any:
+    """One map (B, C, H, W), as the output of a submodule that returns one tensor."""
+    return _maps([_last(taps)], [stub])[0]
+
+
 def inject_patch_tokens(taps: TapFeatures, stub: Any) -> Any:
     """The patch tokens (B, N, C) alone, as the output of a submodule that returns one tensor."""
     return _last(taps).components()["spatial"]

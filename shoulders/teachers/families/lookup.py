@@ -9,11 +9,15 @@ from shoulders.teachers.families.table import FAMILIES
 
 
 def family_name(config: Mapping[str, Any]) -> str:
-    """The key of `FAMILIES` for a ``config.json``: its model type, or that with ``_backbone`` if there is such a row.
+    """The key of `FAMILIES` for a config.json: its model type, with ``_backbone`` or ``_segmenter`` where it has two.
 
-    The encoder of a DPT is a ViT of its own, or a backbone of another model type: these are two rows.
+    The encoder of a DPT is a ViT of its own, or a backbone of another model type; the segmenter of a MobileNetV2 takes
+    another map than the classifier.
     """
     model_type = str(config.get("model_type"))
+    architectures = config.get("architectures") or [""]
+    if f"{model_type}_segmenter" in FAMILIES and str(architectures[0]).endswith("ForSemanticSegmentation"):
+        return f"{model_type}_segmenter"
     with_backbone = f"{model_type}_backbone"
     has_backbone = with_backbone in FAMILIES and config.get("backbone_config") and not config.get("is_hybrid")
     return with_backbone if has_backbone else model_type

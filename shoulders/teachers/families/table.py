@@ -41,6 +41,7 @@ from shoulders.teachers.families.forward import (
 )
 from shoulders.teachers.families.inject import (
     Inject,
+    inject_bare_map,
     inject_feature_maps,
     inject_feature_tokens,
     inject_fpn,
@@ -127,6 +128,11 @@ def _detector(model_class: str, taps: Taps, extract: Extract, inject: Inject, **
 def _rt_detr(model_class: str) -> Family:
     options = {"size_multiple": 32, "default_size": 640, "pixel_stats": IDENTITY_STATS}
     return _detector(model_class, HYBRID_LEVELS, extract_pyramid, inject_pyramid, **options)
+
+
+def _mobilenet_layers(model: str, count: int) -> tuple[str, ...]:
+    """The paths of the stem and of the first layers of a MobileNet."""
+    return (f"{model}.conv_stem", *(f"{model}.layer.{i}" for i in range(count)))
 
 
 def _refuse_sam2(config: Any, size: tuple[int, int]) -> str:
@@ -237,14 +243,36 @@ FAMILIES: dict[str, Family] = {
         pooled_architectures=("HieraModel", "HieraForImageClassification"),
     ),
     "pvt_v2": _hierarchical("PvtV2Model", None, extract=_maps, size_multiple=32),
+    "mobilenet_v1": Family(
+        "hierarchical",
+        "MobileNetV1Model",
+        LAST,
+        extract_final_map,
+        head=HeadSpec("mobilenet_v1.layer.25", inject_bare_map, shape_only=_mobilenet_layers("mobilenet_v1", 25)),
+        size_multiple=1,
+        pixel_stats=HALF_STATS,
+    ),
     "mobilenet_v2": Family(
         "hierarchical",
         "MobileNetV2Model",
         LAST,
         extract_final_map,
-        head=HeadSpec("mobilenet_v2", inject_pooled, class_endings=CLASSES),
+        head=HeadSpec(
+            "mobilenet_v2.conv_1x1",
+            inject_bare_map,
+            shape_only=_mobilenet_layers("mobilenet_v2", 16),
+            class_endings=CLASSES,
+        ),
         size_multiple=1,
         pixel_stats=HALF_STATS,
+    ),
+    "efficientnet": Family(
+        "hierarchical",
+        "EfficientNetModel",
+        LAST,
+        extract_final_map,
+        head=HeadSpec("efficientnet.encoder", inject_map, shape_only=("efficientnet.embeddings",)),
+        size_multiple=1,
     ),
     # segmenters: the maps that the mask head takes
     "segformer": _segmenter(
@@ -253,6 +281,23 @@ FAMILIES: dict[str, Family] = {
         HeadSpec("segformer", inject_hidden_maps, class_endings=("ForSemanticSegmentation",)),
         extract=_maps,
         forward=_with_hidden_states,
+    ),
+    # DeepLabV3 takes the map before the last convolution of the classifier, which it never uses
+    "mobilenet_v2_segmenter": Family(
+        "segmenter",
+        "MobileNetV2Model",
+        LAST,
+        extract_final_map,
+        head=HeadSpec(
+            "mobilenet_v2.layer.15",
+            inject_bare_map,
+            shape_only=(*_mobilenet_layers("mobilenet_v2", 15), "mobilenet_v2.conv_1x1"),
+            class_endings=("ForSemanticSegmentation",),
+        ),
+        unused=("conv_1x1",),
+        size_multiple=1,
+        pixel_stats=HALF_STATS,
+        model_options={"add_pooling_layer": False},
     ),
     "upernet": _segmenter(
         "UperNetForSemanticSegmentation",
