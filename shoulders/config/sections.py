@@ -23,6 +23,9 @@ class TeacherSpec(Section):
     )
     size: Size | None = Field(None, description="input size in px, or [h, w]; default: the model's own")
     taps: list[str] | None = Field(None, description="names of the features to distil; default: per model family")
+    match_grid: list[str] = Field(
+        [], description="taps that are predicted on their own grids even if no kept head reads them; see docs/own.md"
+    )
     sources: list[str] | None = Field(
         None, min_length=1, description="names of the image sources that it is run on; default: all"
     )

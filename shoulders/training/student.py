@@ -77,14 +77,23 @@ def student_config(recipe: Recipe, base: Base, teachers: AnyTeachers) -> Shoulde
 def grid_factors(recipe: Recipe, taps: Mapping[str, Tap], patch_size: int) -> dict[str, dict[str, int]]:
     """``upsample`` and ``downsample`` of each tap: how its grid differs from the student's.
 
-    Only the taps that a kept head reads are upsampled; the others are compared on the student's coarser grid.
+    Only the taps that a kept head reads, and those of ``match_grid``, are upsampled; the others are compared on the
+    student's coarser grid.
+
+    Raises:
+        RecipeError: a tap of ``match_grid`` does not exist or has no grid.
     """
     height, width = as_size(recipe.images.size)
     grid = (height // patch_size, width // patch_size)
     grids = {tap: shape.grid for tap, shape in taps.items() if shape.spatial}
     kept = recipe.keep_heads if recipe.transfer.match_teacher_grid else []
-    read_by_heads = {tap: tap_grid for tap, tap_grid in grids.items() if teacher_name(tap) in kept}
-    return {"upsample": upsample_factors(grid, read_by_heads), "downsample": downsample_factors(grid, grids)}
+    matched = [f"{name}/{tap}" for name, spec in recipe.teachers.items() for tap in spec.match_grid]
+    if unknown := [tap for tap in matched if tap not in grids]:
+        teacher = teacher_name(unknown[0])
+        allowed = ", ".join(tap.split("/", 1)[1] for tap in grids if teacher_name(tap) == teacher) or "none"
+        raise RecipeError(f"teachers.{teacher}.match_grid: {unknown[0]} has no grid here; taps with one: {allowed}")
+    own_grid = {tap: size for tap, size in grids.items() if teacher_name(tap) in kept or tap in matched}
+    return {"upsample": upsample_factors(grid, own_grid), "downsample": downsample_factors(grid, grids)}
 
 
 def check_tap_names(taps: Mapping[str, Tap]) -> None:
