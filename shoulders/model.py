@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +39,8 @@ from shoulders.teachers.heads.saved import open_head, save_head
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import FeatureDims, Projector, module_name, teacher_name
 from shoulders.transfer.standardize import TapStandardizer
+
+_LOADING_HEAD = threading.Lock()
 
 
 @dataclass
@@ -207,9 +210,10 @@ class ShouldersModel(ShouldersPreTrainedModel):
         if name not in self.heads:
             kept = ", ".join(self.heads) or "none; name some in keep_heads: of the recipe"
             raise RecipeError(f"head {name!r}: not kept by this student; it has {kept}")
-        if name not in self.loaded_heads:
-            self.loaded_heads[name] = [open_head(self.heads[name])]
-        return self.loaded_heads[name][0].to(self.device)  # the student may have moved since
+        with _LOADING_HEAD:  # threads that use a head at once share one copy of it
+            if name not in self.loaded_heads:
+                self.loaded_heads[name] = [open_head(self.heads[name])]
+            return self.loaded_heads[name][0].to(self.device)  # the student may have moved since
 
     @torch.no_grad()
     def predict(

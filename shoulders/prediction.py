@@ -23,7 +23,7 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features, FeaturesOf, Skipped
 from shoulders.images import MAX_PIXELS, WHOLE_IMAGE, Collection, Undecodable, central_view, open_source, render
 from shoulders.images.folder import Folder
-from shoulders.images.pictures import display_size, draw_prediction, pca_pictures
+from shoulders.images.pictures import display_copy, draw_prediction, pca_pictures
 from shoulders.images.run_lengths import mask_to_runs
 from shoulders.images.source import EXTENSIONS
 from shoulders.inference import (
@@ -40,6 +40,7 @@ from shoulders.teachers.heads.post_process import post_process
 
 BATCH = 8
 MAX_STEM_BYTES = 180  # of a picture's file name before the name of the head; file systems allow 255 in all
+PNG_LEVEL = 1  # zlib's fastest: files are larger by some tenths, and are written in a fraction of the time
 PICTURE_PX = (480, 480)  # of the latent's components
 
 Images = list[tuple[str, Tensor]]  # names and pixels (3, H, W) uint8
@@ -55,6 +56,7 @@ def predict(
     probes: Sequence[str] = (),
     threshold: float = 0.5,
     max_pixels: int = MAX_PIXELS,
+    pictures: bool = True,
     on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """The predictions of each head and probe for each image, masks as COCO run lengths.
@@ -70,6 +72,8 @@ def predict(
         out: a folder for ``predictions.json`` and a picture per image and head, and of the latent.
         threshold: minimum score of an object.
         max_pixels: images with more are not read.
+        pictures: whether to write pictures into ``out``. They are reduced to at most
+            `shoulders.images.pictures.MAX_SIDE_PX` px; predictions always are in the pixels of the original.
         on_image: called after each image.
 
     Returns:
@@ -85,6 +89,8 @@ def predict(
     by_probe = _open_probes(Path(run), probes, threshold)
     folder = None if out is None else Path(out)
     _check(run, student, names, probes, Path(images), folder)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     collection = _open_images(Path(images))
     stems = picture_stems([collection.name(index) for index in range(len(collection))])
     predictions: dict[str, dict[str, Any]] = {}
@@ -98,7 +104,7 @@ def predict(
             }
             predictions[image] = {name: to_json(of_batch[index], files[name]) for name, of_batch in by_name.items()}
             on_image()
-        if folder is not None:
+        if folder is not None and pictures:
             _save_pictures(folder, latent, [(stems[name], pixels) for name, pixels in decoded], by_name)
     _report_skipped(skipped, len(collection), folder)
     if folder is not None:
@@ -213,13 +219,14 @@ def _report_skipped(skipped: Sequence[Skipped], total: int, out: Path | None) ->
 
 def _save_pictures(out: Path, latent: Features, decoded: Images, by_name: Mapping[str, list[Any]]) -> None:
     """A picture per image and head, and one of the latent's principal components; ``decoded`` has file stems."""
-    out.mkdir(parents=True, exist_ok=True)
     components = pca_pictures(latent, PICTURE_PX)
     for index, (stem, pixels) in enumerate(decoded):
         original = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-        components[index].resize(display_size(original.size)).save(out / f"{stem}-latent.png")
+        reduced = display_copy(original)  # once for all heads
+        components[index].resize(reduced.size).save(out / f"{stem}-latent.png", compress_level=PNG_LEVEL)
         for name, of_batch in by_name.items():
-            draw_prediction(original, of_batch[index]).save(out / file_name(stem, name, "png"))
+            picture = draw_prediction(reduced, of_batch[index], size=original.size)
+            picture.save(out / file_name(stem, name, "png"), compress_level=PNG_LEVEL)
 
 
 def picture_stems(names: Sequence[str]) -> dict[str, str]:

@@ -60,6 +60,18 @@ def test_every_image_and_head_has_a_prediction_and_a_picture(run: Path, tmp_path
     assert one_image == {"1.png": {"segformer": predictions["1.png"]["segformer"]}}
 
 
+def test_pictures_can_be_left_out_and_are_smaller_than_large_images(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    image = Image.fromarray(draw("paper", 0, 0).image).resize((2000, 1500))
+    image.save(tmp_path / "large.png")
+    with_pictures = predict(run, tmp_path / "large.png", ["segformer"], tmp_path / "out")
+    for name in ("latent", "segformer"):
+        with Image.open(tmp_path / "out" / f"large-{name}.png") as picture:
+            assert picture.width == 1600 and picture.height >= 1200  # a legend is below
+    assert with_pictures["large.png"]["segformer"][0]["mask"]["size"] == [1500, 2000]
+    assert predict(run, tmp_path / "large.png", ["segformer"], tmp_path / "plain", pictures=False) == with_pictures
+    assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["predictions.json", "skipped.jsonl"]
+
+
 def test_the_encoder_runs_once_for_all_heads(run: Path) -> None:  # noqa: F811
     student = load(run)
     calls: list[int] = []

@@ -24,12 +24,22 @@ def predict(
     ),
     threshold: Annotated[float, typer.Option(help="Minimum score of an object.", min=0, max=1)] = 0.5,
     max_pixels: Annotated[int, typer.Option(help="Skip images that have more pixels.", min=1)] = 50_000_000,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write predictions.json alone.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the kept heads of a student, or probes, on images."""
     from shoulders.prediction import predict
 
-    predictions = predict(run, images, head or (), out, probes=probe or (), threshold=threshold, max_pixels=max_pixels)
+    predictions = predict(
+        run,
+        images,
+        head or (),
+        out,
+        probes=probe or (),
+        threshold=threshold,
+        max_pixels=max_pixels,
+        pictures=not no_pictures,
+    )
     if as_json:
         print_json(predictions)
         return
@@ -39,4 +49,5 @@ def predict(
         for name, prediction in by_head.items()
     ]
     print_table(["image", "head", "prediction"], rows)
-    print(f"\npredictions.json and one picture per image and head are in {out}")
+    kinds = "predictions.json is" if no_pictures else "predictions.json and one picture per image and head are"
+    print(f"\n{kinds} in {out}")

@@ -15,6 +15,7 @@ from shoulders.features import Features
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 Colours = Mapping[str, Colour]  # by label
 
+MAX_SIDE_PX = 1600  # of the longer side: larger images are reduced, or their pictures would cost more than the model
 MIN_SIDE_PX = 480  # of the longer side: smaller images are enlarged, so that labels can be read
 BACKGROUND = "background"  # is not painted, so that everything else stands out
 GREY = (128, 128, 128)
@@ -34,18 +35,22 @@ COLOURS: tuple[Colour, ...] = (
 )
 
 
-def draw_prediction(image: Image.Image, prediction: Any, colours: Colours | None = None) -> Image.Image:
+def draw_prediction(
+    image: Image.Image, prediction: Any, colours: Colours | None = None, size: tuple[int, int] | None = None
+) -> Image.Image:
     """An image with a head's prediction drawn on it: boxes, masks with a legend, classes, or depth.
 
     Args:
-        image: the original.
+        image: the original, or a copy of it at another size.
         prediction: for this image, as `shoulders.teachers.heads.post_process.post_process` returns it.
         colours: of the labels in the prediction. If given, no text is drawn: the caller shows the labels elsewhere.
+        size: (width, height) of the original in px; default: that of ``image``.
 
     Returns:
-        A picture of at least `MIN_SIDE_PX` px.
+        A picture whose longer side has `MIN_SIDE_PX` to `MAX_SIDE_PX` px.
     """
-    large = image.convert("RGB").resize(display_size(image.size), Image.Resampling.BICUBIC)
+    size = size or image.size
+    large = display_copy(image)
     if isinstance(prediction, dict):
         return depth_picture(prediction["predicted_depth"], large.size)
     if not prediction:
@@ -56,7 +61,7 @@ def draw_prediction(image: Image.Image, prediction: Any, colours: Colours | None
         return _draw_masks(large, prediction, colours, with_text)
     if "box" in prediction[0]:
         for item in reversed(prediction):
-            draw_box(large, item, colours[str(item["label"])], large.width / image.width, with_text)
+            draw_box(large, item, colours[str(item["label"])], large.width / size[0], with_text)
         return large
     if not with_text:
         return large
@@ -77,8 +82,14 @@ def _draw_masks(
 
 def display_size(size: tuple[int, int]) -> tuple[int, int]:
     """The size (width, height) in px of the picture of an image of ``size`` px."""
-    scale = max(1.0, MIN_SIDE_PX / max(size))
-    return round(size[0] * scale), round(size[1] * scale)
+    scale = min(max(1.0, MIN_SIDE_PX / max(size)), MAX_SIDE_PX / max(size))
+    return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+
+
+def display_copy(image: Image.Image) -> Image.Image:
+    """A copy of an image in RGB at the size of its pictures."""
+    # large images are first averaged over whole pixels, down to twice the size: a few times faster
+    return image.convert("RGB").resize(display_size(image.size), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def assign_colours(labels: Sequence[str]) -> dict[str, Colour]:
@@ -92,7 +103,9 @@ def assign_colours(labels: Sequence[str]) -> dict[str, Colour]:
 
 def overlay_mask(image: Image.Image, mask: Tensor, colour: Colour, edge: bool) -> Image.Image:
     """The image with a half transparent mask (h, w) over it, and the edge of the mask."""
-    cover = Image.fromarray((mask.cpu().numpy() * 255).astype("uint8")).resize(image.size, Image.Resampling.BILINEAR)
+    # a large mask is first reduced to its nearest pixels, so that the cost is that of the picture
+    grey = (_reduce(mask, image.size).cpu().numpy() * 255).astype("uint8")
+    cover = Image.fromarray(grey).resize(image.size, Image.Resampling.BILINEAR)
     tinted = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
     painted = Image.composite(tinted, image, cover)
     if edge:
@@ -147,9 +160,20 @@ def add_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Ima
 
 def depth_picture(depth: Tensor, size: tuple[int, int]) -> Image.Image:
     """Depth (h, w) in grey, with the largest value white, at ``size`` = (width, height) px."""
+    depth = _reduce(depth, size)
     low, high = depth.min(), depth.max()
     grey = ((depth - low) / (high - low).clamp_min(1e-6) * 255).byte().cpu().numpy()
     return Image.fromarray(grey).convert("RGB").resize(size, Image.Resampling.BICUBIC)
+
+
+def _reduce(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Values (H, W) at their nearest pixels, with no more rows and columns than ``size`` = (width, height)."""
+    for axis, limit in enumerate(reversed(size)):
+        length = values.shape[axis]
+        if length > limit:
+            centres = (torch.arange(limit, device=values.device) * 2 + 1) * length // (2 * limit)
+            values = values.index_select(axis, centres)
+    return values
 
 
 def pca_pictures(features: Features, size: tuple[int, int], like: Features | None = None) -> list[Image.Image]:

@@ -2,11 +2,12 @@
 
 An adapter changes neither the weights of the base nor their names. Adapters inside the base are forward hooks on its
 modules; adapters beside the base take its features as input. Every adapter is initialised so that its output is zero:
-an untrained student equals its base bit for bit, and so does a student with ``enabled = False``.
+an untrained student equals its base bit for bit, and so does a student within :meth:`Adapter.disabled`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,16 @@ from torch import Tensor, nn
 from shoulders.features import Features
 
 
+class _Disabled(threading.local):
+    """The adapters that are off in this thread."""
+
+    adapters: tuple[Adapter, ...] = ()
+
+
+# of each thread its own: one thread may compute the features of the base while another runs the student
+_DISABLED = _Disabled()
+
+
 class Adapter(nn.Module):
     """Base class of all adapters: a switch, and :meth:`adapt` for adapters beside the base.
 
@@ -24,8 +35,12 @@ class Adapter(nn.Module):
     none.
     """
 
-    enabled: bool = True
     input_layers: tuple[str, ...] = ()
+
+    @property
+    def enabled(self) -> bool:
+        """Whether this adapter is on in this thread."""
+        return self not in _DISABLED.adapters
 
     def adapt(self, base_features: Mapping[str, Features], pixels: Tensor) -> dict[str, Features]:
         """Features of the student, from features of the base.
@@ -41,16 +56,13 @@ class Adapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context in which this adapter and all adapters in it are off."""
-        adapters = [module for module in self.modules() if isinstance(module, Adapter)]
-        previous = [adapter.enabled for adapter in adapters]
-        for adapter in adapters:
-            adapter.enabled = False
+        """A context in which this adapter and all adapters in it are off, in this thread alone."""
+        previous = _DISABLED.adapters
+        _DISABLED.adapters = (*previous, *(module for module in self.modules() if isinstance(module, Adapter)))
         try:
             yield
         finally:
-            for adapter, enabled in zip(adapters, previous, strict=True):
-                adapter.enabled = enabled
+            _DISABLED.adapters = previous
 
 
 class Bottleneck(Adapter):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,40 @@ def test_components_of_other_features_can_be_used() -> None:
     assert [picture.tobytes() for picture in pca_pictures(features, (4, 4), like=features)] == plain
     assert [picture.tobytes() for picture in pca_pictures(shifted, (4, 4))] == plain  # its own mean is subtracted
     assert [picture.tobytes() for picture in pca_pictures(shifted, (4, 4), like=features)] != plain
+
+
+@pytest.mark.parametrize("size", [(4000, 3000), (3000, 4000), (20_000, 5)])
+def test_large_images_are_reduced(size: tuple[int, int]) -> None:
+    width, height = draw_prediction(Image.new("RGB", size), [], {}).size
+    assert max(width, height) == 1600 and min(width, height) == max(round(1600 * min(size) / max(size)), 1)
+
+
+def test_predictions_of_large_images_are_drawn_at_the_scale_of_the_picture() -> None:
+    image = Image.new("RGB", (3200, 2400))
+    box = {"xmin": 400.0, "ymin": 800.0, "xmax": 1200.0, "ymax": 1600.0}
+    mask = torch.zeros(2400, 3200, dtype=torch.bool)
+    mask[800:1600, 400:1200] = True
+    depth = mask.float()
+    for prediction, value in (
+        ([{"label": "star", "score": 0.9, "box": box}], 255),
+        ([{"label": "star", "score": 0.9, "mask": mask}], 255),
+        ([{"label": "star", "score": None, "mask": mask}], 127),
+        ({"predicted_depth": depth}, 255),
+    ):
+        for picture in (
+            draw_prediction(image, prediction, {"star": (255, 0, 0)}),
+            draw_prediction(image.resize((1600, 1200)), prediction, {"star": (255, 0, 0)}, size=image.size),
+        ):
+            assert picture.size == (1600, 1200)
+            rows, columns = np.nonzero(np.asarray(picture)[..., 0] >= value)
+            edges = (columns.min(), rows.min(), columns.max(), rows.max())
+            assert np.abs(np.array(edges) - (200, 400, 600, 800)).max() <= 2
+
+
+def test_pictures_of_a_large_image_cost_little() -> None:
+    """Twenty masks of 48 megapixels: each is reduced before it is drawn."""
+    masks = [{"label": f"{i}", "score": 0.9, "mask": torch.ones(6000, 8000, dtype=torch.bool)} for i in range(20)]
+    reduced = Image.new("RGB", (1600, 1200))
+    start = time.process_time()
+    draw_prediction(reduced, masks, size=(8000, 6000))
+    assert time.process_time() - start < 6  # about 1 s; more than 60 s at the original size

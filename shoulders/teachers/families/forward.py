@@ -5,6 +5,7 @@ Each takes (model, normalized pixels (B, 3, h, w), whether hidden states are nee
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,9 @@ def forward_pixels_only(model: nn.Module, pixels: Tensor, hidden_states: bool) -
     return model(pixels)
 
 
+_STOPPING = threading.Lock()  # the hook that stops a model is on the model, which several threads may run
+
+
 class _EncoderReached(Exception):
     """Carries the keyword arguments and the output of a submodule out of the forward that runs it."""
 
@@ -43,13 +47,14 @@ def forward_until_encoder(model: nn.Module, pixels: Tensor, hidden_states: bool)
     def stop(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         raise _EncoderReached(kwargs, output)
 
-    handle = model.get_submodule("encoder").register_forward_hook(stop, with_kwargs=True)
-    try:
-        model(pixels)
-    except _EncoderReached as reached:
-        return SimpleNamespace(encoder_kwargs=reached.kwargs, last_hidden_state=reached.output.last_hidden_state)
-    finally:
-        handle.remove()
+    with _STOPPING:
+        handle = model.get_submodule("encoder").register_forward_hook(stop, with_kwargs=True)
+        try:
+            model(pixels)
+        except _EncoderReached as reached:
+            return SimpleNamespace(encoder_kwargs=reached.kwargs, last_hidden_state=reached.output.last_hidden_state)
+        finally:
+            handle.remove()
     raise RuntimeError(f"{type(model).__name__} never ran its encoder")
 
 

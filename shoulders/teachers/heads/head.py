@@ -7,7 +7,9 @@ output bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from shoulders.teachers.families import HeadSpec, TapFeatures
 
 
 class StubEncoder(nn.Module):
-    """Takes the place of a submodule and returns a given output, whatever its input.
+    """Takes the place of a submodule and returns the output that `stub_outputs` gives it, whatever its input.
 
     Args:
         output: the submodule's output for one blank image.
@@ -28,11 +30,11 @@ class StubEncoder(nn.Module):
 
     def __init__(self, output: Any = None) -> None:
         super().__init__()
-        self.blank_output = self.output = output
+        self.blank_output = output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The given output."""
-        return self.output
+        return _OUTPUTS.get()[self]
 
     forward_with_filtered_kwargs = forward  # how some models of transformers call their backbone
 
@@ -43,6 +45,20 @@ class StubEncoder(nn.Module):
             return value.to(device).expand(count, *value.shape[1:]) if isinstance(value, Tensor) else value
 
         return tree_map(expand, self.blank_output)
+
+
+# not on the module: a head may run in several threads at once, each with features of other images
+_OUTPUTS: ContextVar[Mapping[StubEncoder, Any]] = ContextVar("outputs of stub encoders")
+
+
+@contextmanager
+def stub_outputs(outputs: Mapping[StubEncoder, Any]) -> Iterator[None]:
+    """A context in which these stubs return these outputs, in this thread alone."""
+    token = _OUTPUTS.set(outputs)
+    try:
+        yield
+    finally:
+        _OUTPUTS.reset(token)
 
 
 class TeacherHead(nn.Module):
@@ -91,12 +107,12 @@ class TeacherHead(nn.Module):
         """
         inputs = {name: align(taps[name], tap.grid) if tap.spatial else taps[name] for name, tap in self.taps.items()}
         first = next(part for features in inputs.values() for part in features.components().values())
-        for stub in self.stubs.values():
-            stub.output = stub.expand_blank_output(len(first), first.device)
+        outputs = {stub: stub.expand_blank_output(len(first), first.device) for stub in self.stubs.values()}
         encoder = self.stubs[self.encoder_path]
-        encoder.output = self.spec.inject(inputs, encoder.output)
+        outputs[encoder] = self.spec.inject(inputs, outputs[encoder])
         pixels = torch.zeros(1, 1, 1, 1, device=first.device).expand(len(first), 3, *self.size)  # (B, 3, h, w)
-        return self.model(pixel_values=pixels, **prompts)
+        with stub_outputs(outputs):
+            return self.model(pixel_values=pixels, **prompts)
 
 
 def taps_of_teacher(name: str, taps: TapFeatures) -> dict[str, Features]:

@@ -22,7 +22,7 @@ from shoulders.hub import Pretrained, find_file, load_strict, open_pretrained, q
 from shoulders.teachers import Tap
 from shoulders.teachers.checkpoint import Checkpoint, teacher_error
 from shoulders.teachers.families import FAMILIES, TapFeatures, family_name
-from shoulders.teachers.heads.head import StubEncoder
+from shoulders.teachers.heads.head import StubEncoder, stub_outputs
 
 PROMPTS = ("a photo of a {}.",)
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # one of them is needed
@@ -100,9 +100,12 @@ class ZeroShot(nn.Module):
         """
         summary = taps[list(self.taps)[-1]].components()["summary"]
         names = self.names.classes if classes is None else tuple(classes)
-        self.image_tower.output = BaseModelOutputWithPooling(pooler_output=summary)
-        self.text_tower.output = BaseModelOutputWithPooling(pooler_output=self._embed(names).to(summary.device))
-        logits = self.model(input_ids=None, pixel_values=None).logits_per_image  # (B, K)
+        outputs = {
+            self.image_tower: BaseModelOutputWithPooling(pooler_output=summary),
+            self.text_tower: BaseModelOutputWithPooling(pooler_output=self._embed(names).to(summary.device)),
+        }
+        with stub_outputs(outputs):
+            logits = self.model(input_ids=None, pixel_values=None).logits_per_image  # (B, K)
         # a model with a bias scores each pair by itself (SigLIP, arXiv 2303.15343), one without it one class among all
         scores = logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)
         return ZeroShotOutput(logits, scores, names)
