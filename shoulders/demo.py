@@ -108,7 +108,7 @@ def demo(out: Path | str = "runs/demo", quick: bool = False) -> list[Row]:
     Raises:
         RecipeError: the folder holds something else.
         SpaceError: the disk is full.
-        Interrupted: after SIGTERM or SIGINT.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1.
     """
     settings = QUICK if quick else FULL
     recipe = demo_recipe(Path(out), settings)

@@ -63,7 +63,7 @@ def distill(
         DataError: too many images are unreadable, or no checkpoint is valid.
         NumericError: the loss is no longer finite.
         SpaceError: the disk is full.
-        Interrupted: after SIGTERM or SIGINT, with a checkpoint saved.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
     """
     recipe, started_at = as_recipe(recipe), time.perf_counter()
     with init_distributed() as dist, ExitStack() as locks:

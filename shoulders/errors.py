@@ -1,4 +1,9 @@
-"""Errors for the user, each with its exit code."""
+"""Errors for the user, each with its exit code, and text that is safe to print."""
+
+
+def printable(text: object) -> str:
+    """Text in one line, with control characters escaped: names of files and classes may hold any character."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
 
 class ShouldersError(Exception):
@@ -32,7 +37,7 @@ class SpaceError(ShouldersError):
 
 
 class Interrupted(ShouldersError):
-    """SIGTERM or SIGINT ended the run, after its checkpoint or the finished part of its cache was saved.
+    """SIGTERM, SIGINT or SIGUSR1 ended the run, after its checkpoint or the finished part of its cache was saved.
 
     Args:
         number: of the signal; the exit code is 128 + number.

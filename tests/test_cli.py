@@ -254,3 +254,14 @@ def test_of_several_processes_only_the_main_rank_prints_results(monkeypatch: pyt
     assert run_cli("teachers", "--families").stdout == ""
     monkeypatch.setenv("RANK", "0")
     assert "dinov2" in run_cli("teachers", "--families").stdout
+
+
+def test_no_command_needs_what_windows_lacks() -> None:
+    """``resource`` exists on Unix alone."""
+    code = (
+        "import sys; sys.modules['resource'] = None; import shoulders.distillation, shoulders.planning.estimate, "
+        "shoulders.feature_cache.commands, shoulders.evaluation.evaluate, shoulders.prediction, shoulders.demo; "
+        "from shoulders.distributed.device import peak_main_memory; print(peak_main_memory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "0", done.stderr

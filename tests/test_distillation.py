@@ -155,7 +155,10 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("number", "code", "group"), [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False)])
+@pytest.mark.parametrize(
+    ("number", "code", "group"),
+    [(signal.SIGTERM, 143, True), (signal.SIGINT, 130, False), (signal.SIGUSR1, 128 + signal.SIGUSR1, True)],
+)
 def test_a_signal_ends_the_run_after_a_checkpoint(
     number: signal.Signals, code: int, group: bool, tiny_world: Path, uninterrupted_run: Path, tmp_path: Path
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +202,17 @@ def test_features_of_contradicting_shapes_are_refused() -> None:
         Features(None, torch.zeros(1, 5, 3), (2, 3))
     maps = torch.randn(2, 3, 4, 5)
     assert torch.equal(Features.from_map(maps).to_map(), maps)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_student_can_be_pickled(kind: str) -> None:
+    """Before its first forward, in which transformers adds hooks that cannot be pickled."""
+    ours, pixels = student(kind), torch.rand(1, 3, 32, 32)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    copies = torch.load(file, weights_only=False), pickle.loads(pickle.dumps(ours))  # noqa: S301
+    expected = ours.predict_teacher_features(pixels)
+    for again in copies:
+        for tap, features in again.predict_teacher_features(pixels).items():
+            assert torch.equal(features.spatial, expected[tap].spatial)

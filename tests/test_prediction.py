@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,33 @@ def test_pictures_can_be_left_out_and_are_smaller_than_large_images(run: Path, t
     assert with_pictures["large.png"]["segformer"][0]["mask"]["size"] == [1500, 2000]
     assert predict(run, tmp_path / "large.png", ["segformer"], tmp_path / "plain", pictures=False) == with_pictures
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == ["predictions.json", "skipped.jsonl"]
+
+
+def run_shoulders(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "shoulders", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_control_characters_in_names_are_escaped(run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Names of files and of classes may come from strangers: escape codes must not reach the terminal."""
+    folder, student = tmp_path / "photos", tmp_path / "student"
+    folder.mkdir()
+    shutil.copytree(run / "student", student)
+    config = student / "heads" / "segformer" / "config.json"
+    settings = json.loads(config.read_text())
+    settings["id2label"] = {index: f"class\x1b[31m\n{index}" for index in ("0", "1")}
+    config.write_text(json.dumps(settings | {"label2id": {name: int(i) for i, name in settings["id2label"].items()}}))
+    Image.fromarray(draw("paper", 0, 0).image).save(folder / "red\x1b[31m\nlines.png")
+    (folder / "bad\x1b[31m\n.png").write_bytes(b"no image")
+    done = run_shoulders("predict", student, folder, "--head", "segformer", "--out", tmp_path / "out", "--no-pictures")
+    assert done.returncode == 0, done.stderr
+    for text in (done.stdout, done.stderr):
+        assert "\x1b" not in text and "\\x1b[31m\\n" in text
+    assert len(done.stdout.splitlines()) == 5  # titles, a line, one row, an empty line, and where the files are
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    done = run_shoulders("predict", student, folder, "--out", tmp_path / "out")
+    assert done.returncode == 3 and "\x1b" not in done.stderr and "\\x1b[31m" in done.stderr
 
 
 def test_the_encoder_runs_once_for_all_heads(run: Path) -> None:  # noqa: F811

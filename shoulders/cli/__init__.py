@@ -12,6 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 
 from shoulders.cli.commands import app
 from shoulders.cli.exit_codes import explain_error
+from shoulders.errors import printable
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -26,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
     is_main_rank = os.environ.get("RANK", "0") == "0"
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be valid UTF-8
-    warnings.formatwarning = lambda message, *details: f"shoulders: {message}\n"
+    warnings.formatwarning = lambda message, *details: f"shoulders: {printable(message)}\n"
     try:
         with nullcontext() if is_main_rank else redirect_stdout(None):  # under torchrun only the main rank prints
             app(args)
@@ -39,5 +40,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if explained is None:  # a bug: the traceback is needed
             raise
         code, message = explained
-        print(f"shoulders: {message}", file=sys.stderr)
+        lines = map(printable, message.split("\n"))  # some messages have a line for each fault
+        print("shoulders:", "\n".join(lines), file=sys.stderr)
         sys.exit(code)

@@ -9,6 +9,7 @@ import typer
 
 from shoulders.cli.options import AsJson, RunOrStudent, expand_home, print_json
 from shoulders.cli.tables import print_table, summarize_prediction
+from shoulders.errors import printable
 
 
 def predict(
@@ -50,4 +51,4 @@ def predict(
     ]
     print_table(["image", "head", "prediction"], rows)
     kinds = "predictions.json is" if no_pictures else "predictions.json and one picture per image and head are"
-    print(f"\n{kinds} in {out}")
+    print(f"\n{kinds} in {printable(out)}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from shoulders.errors import printable
+
 Table = tuple[list[str], list[list[str]], list[str]]  # column titles, rows, and lines below the table
 MAX_LISTED = 4  # classes or objects of a prediction
 
 
 def print_table(titles: list[str], rows: list[list[str]]) -> None:
-    """Print rows under their titles, each column as wide as its widest cell."""
+    """Print rows under their titles, each column as wide as its widest cell; control characters are escaped."""
+    titles, *rows = ([printable(text) for text in row] for row in (titles, *rows))
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     for row in [titles, ["-" * width for width in widths], *rows]:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())

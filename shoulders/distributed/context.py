@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from shoulders.distributed.device import this_device
+from shoulders.errors import printable
 
 TIMEOUT = timedelta(minutes=2)  # of one exchange: a lost rank ends the others within it
 WRITE_TIMEOUT = timedelta(hours=2)  # of a barrier: the main rank may write a large model to a slow disk
@@ -44,7 +45,7 @@ class DistContext:
     def log(self, line: str) -> None:
         """Print a line to stderr, on the main rank."""
         if self.is_main:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a tensor over the ranks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -35,7 +34,11 @@ def peak_memory_gib() -> float:
 
 
 def peak_main_memory() -> int:
-    """Peak main memory of this process in bytes."""
+    """Peak main memory of this process in bytes; 0 on Windows, where Python cannot tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, Linux in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

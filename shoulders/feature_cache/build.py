@@ -86,7 +86,7 @@ class Builder:
         """Return when every shard of every teacher exists, computed by this process or by another one.
 
         Raises:
-            Interrupted: after SIGTERM or SIGINT.
+            Interrupted: after SIGTERM, SIGINT or SIGUSR1.
             DataError: more images are unreadable than ``images.max_unreadable`` allows; complete shards are kept.
         """
         self.spec.path.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shoulders.config.recipe import Recipe, as_recipe
-from shoulders.errors import DataError
+from shoulders.errors import DataError, printable
 from shoulders.feature_cache.build import DEFAULT_SETTINGS, Builder, BuildSettings
 from shoulders.feature_cache.codec import Codec
 from shoulders.feature_cache.estimate import NO_TEACHERS, check_space, needed_bytes
@@ -150,4 +150,4 @@ def _describe_fields(codec: Codec, fvu: Mapping[str, float]) -> list[dict[str, A
 def log(line: str) -> None:
     """Print a line to stderr, on the first of several ranks."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)

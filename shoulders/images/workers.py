@@ -65,4 +65,6 @@ def _start_worker(number: int) -> None:
     A worker ends when the main process closes its queue or is gone. After SIGTERM it ends within `GRACE_S`.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_S))

@@ -14,6 +14,24 @@ from shoulders.hub import HALF_STATS, IMAGENET_STATS, PixelStats
 IMAGE_CONFIGS = {"siglip": "vision_config"}
 
 
+# functions with names, not lambdas: a student holds its family, and can be pickled
+
+
+def _no_prefix(config: Any) -> int:
+    """The patch tokens come first."""
+    return 0
+
+
+def _cls_prefix(config: Any) -> int:
+    """The CLS token comes first."""
+    return 1
+
+
+def _register_prefix(config: Any) -> int:
+    """The CLS token and the register tokens come first."""
+    return 1 + int(config.num_register_tokens)
+
+
 def _class_token(tokens: Tensor, base: nn.Module) -> Tensor:
     """Summary (B, D): the final CLS token, the first of the tokens (B, prefix + N, D)."""
     return tokens[:, 0]
@@ -49,17 +67,13 @@ class BaseFamily:
 
 # model type of the config -> its family
 BASES = {
-    "dinov2": BaseFamily("Dinov2Model", "encoder.layer", lambda config: 1, _class_token),
-    "dinov2_with_registers": BaseFamily(
-        "Dinov2WithRegistersModel", "encoder.layer", lambda config: 1 + config.num_register_tokens, _class_token
-    ),
-    "dinov3_vit": BaseFamily(
-        "DINOv3ViTModel", "model.layer", lambda config: 1 + config.num_register_tokens, _class_token
-    ),
+    "dinov2": BaseFamily("Dinov2Model", "encoder.layer", _cls_prefix, _class_token),
+    "dinov2_with_registers": BaseFamily("Dinov2WithRegistersModel", "encoder.layer", _register_prefix, _class_token),
+    "dinov3_vit": BaseFamily("DINOv3ViTModel", "model.layer", _register_prefix, _class_token),
     "siglip_vision_model": BaseFamily(
         "SiglipVisionModel",
         "encoder.layers",
-        lambda config: 0,
+        _no_prefix,
         _attention_pool,
         HALF_STATS,
         forward={"interpolate_pos_encoding": True},
@@ -67,7 +81,7 @@ BASES = {
     "vit": BaseFamily(
         "ViTModel",
         "layers",
-        lambda config: 1,
+        _cls_prefix,
         _class_token,
         HALF_STATS,
         build={"add_pooling_layer": False},

@@ -52,6 +52,15 @@ def test_signals_are_collected_and_handlers_restored() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_signal_that_clusters_send_before_the_limit_is_collected() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with catch_signals() as received:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert received == [signal.SIGUSR1]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_later_second_interrupt_ends_the_process_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), catch_signals() as received:
         os.kill(os.getpid(), signal.SIGINT)

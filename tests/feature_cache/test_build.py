@@ -226,7 +226,7 @@ class Stopping(Colours):
         return super().forward(pixels)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_build_stopped_by_a_signal_keeps_complete_shards(number: signal.Signals, root: Path, tmp_path: Path) -> None:
     recipe = toy_recipe(root, tmp_path / "cache", cache__dtype="float16")
     stopping = {"one": Teacher(Stopping(number), size=(16, 16))}

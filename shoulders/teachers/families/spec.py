@@ -12,6 +12,11 @@ from shoulders.teachers.families.forward import Forward, forward_model
 from shoulders.teachers.families.inject import Inject
 
 
+def _accept(config: Any, size: tuple[int, int]) -> str:
+    """No reason to refuse a head; a function with a name, so that heads can be pickled."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Taps:
     """The tap names of a family, computed from a model's config; the last name is the deepest tap.
@@ -62,7 +67,7 @@ class HeadSpec:
     class_endings: tuple[str, ...] = ()
     forward_options: Mapping[str, Any] = field(default_factory=dict)
     requires: str = ""
-    refuse: Callable[[Any, tuple[int, int]], str] = lambda config, size: ""
+    refuse: Callable[[Any, tuple[int, int]], str] = _accept
 
     def encoder_path(self, model: Any) -> str:
         """The path of the encoder in a model."""

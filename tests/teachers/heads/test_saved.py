@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,15 @@ def test_boxes_are_those_of_the_image_processor(tmp_path: Path) -> None:
     assert [one["score"] for one in predictions] == pytest.approx(expected["scores"].tolist())
     assert torch.tensor([list(one["box"].values()) for one in predictions]).allclose(expected["boxes"])
     assert list(predictions[0]["box"]) == ["xmin", "ymin", "xmax", "ymax"]
+
+
+@torch.no_grad()
+def test_a_student_with_loaded_heads_can_be_pickled(run: Path) -> None:
+    student, pixels = shoulders.load(run), torch.rand(1, 3, 32, 32)
+    assert [student.head(name).class_name for name in student.heads]
+    again = pickle.loads(pickle.dumps(student))  # noqa: S301
+    expected = {name: to_lists(student.predict(name, pixels, threshold=0.0)) for name in student.heads}
+    assert {name: to_lists(again.predict(name, pixels, threshold=0.0)) for name in again.heads} == expected
 
 
 def test_damaged_heads_are_refused(run: Path, tmp_path: Path) -> None:
