@@ -89,8 +89,6 @@ def predict(
     by_probe = _open_probes(Path(run), probes, threshold)
     folder = None if out is None else Path(out)
     _check(run, student, names, probes, Path(images), folder)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
     collection = _open_images(Path(images))
     stems = picture_stems([collection.name(index) for index in range(len(collection))])
     predictions: dict[str, dict[str, Any]] = {}
@@ -108,9 +106,14 @@ def predict(
             _save_pictures(folder, latent, [(stems[name], pixels) for name, pixels in decoded], by_name)
     _report_skipped(skipped, len(collection), folder)
     if folder is not None:
-        write_text(folder / "predictions.json", json.dumps(predictions, indent=1) + "\n")
-        write_text(folder / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
+        _write_rows(folder, predictions, skipped)
     return predictions
+
+
+def _write_rows(out: Path, predictions: Mapping[str, Any], skipped: Sequence[Skipped]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "predictions.json", json.dumps(predictions, indent=1) + "\n")
+    write_text(out / "skipped.jsonl", "".join(json.dumps(asdict(one)) + "\n" for one in skipped))
 
 
 def _check(
@@ -219,6 +222,7 @@ def _report_skipped(skipped: Sequence[Skipped], total: int, out: Path | None) ->
 
 def _save_pictures(out: Path, latent: Features, decoded: Images, by_name: Mapping[str, list[Any]]) -> None:
     """A picture per image and head, and one of the latent's principal components; ``decoded`` has file stems."""
+    out.mkdir(parents=True, exist_ok=True)
     components = pca_pictures(latent, PICTURE_PX)
     for index, (stem, pixels) in enumerate(decoded):
         original = Image.fromarray(pixels.permute(1, 2, 0).numpy())

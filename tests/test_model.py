@@ -207,7 +207,7 @@ def test_features_of_contradicting_shapes_are_refused() -> None:
 @pytest.mark.parametrize("kind", BASES)
 def test_a_student_can_be_pickled(kind: str) -> None:
     """Before its first forward, in which transformers adds hooks that cannot be pickled."""
-    ours, pixels = student(kind), torch.rand(1, 3, 32, 32)
+    ours, pixels = make_student(kind), torch.rand(1, 3, 32, 32)
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
@@ -215,4 +215,4 @@ def test_a_student_can_be_pickled(kind: str) -> None:
     expected = ours.predict_teacher_features(pixels)
     for again in copies:
         for tap, features in again.predict_teacher_features(pixels).items():
-            assert torch.equal(features.spatial, expected[tap].spatial)
+            assert torch.equal(features.components()["spatial"], expected[tap].components()["spatial"])
