@@ -21,6 +21,7 @@ from shoulders.distributed.device import this_device
 from shoulders.feature_cache import CachedTeachers, build_cache
 from shoulders.features import Batch
 from shoulders.training.optimizers import Optimizers
+from shoulders.training.step import TrainStep
 from shoulders.transfer.losses import BASE
 
 SIZE, IMAGES, HIDDEN = 224, 64, 960  # px; images of the cache; width of projectors: 101 M trainable parameters in all
@@ -130,20 +131,28 @@ def job(variant: str, folder: Path, batch: int) -> Callable[[], object]:
     (images,) = trainer.batches.training(0, 1)
     if settings.get("forward"):
         return partial(trainer.teachers, images)
+    step = trainer.step
     if settings.get("cached") == "teachers" and isinstance(trainer.teachers, CachedTeachers):
-        trainer.teachers.stores.pop(BASE, None)  # run, not read from the cache
-    return whole_student(trainer, images) if settings.get("whole") else partial(trainer.step, 1, images)
+        step = replace(step, teachers=without_base(trainer.teachers))
+    return whole_student(trainer, step, images) if settings.get("whole") else partial(step, 1, images)
 
 
-def whole_student(trainer: Trainer, images: Batch) -> Callable[[], object]:
+def without_base(teachers: CachedTeachers) -> CachedTeachers:
+    """The same cached teachers; the base is run, not read from the cache."""
+    stores = {name: store for name, store in teachers.stores.items() if name != BASE}
+    size = (SIZE, SIZE)
+    return CachedTeachers(stores, teachers.entries, teachers.sizes, size, teachers.bf16, teachers.load)
+
+
+def whole_student(trainer: Trainer, step: TrainStep, images: Batch) -> Callable[[], object]:
     """A step that trains the whole student without an adapter: a student that is trained from scratch."""
     encoder = trainer.student.encoder
     encoder.adapter.requires_grad_(False)
     encoder.base.requires_grad_(True)
-    step = replace(trainer.step, optimizers=Optimizers(trainer.module, trainer.recipe.train))
+    whole = replace(step, optimizers=Optimizers(trainer.module, trainer.recipe.train))
 
     def run() -> None:
         with encoder.adapters_disabled():
-            step(1, images)
+            whole(1, images)
 
     return run
