@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from shoulders.errors import printable
 from shoulders.features import Features
 
 Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
@@ -128,7 +129,7 @@ def draw_box(image: Image.Image, item: Mapping[str, Any], colour: Colour, scale:
     pen.rectangle((left, top, right, bottom), outline=colour, width=2 if with_text else 4)
     if not with_text:
         return
-    text = f"{item['label']} {item['score']:.2f}"
+    text = printable(f"{item['label']} {item['score']:.2f}")
     width, height = pen.textbbox((0, 0), text, font=font)[2:]
     x, y = min(max(left, 0), max(image.width - width - 6, 0)), max(top - height - 4, 0)
     pen.rectangle((x, y, x + width + 6, y + height + 4), fill=colour)
@@ -140,7 +141,7 @@ def add_legend(image: Image.Image, entries: Sequence[tuple[str, Colour]]) -> Ima
     font, pen = ImageFont.load_default(size=15), ImageDraw.Draw(image)
     lines: list[list[tuple[str, Colour, int]]] = [[]]
     x = 8
-    for name, colour in entries:
+    for name, colour in ((printable(name), colour) for name, colour in entries):  # Pillow measures one line alone
         width = 34 + round(pen.textlength(name, font=font))
         if x + width > image.width and lines[-1]:
             lines.append([])

@@ -50,6 +50,13 @@ def test_boxes_are_drawn_at_the_scale_of_the_picture(image: Image.Image) -> None
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (5, 10, 150, 200)  # 480 / 96 times the box
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS[1:4])
+def test_class_names_with_line_breaks_are_drawn_in_one_line(prediction: list[dict[str, object]]) -> None:
+    image = Image.new("RGB", (96, 96))
+    broken, escaped = ([{**item, "label": label} for item in prediction] for label in ("a\nb", "a\\nb"))
+    assert draw_prediction(image, broken).size == draw_prediction(image, escaped).size
+
+
 def test_large_images_are_not_enlarged() -> None:
     assert draw_prediction(Image.new("RGB", (600, 300)), [], {}).size == (600, 300)
 
