@@ -141,7 +141,7 @@ def run_module(module: str, rows: dict[str, dict[str, Any]], options: argparse.N
         result = "timeout" if failed is None else "killed" if failed else "survived"
         names = {name: value for name, value in vars(mutant).items() if name != "apply"}
         seconds = round(time.monotonic() - started_at, 2)
-        yield {"file": module, **names, "result": result, "killed_by": failed, "seconds": seconds}
+        yield {"file": module, **names, "result": result, "killed_by": failed or None, "seconds": seconds}
 
 
 def key(mutant: Mapping[str, Any]) -> str:
