@@ -132,7 +132,7 @@ def run_module(module: str, rows: dict[str, dict[str, Any]], options: argparse.N
     todo = mutants(tree)
     if options.sample and options.sample < len(todo):
         todo = random.Random(options.seed).sample(todo, options.sample)  # noqa: S311
-    todo = [mutant for mutant in todo if rows.get(key(vars(mutant)), {}).get("result", "survived") == "survived"]
+    todo = [mutant for mutant in todo if rows.get(key(vars(mutant)), {}).get("result") != "killed"]
     if todo:
         preload(module, tree)
     for mutant in todo:
@@ -149,12 +149,16 @@ def key(mutant: Mapping[str, Any]) -> str:
     return "|".join(str(mutant[name]) for name in ("function", "operator", "before", "after", "occurrence"))
 
 
+def is_equivalent(row: Mapping[str, Any]) -> bool:
+    """Whether a mutant survived that `EQUIVALENT` lists."""
+    return row["result"] == "survived" and tuple(row[n] for n in ("file", "function", "before", "after")) in EQUIVALENT
+
+
 def summary(rows: Iterable[Mapping[str, Any]]) -> str:
     """A table of counts per module; "survived" are those that `EQUIVALENT` does not list."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        listed = (row["file"], row["function"], row["before"], row["after"]) in EQUIVALENT
-        result = "equivalent" if listed and row["result"] == "survived" else row["result"]
+        result = "equivalent" if is_equivalent(row) else row["result"]
         for name in (row["file"], "all"):
             counts[name].update({result: 1, "mutants": 1, "minutes": row["seconds"] / 60})
     lines = [
@@ -189,7 +193,7 @@ def main() -> None:
         for row in run_module(module, rows, options):
             rows[key(row)] = row
             options.out.write_text(json.dumps(held, indent=1))
-            if row["result"] == "survived":
+            if row["result"] == "survived" and not is_equivalent(row):
                 print(f"{module}:{row['line']} {row['function']}: {row['before']}  ->  {row['after']}", flush=True)
     print(summary(row for module in options.modules for row in held[module]["rows"].values()))
 

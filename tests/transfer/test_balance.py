@@ -16,14 +16,6 @@ def test_the_weights_of_an_image_sum_to_the_number_of_teachers() -> None:
     assert balance.fixed(torch.rand(4, 3), MASK, [0.5, 2.0, 0.0]).tolist() == fixed
 
 
-def test_unic_keeps_a_teacher_with_probability_one_half() -> None:
-    """UNIC, arXiv 2408.05088: a teacher that is not the worst is kept where its uniform number is below .5."""
-    losses = torch.tensor([[2.0, 1.0]]).expand(4, 2)
-    numbers = torch.tensor([[0.9, 0.0], [0.9, 0.49], [0.9, 0.5], [0.9, 0.99]])
-    weights = balance.dropping(losses, torch.ones(4, 2), numbers)
-    assert weights.tolist() == [[1.0, 1.0], [1.0, 1.0], [2.0, 0.0], [2.0, 0.0]]
-
-
 def test_the_probability_to_keep_a_teacher_is_its_frequency() -> None:
     numbers = (torch.arange(100) / 100)[:, None].expand(100, 2)
     losses = torch.tensor([[1.0, 0.0]]).expand(100, 2)
