@@ -217,7 +217,7 @@ def _fit_and_select(
 def fit_head(
     probe: SpatialProbe,
     bank: FeatureBank[Any],
-    targets: Sequence[Any],
+    targets: Sequence[Any] | Tensor,
     n_classes: int,
     lr: float,
     steps: int,
@@ -262,7 +262,7 @@ def _train_steps(
     probe: SpatialProbe,
     head: nn.Module,
     bank: FeatureBank[Any],
-    targets: Sequence[Any],
+    targets: Sequence[Any] | Tensor,
     lr: float,
     steps: int,
     seed: int,
