@@ -23,6 +23,7 @@ from shoulders.feature_cache import estimate_cache, info_cache, verify_cache
 from shoulders.feature_cache.spec import build_command
 from shoulders.features import Features
 from shoulders.teachers import Teacher
+from shoulders.teachers.pure import IMAGES
 from tests.feature_cache.toy import (
     SMALL_SHARDS,
     Colours,
@@ -212,8 +213,11 @@ def test_channels_are_rescaled_if_int8_would_lose_too_much(root: Path, tmp_path:
     assert max(tap["reconstruction_fvu"] for row in info["teachers"] for tap in row["taps"]) == 0
 
 
+CHECK_CALLS = 2 + IMAGES  # of `check_pure`
+
+
 class Stopping(Colours):
-    """Sends a signal to its own process in its fifth call."""
+    """Sends a signal to its own process in its fifth call after those that check that it depends on pixels alone."""
 
     def __init__(self, number: int) -> None:
         super().__init__(4)
@@ -221,7 +225,7 @@ class Stopping(Colours):
 
     def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
         self.calls += 1
-        if self.calls == 5:
+        if self.calls == CHECK_CALLS + 5:
             os.kill(os.getpid(), self.number)
         return super().forward(pixels)
 

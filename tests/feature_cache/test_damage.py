@@ -19,6 +19,7 @@ from shoulders.feature_cache.metadata import MANIFEST, read_json, write_json
 from shoulders.feature_cache.shard_files import write_shard
 from shoulders.feature_cache.teacher_store import TeacherStore, open_store
 from shoulders.feature_cache.verify import find_faults
+from shoulders.teachers.pure import IMAGES
 from tests.feature_cache.toy import build, contents, save_toy_world, teachers, toy_recipe, toy_spec
 
 FLIPS = 1000
@@ -199,7 +200,7 @@ def test_a_build_continues_after_a_full_disk(
     assert contents(tmp_path / "cache") == contents(path_of(built))
 
 
-def test_a_disk_that_is_too_small_is_refused_before_any_teacher_runs(
+def test_a_disk_that_is_too_small_is_refused_before_any_image_is_read(
     built: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = built.model_copy(update={"cache": built.cache.model_copy(update={"path": tmp_path / "cache"})})
@@ -211,7 +212,8 @@ def test_a_disk_that_is_too_small_is_refused_before_any_teacher_runs(
         teacher.register_forward_hook(lambda *args: calls.append(args))
     with pytest.raises(SpaceError, match=r"cache: .* KiB needed, 1000 bytes free; make room") as stop:
         build(recipe, hooked)
-    assert (stop.value.exit_code, calls, list(tmp_path.iterdir())) == (5, [], [])
+    assert (stop.value.exit_code, list(tmp_path.iterdir())) == (5, [])
+    assert len(calls) == len(hooked) * (2 + IMAGES)  # those of `check_pure` alone
 
 
 def test_without_checksums_of_records_only_the_manifest_detects_a_flipped_bit(built: Recipe) -> None:

@@ -56,9 +56,9 @@ def test_without_a_summary_the_vector_is_the_mean_over_the_tokens() -> None:
 
 
 def test_skipped_images_are_listed_and_not_counted() -> None:
-    batches = [batch_of([], 0, (Skipped("a.jpg", "truncated"),)), batch_of([2], 1)]
+    batches = [batch_of([], 0, (Skipped("a.jpg", "truncated"),)), batch_of([2, 0, 1], 3)]
     vectors = vector_probes.extract_vectors(lambda batch: Features(torch.ones(len(batch), 3), None), batches)
-    assert len(vectors.x) == 1
+    assert len(vectors.x) == 3
     assert vectors.skipped == (Skipped("a.jpg", "truncated"),)
 
 

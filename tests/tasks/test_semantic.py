@@ -96,11 +96,12 @@ def test_rows_hold_the_settings_of_the_fit(tmp_path: Path) -> None:
     assert (settings["head"], settings["steps"]) == ("linear", 60)
 
 
-def test_masks_of_ignored_pixels_only_give_zero(tmp_path: Path) -> None:
+def test_masks_of_ignored_pixels_only_are_refused(tmp_path: Path) -> None:
     save_masks(tmp_path, {"train": 2, "val": 2})
     for index in range(2):
         Image.new("L", ((64, 40)[index], (48, 40)[index]), 255).save(tmp_path / f"annotations/val/{index}.png")
-    assert by_metric(fit(colours, tmp_path)) == {"mIoU": 0.0, "pixel_accuracy": 0.0}
+    with pytest.raises(DataError, match="none of the 2 test images that can be read has a label"):
+        fit(colours, tmp_path)
 
 
 def test_without_a_labelled_pixel_there_is_no_value() -> None:
