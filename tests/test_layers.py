@@ -32,7 +32,7 @@ APART = {"images", "teachers", "student", "transfer"}
 HEIGHT = {part: height for height, parts in enumerate(reversed(LAYERS)) for part in parts}
 
 
-def shard_like(file: Path, package: Path = PACKAGE) -> str:
+def package_part(file: Path, package: Path = PACKAGE) -> str:
     """``shoulders/tasks/classification.py`` belongs to ``tasks``, ``shoulders/model.py`` to ``model``."""
     return file.relative_to(package).parts[0].removesuffix(".py")
 
@@ -50,14 +50,14 @@ def imported_parts(file: Path, package: Path = PACKAGE) -> set[str]:
             modules |= {f"{origin}.{alias.name}" for alias in node.names}
     names = [module.split(".") for module in modules]
     inside = {name[1] if len(name) > 1 else "__init__" for name in names if name[0] == package.name}
-    known = {shard_like(file, package) for file in package.rglob("*.py")}
+    known = {package_part(file, package) for file in package.rglob("*.py")}
     return {part if part in known else "__init__" for part in inside}
 
 
 def faults(package: Path) -> list[str]:
     found = []
     for file in sorted(package.rglob("*.py")):
-        part, where = shard_like(file, package), file.relative_to(package.parent)
+        part, where = package_part(file, package), file.relative_to(package.parent)
         if part not in HEIGHT:
             found.append(f"{where}: no layer is given for {part!r}; add it to LAYERS in tests/test_layers.py")
             continue
