@@ -77,6 +77,12 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "nn.init.kaiming_uniform_(self.a.weight, a=5 ** 0.5)",
         "pass",
     ): "The same distribution as nn.Linear's own; the draws alone differ.",
+    (
+        "student/adapters.py",
+        "Adapter.disabled",
+        "for module in self.modules() if isinstance(module, Adapter)",
+        "for module in self.modules()",
+    ): "Whether other modules are off is never read.",
     ("student/encoder.py", "Encoder.__init__", "optimize_for_inference(self.base)", "pass"): "Speed only.",
     ("student/encoder.py", "Encoder.run_base", "-2", "pixels.shape[2]"): "Pixels have four dimensions.",
     (
