@@ -17,6 +17,7 @@ class TeacherSpec(Section):
 
     model: str | None = Field(None, description="hub id or local folder")
     module: str | None = Field(None, description="package.module:function that returns a shoulders.Teacher")
+    args: dict[str, Any] = Field({}, description="module only: keyword arguments of the function")
     revision: str | None = Field(None, description="commit of the hub repository (40 hex digits)")
     trust_remote_code: bool = Field(
         False, description="run code that comes with the model; for a hub model only with revision"
@@ -40,6 +41,8 @@ class TeacherSpec(Section):
     def _check(self) -> TeacherSpec:
         if (self.model is None) == (self.module is None):
             raise ValueError("give either model (hub id or folder) or module (package.module:function)")
+        if self.args and self.module is None:
+            raise ValueError("args needs module: a model takes none")
         if self.int8 and self.module is not None:
             raise ValueError("int8 needs model: a teacher built by module: is run as it is")
         if self.classes and len(set(self.classes)) < len(self.classes):

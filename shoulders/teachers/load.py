@@ -154,7 +154,7 @@ def _model_options(checkpoint: Checkpoint, architecture: str) -> dict[str, Any]:
 def _build_from_module(name: str, spec: TeacherSpec) -> Teacher:
     """Call ``package.module:function`` and check that it returns a teacher that works."""
     try:
-        teacher = call_function(str(spec.module))
+        teacher = call_function(str(spec.module), **spec.args)
     except ValueError as error:
         raise teacher_error(name, "module", str(error)) from error
     if not isinstance(teacher, Teacher):
