@@ -161,9 +161,9 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
     ): "Eigenvalues below 0 are rounding, of 1e-16 beside a ridge of 1e-6 or more.",
     (
         "transfer/fvu.py",
-        "channel_standardized",
-        "std > 1e-06 * (1 + mean.abs())",
-        "std >= 1e-06 * (1 + mean.abs())",
+        "_varying_channels",
+        "vectors.std(0) > 1e-06 * (1 + vectors.mean(0).abs())",
+        "vectors.std(0) >= 1e-06 * (1 + vectors.mean(0).abs())",
     ): "They differ at one floating point number.",
     (
         "transfer/fvu.py",

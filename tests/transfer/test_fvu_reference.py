@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoulders.transfer.fvu import channel_standardized, fvu, unexplained
+from shoulders.transfer.fvu import channel_standardized, fvu, is_constant, unexplained
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -85,3 +85,19 @@ def test_channels_of_almost_no_deviation_become_zero() -> None:
     fit, other = channel_standardized(fit, other)
     assert torch.allclose(fit, steps * torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), atol=1e-8)
     assert torch.allclose(other, torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64), atol=1e-8)
+
+
+def test_vectors_are_constant_where_no_channel_varies_in_the_first_half() -> None:
+    constant = torch.full((7, 2, 3), 0.5)  # its first half is 3 images
+    assert is_constant(constant)
+    for image, expected in ((0, False), (2, False), (3, True), (6, True)):
+        vectors = constant.clone()
+        vectors[image, 1, 2] = 0.6  # one channel of one token
+        assert is_constant(vectors) == expected
+    assert not is_constant(torch.where(constant > 0, float("nan"), 0.0))
+    one_is_not_finite = constant.clone()
+    one_is_not_finite[0, 0, 0] = float("nan")
+    assert not is_constant(one_is_not_finite)
+    between_images = constant + torch.arange(7.0)[:, None, None]  # the tokens of an image are alike
+    inside_images = constant + torch.arange(2.0)[None, :, None]  # all images are alike
+    assert not is_constant(between_images) and not is_constant(inside_images)
