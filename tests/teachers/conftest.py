@@ -19,6 +19,7 @@ VIT = {
     "image_size": 32,
     "patch_size": 8,
 }
+SIGLIP2 = {**{key: value for key, value in VIT.items() if key != "image_size"}, "num_patches": 16}
 DINO = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
@@ -153,7 +154,8 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
 
 TINY: dict[str, Callable[[], Any]] = {
     "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**VIT)),
-    "deit": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**VIT)),
+    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT)),
+    "deit_distilled": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**VIT)),
     "beit": lambda: hf.BeitForImageClassification(hf.BeitConfig(**VIT, use_relative_position_bias=True)),
     "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**DINO)),
     "dinov2_with_registers": lambda: hf.Dinov2WithRegistersForImageClassification(
@@ -165,14 +167,14 @@ TINY: dict[str, Callable[[], Any]] = {
     "clip": lambda: hf.CLIPModel(
         hf.CLIPConfig(vision_config={**VIT, "projection_dim": 12}, text_config=TEXT, projection_dim=12)
     ),
+    "clip_classifier": lambda: hf.CLIPForImageClassification(hf.CLIPConfig(vision_config=VIT, text_config=TEXT)),
     "clip_vision_model": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**VIT, projection_dim=12)),
     "siglip": lambda: hf.SiglipModel(hf.SiglipConfig(vision_config=VIT, text_config=TEXT)),
+    "siglip_classifier": lambda: hf.SiglipForImageClassification(hf.SiglipConfig(vision_config=VIT, text_config=TEXT)),
     "siglip_vision_model": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**VIT)),
-    "siglip2": lambda: hf.Siglip2Model(
-        hf.Siglip2Config(
-            vision_config={**{k: v for k, v in VIT.items() if k != "image_size"}, "num_patches": 16},
-            text_config=TEXT,
-        )
+    "siglip2": lambda: hf.Siglip2Model(hf.Siglip2Config(vision_config=SIGLIP2, text_config=TEXT)),
+    "siglip2_classifier": lambda: hf.Siglip2ForImageClassification(
+        hf.Siglip2Config(vision_config=SIGLIP2, text_config=TEXT)
     ),
     "convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(image_size=64, **STAGES)),
     "convnextv2": lambda: hf.ConvNextV2ForImageClassification(hf.ConvNextV2Config(image_size=64, **STAGES)),
@@ -191,6 +193,15 @@ TINY: dict[str, Callable[[], Any]] = {
     ),
     "efficientnet": lambda: hf.EfficientNetForImageClassification(
         hf.EfficientNetConfig(image_size=64, width_coefficient=0.25, depth_coefficient=0.1, hidden_dim=320)
+    ),
+    "beit_segmenter": lambda: hf.BeitForSemanticSegmentation(
+        hf.BeitConfig(
+            **VIT | {"num_hidden_layers": 5, "patch_size": 16, "image_size": 64},
+            use_relative_position_bias=True,
+            out_indices=[2, 3, 4, 5],
+            pool_scales=[1, 2],
+            auxiliary_channels=8,
+        )
     ),
     "mobilenet_v2_segmenter": lambda: hf.MobileNetV2ForSemanticSegmentation(
         hf.MobileNetV2Config(depth_multiplier=0.25, image_size=64, output_stride=8)

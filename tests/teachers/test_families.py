@@ -35,9 +35,19 @@ def vit(encoder: str, prefix: int) -> Original:
     return run
 
 
+def deit_distilled(model: Any, x: Tensor) -> dict[str, Components]:
+    tokens = model.deit(x).last_hidden_state
+    return {"last": (torch.cat([tokens[:, 0], tokens[:, 1]], 1), tokens[:, 2:])}
+
+
 def beit(model: Any, x: Tensor) -> dict[str, Components]:
     output = model.beit(x)
     return {"last": (output.pooler_output, output.last_hidden_state[:, 1:])}
+
+
+def beit_segmenter(model: Any, x: Tensor) -> dict[str, Components]:
+    hidden = model(x, output_hidden_states=True).hidden_states  # the first is before all blocks
+    return {f"block{i}": (None, hidden[1 + i][:, 1:]) for i in (0, 1, 2, 3)}
 
 
 def radio(model: Any, x: Tensor) -> dict[str, Components]:
@@ -55,13 +65,22 @@ def siglip(model: Any, x: Tensor) -> dict[str, Components]:
     return {"last": (output.pooler_output, output.last_hidden_state)}
 
 
+def mean_of_tokens(prefix: int) -> Original:
+    def run(model: Any, x: Tensor) -> dict[str, Components]:
+        tokens = model.vision_model(x).last_hidden_state[:, prefix:]
+        return {"last": (tokens.mean(1), tokens)}
+
+    return run
+
+
 def siglip2(model: Any, x: Tensor) -> dict[str, Components]:
     corners = [(top, left) for top in range(0, 32, 8) for left in range(0, 32, 8)]
     squares = [x[:, :, top : top + 8, left : left + 8] for top, left in corners]
     patches = torch.stack([square.movedim(1, 3).flatten(1) for square in squares], 1)  # (B, N, 8 * 8 * 3)
     shapes = torch.tensor([[4, 4]] * len(x))
     output = model.vision_model(patches, torch.ones(len(x), 16, dtype=torch.long), shapes)
-    return {"last": (output.pooler_output, output.last_hidden_state)}
+    has_text = hasattr(model, "text_model")  # the classifier takes the mean
+    return {"last": (output.pooler_output if has_text else output.last_hidden_state.mean(1), output.last_hidden_state)}
 
 
 def pooled_stage(encoder: str) -> Original:
@@ -139,6 +158,7 @@ def encoder_maps(model: Any, x: Tensor) -> Any:
 ORIGINALS: dict[str, Original] = {
     "vit": vit("vit", 1),
     "deit": vit("deit", 2),
+    "deit_distilled": deit_distilled,
     "beit": beit,
     "dinov2": vit("dinov2", 1),
     "dinov2_with_registers": vit("dinov2_with_registers", 3),
@@ -146,10 +166,13 @@ ORIGINALS: dict[str, Original] = {
     "dinov3_convnext": dinov3_convnext,
     "radio": radio,
     "clip": clip,
+    "clip_classifier": mean_of_tokens(1),
     "clip_vision_model": clip,
     "siglip": siglip,
+    "siglip_classifier": mean_of_tokens(0),
     "siglip_vision_model": siglip,
     "siglip2": siglip2,
+    "siglip2_classifier": siglip2,
     "convnext": pooled_stage("convnext"),
     "convnextv2": pooled_stage("convnextv2"),
     "resnet": pooled_stage("resnet"),
@@ -162,6 +185,7 @@ ORIGINALS: dict[str, Original] = {
     "mobilenet_v2": pooled_map("mobilenet_v2"),
     "efficientnet": pooled_map("efficientnet"),
     "mobilenet_v2_segmenter": deeplab,
+    "beit_segmenter": beit_segmenter,
     "segformer": maps_of(lambda model, x: model(x, output_hidden_states=True).hidden_states),
     "upernet": maps_of(lambda model, x: model.backbone(x).feature_maps),
     "mask2former": maps_of(lambda model, x: model(x, output_hidden_states=True).encoder_hidden_states),
@@ -212,7 +236,7 @@ def test_every_family_has_a_test() -> None:
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
 def test_a_teacher_computes_the_outputs_of_the_original_model(model_type: str, write_tiny: WriteTiny) -> None:
     folder = write_tiny(model_type, torch.float16 if model_type in HALF_PRECISION else torch.float32)
-    size = {"siglip2": 32}.get(model_type, 64 if FAMILIES[model_type].default_size else None)
+    size = {"siglip2": 32, "siglip2_classifier": 32}.get(model_type, 64 if FAMILIES[model_type].default_size else None)
     teacher = load_teacher("t", TeacherSpec(model=str(folder), size=size))
     pixels = torch.rand(2, 3, *teacher.size)
     features = teacher(pixels)

@@ -26,6 +26,16 @@ def cls_summary(output: Any) -> Tensor:
     return output.last_hidden_state[:, 0]
 
 
+def cls_and_distillation_summary(output: Any) -> Tensor:
+    """DeiT's CLS and distillation tokens after the final norm, side by side (B, 2 C)."""
+    return output.last_hidden_state[:, :2].flatten(1)
+
+
+def mean_summary(output: Any, prefix: int = 0) -> Tensor:
+    """The mean of the patch tokens, which follow ``prefix`` other tokens."""
+    return output.last_hidden_state[:, prefix:].mean(1)
+
+
 def pooled_summary(output: Any) -> Tensor | None:
     """The pooler's output, (B, C), or None where the checkpoint has no pooler."""
     summary = output.pooler_output

@@ -25,9 +25,11 @@ def inject_pooled(taps: TapFeatures, stub: Any) -> Any:
 
 
 def inject_tokens(taps: TapFeatures, stub: Any) -> Any:
-    """Tokens (B, P + N, C): CLS first, patch tokens last; the tokens between, which no head uses, stay the stub's."""
+    """Tokens (B, P + N, C): those of the summary first, patch tokens last; the tokens between, which no head uses, stay
+    the stub's. Where the summary is the mean of the patch tokens, a head computes it from these."""
     parts, tokens = _last(taps).components(), stub.last_hidden_state.clone()
-    tokens[:, 0] = parts["summary"]
+    first = parts["summary"].unflatten(1, (-1, tokens.shape[2]))  # (B, 1, C), or (B, 2, C) for two tokens
+    tokens[:, : first.shape[1]] = first
     if "spatial" in parts:
         tokens[:, -parts["spatial"].shape[1] :] = parts["spatial"]
     return _replace_fields(stub, last_hidden_state=tokens)
@@ -42,7 +44,8 @@ def inject_hidden_tokens(taps: TapFeatures, stub: Any) -> Any:
     """Tokens (B, 1 + N, C) of some blocks as hidden states, of which the first is the input of all blocks."""
     hidden = list(stub.hidden_states)
     for tap, features in taps.items():
-        hidden[1 + int(tap.removeprefix("block"))] = _with_summary(features)
+        index = 1 + int(tap.removeprefix("block"))
+        hidden[index] = _with_cls(features, hidden[index])
     return _replace_fields(stub, hidden_states=tuple(hidden))
 
 
@@ -55,7 +58,7 @@ def inject_feature_tokens(taps: TapFeatures, stub: Any) -> Any:
     """Tokens (B, 1 + N, C) as the output of a ViT backbone; maps as that of a hierarchical one."""
     if stub.feature_maps[0].ndim == 4:
         return inject_feature_maps(taps, stub)
-    return _replace_fields(stub, feature_maps=tuple(_with_summary(features) for features in taps.values()))
+    return _replace_fields(stub, feature_maps=tuple(map(_with_cls, taps.values(), stub.feature_maps)))
 
 
 def inject_sequence(taps: TapFeatures, stub: Any) -> Any:
@@ -102,10 +105,11 @@ def _replace_fields(stub: Any, **fields: Any) -> Any:
     return type(stub)(**{**stub, **fields})
 
 
-def _with_summary(features: Features) -> Tensor:
-    """(B, 1 + N, C), the summary first."""
+def _with_cls(features: Features, stub: Tensor) -> Tensor:
+    """(B, 1 + N, C), the summary first; the stub's CLS token where the head takes none."""
     parts = features.components()
-    return torch.cat([parts["summary"][:, None], parts["spatial"]], 1)
+    cls = parts["summary"][:, None] if "summary" in parts else stub[:, :1]
+    return torch.cat([cls, parts["spatial"]], 1)
 
 
 def _maps(taps: Iterable[Features], stubs: Iterable[Tensor]) -> tuple[Tensor, ...]:

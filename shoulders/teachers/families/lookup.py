@@ -7,20 +7,25 @@ from typing import Any
 
 from shoulders.teachers.families.table import FAMILIES
 
+# how the architecture of a checkpoint ends -> the suffix of its row, in families whose heads take different features
+ROW_SUFFIXES = {
+    "ForSemanticSegmentation": "_segmenter",
+    "ForImageClassification": "_classifier",
+    "ForImageClassificationWithTeacher": "_distilled",
+}
+
 
 def family_name(config: Mapping[str, Any]) -> str:
-    """The key of `FAMILIES` for a config.json: its model type, with ``_backbone`` or ``_segmenter`` where it has two.
+    """The key of `FAMILIES` for a config.json: its model type, with a suffix where the family has several rows.
 
-    The encoder of a DPT is a ViT of its own, or a backbone of another model type; the segmenter of a MobileNetV2 takes
-    another map than the classifier.
+    The encoder of a DPT is a ViT of its own, or a backbone of another model type.
     """
     model_type = str(config.get("model_type"))
-    architectures = config.get("architectures") or [""]
-    if f"{model_type}_segmenter" in FAMILIES and str(architectures[0]).endswith("ForSemanticSegmentation"):
-        return f"{model_type}_segmenter"
-    with_backbone = f"{model_type}_backbone"
-    has_backbone = with_backbone in FAMILIES and config.get("backbone_config") and not config.get("is_hybrid")
-    return with_backbone if has_backbone else model_type
+    architecture = str((config.get("architectures") or [""])[0])
+    rows = [f"{model_type}{suffix}" for ending, suffix in ROW_SUFFIXES.items() if architecture.endswith(ending)]
+    if config.get("backbone_config") and not config.get("is_hybrid"):
+        rows.append(f"{model_type}_backbone")
+    return next((row for row in rows if row in FAMILIES), model_type)
 
 
 def list_families() -> list[dict[str, str]]:

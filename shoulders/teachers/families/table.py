@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from shoulders.hub import HALF_STATS, PixelStats
+from shoulders.teachers.families import tap_names
 from shoulders.teachers.families.extract import (
     Extract,
+    cls_and_distillation_summary,
     cls_summary,
     extract_deformable,
     extract_detr,
@@ -27,6 +28,7 @@ from shoulders.teachers.families.extract import (
     extract_swin,
     extract_tokens,
     extract_tokens_with_cls,
+    mean_summary,
     no_summary,
     pooled_summary,
     projected_summary,
@@ -55,24 +57,13 @@ from shoulders.teachers.families.inject import (
     inject_sequence,
     inject_tokens,
 )
+from shoulders.teachers.families.refuse import refuse_beit, refuse_dpt, refuse_sam2
 from shoulders.teachers.families.spec import Family, HeadSpec, Taps, ZeroShotSpec
-from shoulders.teachers.families.tap_names import (
-    ALL_LEVELS,
-    ALL_STAGES,
-    BACKBONE_OUTPUTS,
-    BACKBONE_STAGES,
-    BLOCKS,
-    DPT_BLOCKS,
-    HYBRID_LEVELS,
-    LAST,
-    LEVELS,
-    OUTPUTS,
-    STAGES,
-)
 
 CLIP_STATS: PixelStats = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IDENTITY_STATS: PixelStats = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 CLASSES = ("ForImageClassification",)
+SEMANTIC = ("ForSemanticSegmentation",)
 ANY_SIZE = {"interpolate_pos_encoding": True}
 
 _interpolate = partial(forward_model, interpolate_pos_encoding=True)
@@ -84,6 +75,9 @@ _swin = partial(
     interpolate_pos_encoding=True,
 )
 _cls_tokens = partial(extract_tokens, summary=cls_summary)
+_distilled_tokens = partial(extract_tokens, summary=cls_and_distillation_summary)
+_mean_tokens = partial(extract_tokens, summary=mean_summary)
+_mean_tokens_after_cls = partial(extract_tokens, summary=partial(mean_summary, prefix=1))
 _pooled_tokens = partial(extract_tokens, summary=pooled_summary)
 _projected_tokens = partial(extract_tokens, summary=projected_summary)
 _pooled_maps = partial(extract_maps, summary=pooled_summary)
@@ -91,22 +85,27 @@ _maps = partial(extract_maps, summary=no_summary)
 
 
 def _vit(model_class: str, head: HeadSpec | None, **fields: Any) -> Family:
-    return Family("vit", model_class, BLOCKS, **{"extract": _cls_tokens, "head": head, **fields})
+    return Family("vit", model_class, tap_names.BLOCKS, **{"extract": _cls_tokens, "head": head, **fields})
 
 
-def _clip(model_class: str, by_architecture: Mapping[str, str], **fields: Any) -> Family:
-    options = {"model_class_by_architecture": by_architecture, "pixel_stats": CLIP_STATS, **fields}
-    return Family("image-text", model_class, BLOCKS, _projected_tokens, _interpolate, **options)
+def _deit(extract: Extract) -> Family:
+    head = HeadSpec("deit", inject_tokens, forward_options=ANY_SIZE)
+    return _vit("DeiTModel", head, extract=extract, forward=_interpolate, model_options={"add_pooling_layer": False})
+
+
+def _clip(model_class: str, **fields: Any) -> Family:
+    options = {"extract": _projected_tokens, "forward": _interpolate, "pixel_stats": CLIP_STATS, **fields}
+    return Family("image-text", model_class, tap_names.BLOCKS, **options)
 
 
 def _siglip(model_class: str, **fields: Any) -> Family:
-    options = {"forward": _interpolate, "pixel_stats": HALF_STATS, **fields}
-    return Family("image-text", model_class, BLOCKS, _pooled_tokens, **options)
+    options = {"extract": _pooled_tokens, "forward": _interpolate, "pixel_stats": HALF_STATS, **fields}
+    return Family("image-text", model_class, tap_names.BLOCKS, **options)
 
 
 def _hierarchical(model_class: str, head: HeadSpec | None, **fields: Any) -> Family:
     options = {"extract": _pooled_maps, "forward": _with_hidden_states, "size_multiple": 1, **fields}
-    return Family("hierarchical", model_class, STAGES, head=head, **options)
+    return Family("hierarchical", model_class, tap_names.STAGES, head=head, **options)
 
 
 def _segmenter(model_class: str, taps: Taps, head: HeadSpec, **fields: Any) -> Family:
@@ -116,7 +115,7 @@ def _segmenter(model_class: str, taps: Taps, head: HeadSpec, **fields: Any) -> F
 
 def _sam2(model_class: str, head: HeadSpec | None) -> Family:
     options: dict[str, Any] = {"image_config": "vision_config", "encoder": "vision_encoder", "size_multiple": 32}
-    return Family("segmenter", model_class, LEVELS, extract_sam2, head=head, **options)
+    return Family("segmenter", model_class, tap_names.LEVELS, extract_sam2, head=head, **options)
 
 
 def _detector(model_class: str, taps: Taps, extract: Extract, inject: Inject, **fields: Any) -> Family:
@@ -125,26 +124,18 @@ def _detector(model_class: str, taps: Taps, extract: Extract, inject: Inject, **
     return Family("detector", model_class, taps, extract, forward_until_encoder, **options)
 
 
+def _detr(model_class: str, taps: Taps, extract: Extract) -> Family:
+    return _detector(model_class, taps, extract, inject_sequence, size_multiple=1, default_size=800)
+
+
 def _rt_detr(model_class: str) -> Family:
     options = {"size_multiple": 32, "default_size": 640, "pixel_stats": IDENTITY_STATS}
-    return _detector(model_class, HYBRID_LEVELS, extract_pyramid, inject_pyramid, **options)
+    return _detector(model_class, tap_names.HYBRID_LEVELS, extract_pyramid, inject_pyramid, **options)
 
 
 def _mobilenet_layers(model: str, count: int) -> tuple[str, ...]:
     """The paths of the stem and of the first layers of a MobileNet."""
     return (f"{model}.conv_stem", *(f"{model}.layer.{i}" for i in range(count)))
-
-
-def _refuse_sam2(config: Any, size: tuple[int, int]) -> str:
-    side = config.prompt_encoder_config.image_size
-    return "" if size == (side, side) else f"its head takes images of {side} x {side} px alone; set size: {side}"
-
-
-def _refuse_dpt(config: Any, size: tuple[int, int]) -> str:
-    if config.is_hybrid:
-        return "the head of a hybrid DPT also takes maps of its convolutional stem, which no tap holds"
-    # without a backbone_config the neck takes the square root of the number of tokens
-    return "" if size[0] == size[1] else f"its head takes square images alone, not {size[0]} x {size[1]} px; set size:"
 
 
 # Model type -> row. YOLOS and EoMT have no row: their queries are tokens of the encoder itself, so that no layer holds
@@ -158,12 +149,8 @@ FAMILIES: dict[str, Family] = {
         pixel_stats=HALF_STATS,
         model_options={"add_pooling_layer": False},
     ),
-    "deit": _vit(
-        "DeiTModel",
-        HeadSpec("deit", inject_tokens, forward_options=ANY_SIZE),
-        forward=_interpolate,
-        model_options={"add_pooling_layer": False},
-    ),
+    "deit": _deit(_cls_tokens),
+    "deit_distilled": _deit(_distilled_tokens),
     "beit": _vit(
         "BeitModel",
         HeadSpec("beit", inject_pooled, class_endings=CLASSES),
@@ -179,13 +166,12 @@ FAMILIES: dict[str, Family] = {
     # image towers: the summary is the projected vector for CLIP, the attention-pooled one for SigLIP
     "clip": _clip(
         "CLIPVisionModelWithProjection",
-        {"CLIPForImageClassification": "CLIPVisionModel"},
         image_config="vision_config",
         zero_shot=ZeroShotSpec("CLIPModel", padding=True),
     ),
     "clip_vision_model": _clip(
         "CLIPVisionModel",
-        {"CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection"},
+        model_class_by_architecture={"CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection"},
     ),
     "siglip": _siglip(
         "SiglipVisionModel",
@@ -199,6 +185,26 @@ FAMILIES: dict[str, Family] = {
         forward=forward_patches,
         default_size=256,
         zero_shot=ZeroShotSpec("Siglip2Model", padding="max_length"),
+    ),
+    # image towers with a classifier, which takes the mean of the patch tokens; siglip2's takes flat patches, not pixels
+    "clip_classifier": _clip(
+        "CLIPVisionModel",
+        extract=_mean_tokens_after_cls,
+        head=HeadSpec("vision_model", inject_tokens, class_endings=CLASSES, forward_options=ANY_SIZE),
+        image_config="vision_config",
+    ),
+    "siglip_classifier": _siglip(
+        "SiglipVisionModel",
+        extract=_mean_tokens,
+        head=HeadSpec("vision_model", inject_tokens, class_endings=CLASSES, forward_options=ANY_SIZE),
+        image_config="vision_config",
+    ),
+    "siglip2_classifier": _siglip(
+        "Siglip2VisionModel",
+        extract=_mean_tokens,
+        image_config="vision_config",
+        forward=forward_patches,
+        default_size=256,
     ),
     # hierarchical encoders: stages, finest first; a summary on the last stage where the family has one. Heads that pool
     # start before the pooling: a student predicts the map better than its mean, because every token has a target.
@@ -240,13 +246,14 @@ FAMILIES: dict[str, Family] = {
         HeadSpec("hiera", inject_pooled),
         extract=extract_hiera,
         fixed_size=True,
-        pooled_architectures=("HieraModel", "HieraForImageClassification"),
+        # not HieraModel: the published ones were pretrained with masks, and their pooler's norm was never trained
+        pooled_architectures=("HieraForImageClassification",),
     ),
     "pvt_v2": _hierarchical("PvtV2Model", None, extract=_maps, size_multiple=32),
     "mobilenet_v1": Family(
         "hierarchical",
         "MobileNetV1Model",
-        LAST,
+        tap_names.LAST,
         extract_final_map,
         head=HeadSpec("mobilenet_v1.layer.25", inject_bare_map, shape_only=_mobilenet_layers("mobilenet_v1", 25)),
         size_multiple=1,
@@ -255,7 +262,7 @@ FAMILIES: dict[str, Family] = {
     "mobilenet_v2": Family(
         "hierarchical",
         "MobileNetV2Model",
-        LAST,
+        tap_names.LAST,
         extract_final_map,
         head=HeadSpec(
             "mobilenet_v2.conv_1x1",
@@ -269,7 +276,7 @@ FAMILIES: dict[str, Family] = {
     "efficientnet": Family(
         "hierarchical",
         "EfficientNetModel",
-        LAST,
+        tap_names.LAST,
         extract_final_map,
         head=HeadSpec("efficientnet.encoder", inject_map, shape_only=("efficientnet.embeddings",)),
         size_multiple=1,
@@ -277,22 +284,32 @@ FAMILIES: dict[str, Family] = {
     # segmenters: the maps that the mask head takes
     "segformer": _segmenter(
         "SegformerModel",
-        ALL_STAGES,
-        HeadSpec("segformer", inject_hidden_maps, class_endings=("ForSemanticSegmentation",)),
+        tap_names.ALL_STAGES,
+        HeadSpec("segformer", inject_hidden_maps, class_endings=SEMANTIC),
         extract=_maps,
         forward=_with_hidden_states,
+    ),
+    "beit_segmenter": Family(
+        "segmenter",
+        "BeitModel",
+        tap_names.BEIT_BLOCKS,
+        _pooled_tokens,
+        _interpolate,
+        HeadSpec("beit", inject_hidden_tokens, class_endings=SEMANTIC, forward_options=ANY_SIZE, refuse=refuse_beit),
+        pixel_stats=HALF_STATS,
+        model_options={"add_pooling_layer": False},
     ),
     # DeepLabV3 takes the map before the last convolution of the classifier, which it never uses
     "mobilenet_v2_segmenter": Family(
         "segmenter",
         "MobileNetV2Model",
-        LAST,
+        tap_names.LAST,
         extract_final_map,
         head=HeadSpec(
             "mobilenet_v2.layer.15",
             inject_bare_map,
             shape_only=(*_mobilenet_layers("mobilenet_v2", 15), "mobilenet_v2.conv_1x1"),
-            class_endings=("ForSemanticSegmentation",),
+            class_endings=SEMANTIC,
         ),
         unused=("conv_1x1",),
         size_multiple=1,
@@ -301,48 +318,44 @@ FAMILIES: dict[str, Family] = {
     ),
     "upernet": _segmenter(
         "UperNetForSemanticSegmentation",
-        BACKBONE_OUTPUTS,
+        tap_names.BACKBONE_OUTPUTS,
         HeadSpec("backbone", inject_feature_maps),
         encoder="backbone",
     ),
     "mask2former": _segmenter(
         "Mask2FormerModel",
-        BACKBONE_OUTPUTS,
+        tap_names.BACKBONE_OUTPUTS,
         HeadSpec("model.pixel_level_module.encoder", inject_feature_maps, requires="scipy"),
         encoder="pixel_level_module.encoder",
     ),
     "maskformer": _segmenter(
         "MaskFormerModel",
-        BACKBONE_STAGES,
+        tap_names.BACKBONE_STAGES,
         HeadSpec("model.pixel_level_module.encoder", inject_feature_maps, requires="scipy"),
         encoder="pixel_level_module.encoder",
     ),
     "sam": Family(
         "segmenter",
         "SamVisionModel",
-        BLOCKS,
+        tap_names.BLOCKS,
         extract_sam,
         head=HeadSpec("vision_encoder", inject_map),
         image_config="vision_config",
         fixed_size=True,
     ),
-    "sam2": _sam2("Sam2Model", HeadSpec("vision_encoder", inject_fpn, refuse=_refuse_sam2)),
+    "sam2": _sam2("Sam2Model", HeadSpec("vision_encoder", inject_fpn, refuse=refuse_sam2)),
     "sam2_video": _sam2("Sam2VideoModel", None),
     # detectors: what the decoder takes
-    "detr": _detector("DetrModel", LAST, extract_detr, inject_sequence, size_multiple=1, default_size=800),
-    "conditional_detr": _detector(
-        "ConditionalDetrModel", LAST, extract_detr, inject_sequence, size_multiple=1, default_size=800
-    ),
-    "deformable_detr": _detector(
-        "DeformableDetrModel", ALL_LEVELS, extract_deformable, inject_sequence, size_multiple=1, default_size=800
-    ),
+    "detr": _detr("DetrModel", tap_names.LAST, extract_detr),
+    "conditional_detr": _detr("ConditionalDetrModel", tap_names.LAST, extract_detr),
+    "deformable_detr": _detr("DeformableDetrModel", tap_names.ALL_LEVELS, extract_deformable),
     "rt_detr": _rt_detr("RTDetrModel"),
     "rt_detr_v2": _rt_detr("RTDetrV2Model"),
     "d_fine": _rt_detr("DFineModel"),
     "rf_detr": Family(
         "detector",
         "RfDetrModel",
-        LAST,
+        tap_names.LAST,
         extract_masked_map,
         forward_with_mask,
         HeadSpec(
@@ -358,7 +371,7 @@ FAMILIES: dict[str, Family] = {
     "depth_anything": Family(
         "depth",
         "DepthAnythingForDepthEstimation",
-        BACKBONE_OUTPUTS,
+        tap_names.BACKBONE_OUTPUTS,
         extract_feature_tokens,
         head=HeadSpec("backbone", inject_feature_tokens),
         encoder="backbone",
@@ -366,16 +379,16 @@ FAMILIES: dict[str, Family] = {
     "dpt": Family(
         "depth",
         "DPTModel",
-        DPT_BLOCKS,
+        tap_names.DPT_BLOCKS,
         extract_tokens_with_cls,
-        head=HeadSpec("dpt", inject_hidden_tokens, refuse=_refuse_dpt),
+        head=HeadSpec("dpt", inject_hidden_tokens, refuse=refuse_dpt),
         pixel_stats=HALF_STATS,
         model_options={"add_pooling_layer": False},
     ),
     "dpt_backbone": Family(
         "depth",
         "DPTForDepthEstimation",
-        OUTPUTS,
+        tap_names.OUTPUTS,
         extract_feature_tokens,
         head=HeadSpec("backbone", inject_feature_tokens),
         image_config="backbone_config",
@@ -384,4 +397,4 @@ FAMILIES: dict[str, Family] = {
 }
 
 # A model with code of its own: called with pixels alone; its tokens end with the patch tokens.
-REMOTE = Family("remote code", "AutoModel", LAST, extract_remote, forward_pixels_only)
+REMOTE = Family("remote code", "AutoModel", tap_names.LAST, extract_remote, forward_pixels_only)

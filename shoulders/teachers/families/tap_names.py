@@ -12,7 +12,14 @@ def _blocks(config: Any) -> tuple[str, ...]:
 
 
 def _dpt_blocks(config: Any) -> tuple[str, ...]:
-    return tuple(f"block{i}" for i in sorted(config.backbone_out_indices))
+    # the first two of a hybrid DPT stand for maps of its convolutional stem
+    indices = config.backbone_out_indices[2 if config.is_hybrid else 0 :]
+    return tuple(f"block{i}" for i in sorted(indices))
+
+
+def _beit_blocks(config: Any) -> tuple[str, ...]:
+    # the head takes the hidden states out_indices - 1, and the first hidden state is before all blocks
+    return tuple(f"block{i - 2}" for i in sorted(config.out_indices))
 
 
 def _stages(config: Any) -> tuple[str, ...]:
@@ -41,6 +48,7 @@ def _hybrid_levels(config: Any) -> tuple[str, ...]:
 
 BLOCKS = Taps("block0..blockN-1, last", _blocks)
 DPT_BLOCKS = Taps("block0..blockN-1, last", _blocks, "head", _dpt_blocks)
+BEIT_BLOCKS = Taps("block0..blockN-1, last", _blocks, "head", _beit_blocks)
 LAST = Taps("last", lambda config: ("last",))
 STAGES = Taps("stage0..stageN-1", _stages)
 ALL_STAGES = Taps("stage0..stageN-1", _stages, "all")

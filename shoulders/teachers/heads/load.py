@@ -19,6 +19,7 @@ Head = TeacherHead | ZeroShot
 # how the class names of models with a task head end
 HEAD_CLASS_ENDINGS = (
     "ForImageClassification",
+    "ForImageClassificationWithTeacher",
     "Detection",
     "Segmentation",
     "DepthEstimation",

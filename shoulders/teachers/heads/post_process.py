@@ -140,6 +140,7 @@ def to_prompted_masks(head: TeacherHead, output: Any, sizes: list[tuple[int, int
 # end of the model's class name -> how its output becomes predictions
 POST_PROCESSORS: dict[str, Callable[..., list[Any]]] = {
     "ForImageClassification": to_classes,
+    "ForImageClassificationWithTeacher": to_classes,
     "ForObjectDetection": to_boxes,
     "ForSemanticSegmentation": to_class_masks,
     "ForUniversalSegmentation": to_instance_masks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,9 @@ from shoulders.teachers.heads import check_head, load_head
 from tests.teachers.conftest import NECK, RF_DETR, STAGE_NAMES, TINY, VIT, dpt_with_depth, swin
 
 BLOCKS = VIT | {"num_hidden_layers": 4, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3]}
-WITH_HEAD = TINY | {
-    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**VIT)),
-    # other heads and encoders of families in the table
-    "dpt, classes": lambda: hf.DPTForSemanticSegmentation(hf.DPTConfig(**BLOCKS, **NECK)),
-    "rf_detr, masks": lambda: hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)),
-    "dpt_backbone, hierarchical": lambda: dpt_with_depth(
-        hf.DPTConfig(
-            backbone_config=swin(hf.Swinv2Config, out_features=STAGE_NAMES),
-            **NECK | {"neck_hidden_sizes": [8, 16, 32, 64]},
-        )
-    ),
-}
-OUTPUTS = ("logits", "pred_boxes", "masks_queries_logits", "class_queries_logits", "predicted_depth", "pred_masks")
-# one rounding apart: the input of these heads has another memory layout than the output of their encoder
-TOLERANCE = {"regnet": 1e-7, "upernet": 1e-7, "mobilenet_v2_segmenter": 1e-7}
 HYBRID = BLOCKS | {
     "is_hybrid": True,
+    "neck_ignore_stages": [0, 1],
     "backbone_featmap_shape": [1, 16, 2, 2],
     "backbone_config": {
         "embedding_size": 8,
@@ -45,6 +32,32 @@ HYBRID = BLOCKS | {
         "layer_type": "bottleneck",
     },
 }
+WITH_HEAD = TINY | {
+    # other heads and encoders of families in the table
+    "dpt, hybrid": lambda: dpt_with_depth(hf.DPTConfig(**HYBRID, **NECK)),
+    "dpt, classes": lambda: hf.DPTForSemanticSegmentation(hf.DPTConfig(**BLOCKS, **NECK)),
+    "rf_detr, masks": lambda: hf.RfDetrForInstanceSegmentation(hf.RfDetrConfig(**RF_DETR)),
+    "dpt_backbone, hierarchical": lambda: dpt_with_depth(
+        hf.DPTConfig(
+            backbone_config=swin(hf.Swinv2Config, out_features=STAGE_NAMES),
+            **NECK | {"neck_hidden_sizes": [8, 16, 32, 64]},
+        )
+    ),
+}
+OUTPUTS = (
+    "logits",
+    "pred_boxes",
+    "masks_queries_logits",
+    "class_queries_logits",
+    "predicted_depth",
+    "pred_masks",
+    "logits_per_image",
+    "image_embeds",
+)
+# one rounding apart: the input of these heads has another memory layout than the output of their encoder
+TOLERANCE = {"regnet": 1e-7, "upernet": 1e-7, "mobilenet_v2_segmenter": 1e-7, "beit_segmenter": 1e-7}
+# the encoder's own outputs are what these are published for, or no single image has an output (sam2_video)
+WITHOUT_OUTPUT = ("radio", "dinov3_vit", "dinov3_convnext", "sam2_video", "siglip_vision_model")
 WITH_SPEC = [model_type for model_type, family in FAMILIES.items() if family.head]
 POINTS = {"input_points": torch.tensor([[[[10.0, 12.0]]], [[[20.0, 30.0]]]])}
 BOXES = {"input_boxes": torch.tensor([[[4.0, 4.0, 40.0, 50.0]], [[10.0, 2.0, 60.0, 30.0]]])}
@@ -82,6 +95,58 @@ def test_on_the_teachers_features_a_head_gives_the_teachers_output(model_type: s
             assert expected.std() > 0
             assert (outputs[name] - expected).abs().max() <= TOLERANCE.get(model_type, 0.0), name
     assert sum(p.numel() for p in head.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+
+
+def gradients(outputs: Iterable[Tensor], weights: list[Tensor]) -> list[float]:
+    """The norm of the gradient of each weight, of a random function of the outputs."""
+    torch.manual_seed(0)
+    total = torch.stack([(output * torch.randn_like(output)).sum() for output in outputs]).sum()
+    found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
+    return [0.0 if gradient is None else float(gradient.norm()) for gradient in found]
+
+
+@pytest.mark.parametrize("model_type", [name for name in WITH_HEAD if name not in WITHOUT_OUTPUT])
+def test_every_weight_behind_a_tap_moves_the_output_of_the_model(model_type: str, tmp_path: Path) -> None:
+    """A weight that moves a tap alone belongs to a layer that no head reads: it may be random where it is published."""
+    model, spec = save_model(model_type, tmp_path)
+    teacher = load_teacher("t", spec, optimize=False).requires_grad_(True)
+    pixels = torch.randn(2, 3, *teacher.size)
+    outputs = tensors(run_model(model_type, model.requires_grad_(True), pixels)).values()
+    taps = [x for features in teacher.module(pixels).values() for x in features.components().values()]
+    names, weights = zip(*teacher.module.named_parameters(), strict=True)
+    same = [next(q for q in model.parameters() if q.shape == p.shape and torch.equal(q, p)) for p in weights]
+    moves_taps, moves_outputs = gradients(taps, list(weights)), gradients(outputs, same)
+    assert outputs and max(moves_outputs) > 0
+    floor = 1e-6 * max(moves_taps)  # rounding: a bias of attention's keys moves nothing
+    unread = [name for name, a, b in zip(names, moves_taps, moves_outputs, strict=True) if a > floor and b == 0]
+    assert not unread
+
+
+def test_taps_that_no_head_takes_are_no_default(tmp_path: Path) -> None:
+    hf.DPTForDepthEstimation(hf.DPTConfig(**HYBRID, **NECK)).save_pretrained(tmp_path / "hybrid")
+    hybrid = load_teacher("t", TeacherSpec(model=str(tmp_path / "hybrid")))
+    assert list(hybrid.taps) == ["block2", "block3"]  # the neck takes maps of the stem in place of the first two
+    TINY["hiera"]().save_pretrained(tmp_path / "hiera")
+    TINY["hiera"]().hiera.save_pretrained(tmp_path / "bare")
+    classifier, bare = (load_teacher("t", TeacherSpec(model=str(tmp_path / name))) for name in ("hiera", "bare"))
+    assert classifier.taps["stage3"].summary and bare.taps["stage3"].summary is None  # a norm that is not trained
+    assert classifier.taps["stage3"].spatial == bare.taps["stage3"].spatial
+
+
+def run_model(model_type: str, model: Any, pixels: Tensor) -> Any:
+    """The output of a whole model for normalized pixels."""
+    if model_type.startswith("siglip2"):
+        patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        grids = torch.tensor([[pixels.shape[2] // 8, pixels.shape[3] // 8]] * len(pixels))
+        images = {
+            "pixel_values": patches,
+            "spatial_shapes": grids,
+            "pixel_attention_mask": torch.ones(patches.shape[:2]),
+        }
+    else:
+        images = {"pixel_values": pixels}
+    texts = {"input_ids": torch.tensor([[1, 5, 2], [1, 7, 2]])} if model_type in ("clip", "siglip", "siglip2") else {}
+    return model(**images, **texts, **(POINTS if model_type in ("sam", "sam2") else {}))
 
 
 @pytest.mark.parametrize("model_type", ["segformer", "d_fine", "maskformer", "resnet"])

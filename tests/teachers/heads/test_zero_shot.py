@@ -155,6 +155,9 @@ def test_unusable_checkpoints_are_refused_before_any_weights_are_read(tmp_path: 
         hf.SiglipConfig(vision_config={**vision, "image_size": 16, "patch_size": 8})
     ).save_pretrained(tmp_path / "linear")
     spec = TeacherSpec(model=str(tmp_path / "linear"), classes=["cat", "dog"])
+    assert "has classes of its own" in refusal(spec)
+    config = tmp_path / "linear" / "config.json"
+    config.write_text(config.read_text().replace("SiglipForImageClassification", "SiglipVisionModel"))
     assert "has no text tower" in refusal(spec)
     save_tokenizer(tmp_path / "clip")
     hf.AutoModel.from_config(hf.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
