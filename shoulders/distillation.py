@@ -8,9 +8,8 @@ One step is `shoulders.training.step.TrainStep`, its loss is in `shoulders.trans
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from shoulders.config.recipe import Recipe, as_recipe, dump_recipe
 from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.distributed.device import use_bf16
 from shoulders.distributed.sharding import gather_state, unsharded, wrap_model
-from shoulders.distributed.signals import catch_signals
-from shoulders.errors import Interrupted, NumericError
+from shoulders.distributed.signals import catch_signals, stop_if_signalled
+from shoulders.errors import NumericError
 from shoulders.feature_cache import open_cache
 from shoulders.features import Batch, Features, Skipped
 from shoulders.images import ImageSet, SkipReport, open_images
@@ -44,6 +43,8 @@ from shoulders.training.resume import check_invariants, resume_invariants
 from shoulders.training.step import TrainStep
 from shoulders.training.student import init_student, load_kept_heads
 
+NOTHING_IS_LOST = "nothing is lost: start again with the same command"
+
 
 def distill(
     recipe: Recipe | Path | str, *, extra_teachers: Mapping[str, Teacher] | None = None, resume: bool = False
@@ -63,10 +64,10 @@ def distill(
         DataError: too many images are unreadable, or no checkpoint is valid.
         NumericError: the loss is no longer finite.
         SpaceError: the disk is full.
-        Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved, or with the student complete.
     """
     recipe, started_at = as_recipe(recipe), time.perf_counter()
-    with init_distributed() as dist, ExitStack() as locks:
+    with init_distributed() as dist, catch_signals(f"{recipe.out} is finished") as signals, ExitStack() as locks:
         check_run(recipe, extra_teachers or {}, dist, resume)
         dist.barrier()  # all ranks have checked before one of them writes
         locks.enter_context(run_lock(recipe.out, dist))
@@ -77,7 +78,7 @@ def distill(
             dist.log(f"{recipe.out} is finished already")
             return read_summary(recipe)
 
-        trainer = prepare(recipe, extra_teachers or {}, dist)
+        trainer = prepare(recipe, extra_teachers or {}, dist, signals)
         heads = load_kept_heads(recipe, trainer.teachers, dist)  # a head that cannot be kept fails before training
         measures = trainer.train(resume)
 
@@ -91,10 +92,17 @@ def distill(
         return summary
 
 
-def prepare(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistContext) -> Trainer:
-    """Open the images, load the teachers or their cache, and initialise a student."""
+def prepare(
+    recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistContext, signals: Sequence[int] = ()
+) -> Trainer:
+    """Open the images, load the teachers or their cache, and initialise a student.
+
+    Args:
+        signals: those that were received so far, see `catch_signals`.
+    """
     images = open_images(recipe.images, recipe.train.seed)
     check_heldout(recipe, images)
+    stop_if_signalled(signals, dist, NOTHING_IS_LOST)
     bf16 = use_bf16(recipe.train.precision, dist.device)
     teachers = open_cache(recipe, extra_teachers, images, bf16, dist) or Teachers(
         {name: load_teacher(name, spec) for name, spec in recipe.teachers.items()} | dict(extra_teachers),
@@ -108,7 +116,7 @@ def prepare(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: DistCon
     dist.log(f"{len(images)} training images, {len(images.heldout)} held out; base {recipe.student.base}")
     for tap, shape in teachers.taps.items():
         dist.log(f"  {tap}: summary {shape.summary or '-'}, spatial {shape.spatial or '-'} on {shape.grid}")
-    return Trainer(recipe, module, teachers, images, dist)
+    return Trainer(recipe, module, teachers, images, dist, signals)
 
 
 class Trainer:
@@ -121,10 +129,16 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, module: DistillationModule, teachers: AnyTeachers, images: ImageSet, dist: DistContext
+        self,
+        recipe: Recipe,
+        module: DistillationModule,
+        teachers: AnyTeachers,
+        images: ImageSet,
+        dist: DistContext,
+        signals: Sequence[int] = (),
     ):
         self.recipe, self.module, self.teachers, self.images, self.dist = recipe, module, teachers, images, dist
-        self.student = module.student
+        self.student, self.signals = module.student, signals
         self.batches = run_batches(recipe, images, teachers)
         self.elapsed, self.started_at = 0.0, time.perf_counter()
         self.invariants = resume_invariants(self.student, teachers, images)
@@ -143,9 +157,13 @@ class Trainer:
         )
 
     def train(self, resume: bool) -> dict[str, float]:
-        """Train from the first step, or the latest checkpoint, to the last. Returns the last held-out measures."""
+        """Train from the first step, or the latest checkpoint, to the last. Returns the last held-out measures.
+
+        Raises:
+            Interrupted: a signal was received, by any rank.
+        """
         recipe, train, dist = self.recipe, self.recipe.train, self.dist
-        first_step = self.resume() if resume else 0
+        step = first_step = self.resume() if resume else 0
         if first_step == 0:
             self.calibrate()
         dist.log(f"computing the teacher features of {len(self.images.heldout)} held-out images")
@@ -155,7 +173,6 @@ class Trainer:
         skipped: list[Skipped] = []
         finite = torch.ones((), dtype=torch.bool, device=dist.device)
         with (
-            catch_signals() as signals,
             MetricLogger(recipe.out, first_step, train, dist.is_main) as logger,
             closing(self.batches.training(first_step, train.steps, dist.rank, dist.world_size)) as batches,
         ):
@@ -170,7 +187,7 @@ class Trainer:
                     step == train.steps or step % every == 0
                     for every in (train.log_every, train.evaluate_every, train.save_every)
                 )
-                stop = dist.any(bool(signals))
+                stop = dist.any(bool(self.signals))
                 if not (log or evaluate or save or stop):
                     continue  # nothing waits for the device
                 skip_report.add([one for by_rank in dist.gather(skipped) for one in by_rank])
@@ -184,14 +201,16 @@ class Trainer:
                     measures = self.evaluate(heldout, logger, step)
                 if save or stop:
                     self.save(step)
-                if stop and step < train.steps:
-                    raise Interrupted(signals[0] if signals else signal.SIGTERM, step)
+                if stop:
+                    break
+        stop_if_signalled(self.signals, dist, f"the checkpoint of step {step} is saved: continue with --resume")
         self.optimizers.load_ema()
         return measures | {"heldout": len(heldout)}
 
     def with_targets(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
         """Each batch with the teacher features that the student is trained to predict."""
         for batch in (batch.to(self.dist.device) for batch in batches):
+            stop_if_signalled(self.signals, self.dist, NOTHING_IS_LOST)
             features = self.step.teacher_features(batch)
             yield batch, {tap: features[tap] for tap in self.student.taps}
 

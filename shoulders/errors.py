@@ -6,6 +6,9 @@ def printable(text: object) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in str(text))
 
 
+PARTS_ARE_KEPT = "finished parts are kept: continue with the same command"
+
+
 class ShouldersError(Exception):
     """One line for the user: what is wrong, what is allowed, what to change."""
 
@@ -41,13 +44,9 @@ class Interrupted(ShouldersError):
 
     Args:
         number: of the signal; the exit code is 128 + number.
-        step: the step of the checkpoint; None if there is nothing to resume with ``--resume``.
+        advice: what is kept, and how to continue.
     """
 
-    def __init__(self, number: int, step: int | None = None):
+    def __init__(self, number: int, advice: str = PARTS_ARE_KEPT):
         self.number, self.exit_code = number, 128 + number
-        if step is None:
-            kept = "; finished parts are kept: continue with the same command"
-        else:
-            kept = f" at step {step}; the checkpoint is saved: continue with --resume"
-        super().__init__(f"interrupted by signal {number}{kept}")
+        super().__init__(f"interrupted by signal {number}; {advice}")

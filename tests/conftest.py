@@ -39,3 +39,13 @@ def uninterrupted_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(tiny_world, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def short_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, `tests.runs.SHORT`, that nothing interrupted, which no test changes."""
+    from tests.runs import SHORT, run
+
+    out = tmp_path_factory.mktemp("short") / "run"
+    run(tiny_world, out, resume=False, **SHORT)
+    return out

@@ -1,4 +1,4 @@
-"""Runs of 12 steps over the tiny world: what tests of a run interrupt, resume and compare."""
+"""Runs over the tiny world: what tests of a run interrupt, resume and compare."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from tests.tiny import tiny_tree
 
 STEPS = 12
 TRAIN = {"steps": STEPS, "save_every": 4, "evaluate_every": 6, "ema": 0.9}
+
+SHORT: dict[str, Any] = {
+    "train__steps": 4,
+    "train__save_every": 2,
+    "train__evaluate_every": 4,
+    "train__keep_checkpoints": 1,
+}
 
 
 def run_tree(world: Path, out: Path, **changes: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ THIRD_PARTY = {
     "shoulders/hub/files.py": {"_CACHED_NO_EXIST"},  # huggingface_hub: a file known to be absent
     "shoulders/tasks/average_precision.py": {"_evalImgs_cpp"},  # faster-coco-eval: evaluated images
     "shoulders/teachers/heads/head.py": {"_pytree"},  # torch: outputs of any structure
-    "tests/feature_cache/test_build.py": {"_exit"},  # os: documented
+    "tests/crashes.py": {"_exit"},  # os: documented
+    "tests/feature_cache/test_build.py": {"_exit"},
     "tests/hub/test_fast.py": {"_attn_implementation"},  # transformers: the kernel that a model uses
     "tests/mutation/run.py": {"_exit"},
     "tests/storage/test_locks.py": {"_exit"},

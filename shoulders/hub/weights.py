@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +106,37 @@ def load_strict(
     return model
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+class Quiet:
+    """Silences transformers while any thread is in this context: the first one enters it, the last one restores it."""
+
+    def __init__(self) -> None:
+        self.lock, self.users = threading.Lock(), 0
+        self.level, self.has_bar = 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.users += 1
+            if self.users == 1:
+                self.level, self.has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+                logging.set_verbosity_error()
+                logging.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users:
+                return
+            logging.set_verbosity(self.level)
+            if self.has_bar:
+                logging.enable_progress_bar()
+
+
+_QUIET = Quiet()
+
+
+def quiet() -> Quiet:
     """Within this context transformers shows no progress bar and no report of weights left out on purpose."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+    return _QUIET
 
 
 def _one_line(error: BaseException) -> str:

@@ -18,6 +18,9 @@ MAX_PIXELS = 50_000_000  # of an image, by default; larger ones are not decoded
 # the formats that Pillow may try: EPS would start Ghostscript, and decoders of rare formats have more faults
 READS_AVIF = "avif" in features.modules and features.check("avif")  # depends on how Pillow was built
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", *(("AVIF",) if READS_AVIF else ()))
+# of odd metadata; what is wrong with an image itself is raised. Not by catch_warnings: threads that decode at the same
+# time would restore each other's filters
+warnings.filterwarnings("ignore", module=r"PIL\.")
 GreyRange = tuple[float, float]  # the grey values that become 0 and 255
 ChooseRange = Callable[[NDArray[np.generic], str], GreyRange]
 _ORIENTATION_TAG = 0x0112
@@ -70,27 +73,25 @@ def decode_with_size(
     """
     if not data:
         raise Undecodable("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metadata; faults of the image itself are raised
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                width, height = image.size
-                _check_size(width, height, max_pixels)
-                if min_side is not None:
-                    image.draft(None, (min_side, min_side))
-                kind = _deep_kind(image)
-                orientation = _orientation(image)  # before load, which turns TIFF images upright
-                image.load()
-                pixels = _to_rgb(image, kind, choose_range)  # (H, W, 3)
-        except Undecodable:
-            raise
-        except UnidentifiedImageError as error:
-            raise Undecodable(f"not an image: no {', '.join(FORMATS)} that can be read") from error
-        except Image.DecompressionBombError as error:  # Pillow's own limit, 179 million pixels
-            raise Undecodable(f"too many pixels: {' '.join(str(error).split())}") from error
-        except Exception as error:  # decoders raise errors of many kinds
-            message = " ".join(str(error).split())
-            raise Undecodable(f"damaged: {type(error).__name__} {message}"[:200]) from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            _check_size(width, height, max_pixels)
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            kind = _deep_kind(image)
+            orientation = _orientation(image)  # before load, which turns TIFF images upright
+            image.load()
+            pixels = _to_rgb(image, kind, choose_range)  # (H, W, 3)
+    except Undecodable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Undecodable(f"not an image: no {', '.join(FORMATS)} that can be read") from error
+    except Image.DecompressionBombError as error:  # Pillow's own limit, 179 million pixels
+        raise Undecodable(f"too many pixels: {' '.join(str(error).split())}") from error
+    except Exception as error:  # decoders raise errors of many kinds
+        message = " ".join(str(error).split())
+        raise Undecodable(f"damaged: {type(error).__name__} {message}"[:200]) from error
     swapped, flips = _ORIENTATIONS.get(orientation, (False, ()))
     if image.format == "TIFF":
         oriented = pixels if upright else _undo(pixels, swapped, flips)
@@ -110,13 +111,11 @@ def _undo(pixels: NDArray[np.uint8], swapped: bool, flips: tuple[int, ...]) -> N
 
 def has_orientation(data: bytes) -> bool:
     """Whether the pixels of an encoded image are stored otherwise than upright."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _orientation(image) in _ORIENTATIONS
-        except Exception:  # decoding it gives the reason
-            return False
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _orientation(image) in _ORIENTATIONS
+    except Exception:  # decoding it gives the reason
+        return False
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -142,15 +141,13 @@ def deep_values(data: bytes) -> tuple[NDArray[np.generic], str]:
     Raises:
         Undecodable: the image cannot be read.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_size(*image.size, MAX_PIXELS)
-                kind = _deep_kind(image)
-                return (np.asarray(image) if kind else np.zeros(0)), kind
-        except Exception as error:  # decoders raise errors of many kinds
-            raise Undecodable(f"damaged: {type(error).__name__}") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, MAX_PIXELS)
+            kind = _deep_kind(image)
+            return (np.asarray(image) if kind else np.zeros(0)), kind
+    except Exception as error:  # decoders raise errors of many kinds
+        raise Undecodable(f"damaged: {type(error).__name__}") from error
 
 
 def _deep_kind(image: ImageFile.ImageFile) -> str:

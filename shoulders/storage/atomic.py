@@ -41,8 +41,9 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
             partial.rename(final)
         sync(final.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise space_error(error, final) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # where an error or a second Ctrl-C left it
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ from shoulders.feature_cache.spec import build_command
 from shoulders.features import Features
 from shoulders.teachers import Teacher
 from shoulders.teachers.pure import IMAGES
+from tests.crashes import fork, kill_at, watch_os_calls
 from tests.feature_cache.toy import (
     SMALL_SHARDS,
     Colours,
@@ -55,48 +56,6 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_toy_world(tmp_path_factory.mktemp("tiny"), 12)
 
 
-CALLS = (
-    "open",
-    "write",
-    "fsync",
-    "rename",
-    "replace",
-    "unlink",
-)  # of `os`: every call of a build that changes the disk
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Run in a child process; returns its wait status."""
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return os.waitpid(child, 0)[1]
-
-
-def count_calls(on_call: Callable[[int], None]) -> list[int]:
-    """Call ``on_call`` with the number of each call that changes the disk, before it; returns the current number."""
-    calls = [0]
-
-    def counted(name: str) -> Callable[..., Any]:
-        call = getattr(os, name)
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            calls[0] += 1
-            on_call(calls[0])
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in CALLS:
-        setattr(os, name, counted(name))
-    return calls
-
-
 @pytest.mark.parametrize("names", [["small"], pytest.param(["small", "large"], marks=pytest.mark.slow)])
 def test_a_build_killed_before_any_call_that_changes_the_disk_ends_with_the_same_bytes(
     names: list[str], tiny_root: Path, tmp_path: Path
@@ -106,12 +65,8 @@ def test_a_build_killed_before_any_call_that_changes_the_disk_ends_with_the_same
     expected = contents(tmp_path / "expected")
 
     def killed(at: int, recipe: Recipe) -> int:
-        def die(number: int) -> None:
-            if number == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
         def work() -> None:
-            count_calls(die)
+            watch_os_calls(kill_at(at))
             build(recipe, selected)
 
         return fork(work)
@@ -123,7 +78,7 @@ def test_a_build_killed_before_any_call_that_changes_the_disk_ends_with_the_same
         status = killed(at, recipe)
         if status == 0:
             break
-        assert os.WTERMSIG(status) == signal.SIGKILL
+        assert status == -signal.SIGKILL
         points += 1
         left = {name: data for name, data in contents(cache).items() if name in expected}
         assert all(expected[name] == data for name, data in left.items()), at  # only complete files have their names

@@ -6,7 +6,11 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
+import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -273,3 +277,43 @@ def test_real_photos_are_decoded_as_by_pillow() -> None:
     for path in sorted(PHOTOS.glob("*.jpg"))[::20]:
         expected = np.asarray(Image.open(path).convert("RGB"))
         assert np.array_equal(decode(path.read_bytes(), 10_000_000).permute(1, 2, 0).numpy(), expected)
+
+
+def test_threads_that_decode_at_once_leave_the_warning_filters_as_they_were() -> None:
+    first_is_inside, first_may_end, first_has_ended = (threading.Event() for _ in range(3))
+    data = encode(Image.fromarray(np.full((4, 4), 1000, np.uint16)), "PNG")
+
+    def range_in_first(values: object, kind: str) -> tuple[float, float]:
+        first_is_inside.set()
+        first_may_end.wait(30)
+        return 0, 65535
+
+    def range_in_second(values: object, kind: str) -> tuple[float, float]:
+        first_may_end.set()
+        first_has_ended.wait(30)
+        return 0, 65535
+
+    def decode_first() -> None:
+        decode_with_size(data, MAX_PIXELS, choose_range=range_in_first)
+        first_has_ended.set()
+
+    filters = list(warnings.filters)
+    thread = threading.Thread(target=decode_first)
+    thread.start()
+    first_is_inside.wait(30)
+    decode_with_size(data, MAX_PIXELS, choose_range=range_in_second)
+    thread.join()
+    assert warnings.filters == filters
+
+
+def test_warnings_of_pillow_are_ignored_and_others_are_not() -> None:
+    code = (
+        "import sys, warnings\nfrom shoulders.images.decode import decode\n"
+        "decode(sys.stdin.buffer.read(), 10**6)\nwarnings.warn('of our own')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=EXPECTED["broken exif"][0](), capture_output=True, check=True
+    )
+    assert [line for line in done.stderr.decode().splitlines() if "Warning" in line] == [
+        "<string>:4: UserWarning: of our own"
+    ]

@@ -87,8 +87,7 @@ def read_mask(path: Path, n_classes: int) -> NDArray[np.uint8]:
         DataError: the file and the reason.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata; what matters is raised
+        with Image.open(path) as image:  # its warnings are ignored, see `shoulders.images.decode`
             if image.mode not in _INDEX_MODES:
                 raise ValueError(f"it holds colours ({image.mode}), not one index for each pixel")
             step = _GREY_STEPS.get(str(image.tile[0].args), 1) if image.tile else 1
