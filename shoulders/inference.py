@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from transformers import AutoModel
 from shoulders.config.section import as_size
 from shoulders.errors import RecipeError
 from shoulders.features import Batch, Features, FeaturesOf
+from shoulders.images import WHOLE_IMAGE, render
 from shoulders.model import ShouldersModel
 from shoulders.student.config import ShouldersConfig
 from shoulders.student.encoder import Encoder
 from shoulders.student.families import BASES
+from shoulders.tasks.frame import ModelInput, whole_frame
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
 from shoulders.transfer.projectors import module_name, teacher_name
@@ -124,12 +126,14 @@ class HeadInput:
         size: (h, w) in px of the images that ``compute_features`` takes.
         compute_features: pixels (B, 3, h, w) in [0, 1] -> features of the head's taps, a teacher's or a student's.
         names: the class names that a zero-shot head chooses from; default: all that it keeps.
+        class_map: the head's class for some classes of the data.
     """
 
     head: Head
     size: tuple[int, int]
     compute_features: Callable[[Tensor], dict[str, Features]]
     names: Sequence[str] | None = None
+    class_map: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
@@ -140,6 +144,20 @@ class HeadInput:
     def processor(self) -> Any:
         """The image processor of the head's teacher."""
         return self.head.processor
+
+    @property
+    def input_description(self) -> str:
+        """What `draw` does with an image."""
+        return f"whole image resized to {self.size[0]} x {self.size[1]} px (h x w), bicubic"
+
+    @property
+    def min_side(self) -> int:
+        """Both sides of a decoded image need this many px."""
+        return max(self.size)
+
+    def draw(self, pixels: Tensor, size: tuple[int, int]) -> ModelInput:
+        """The whole image at the size of the model; ``size`` is that of the original."""
+        return ModelInput({"pixels": render(pixels, WHOLE_IMAGE, self.size).float() / 255}, whole_frame(size))
 
     def compute_output(self, pixels: Tensor) -> Any:
         """The head's own output."""

@@ -26,8 +26,8 @@ INTERFACE = {
     "plan": "{recipe} [overrides]... --json --help",
     "cache": "{recipe} [overrides]... --estimate --verify --info --json --help",
     "evaluate": (
-        "{run} --task --data --models --column --batch --workers --seed --heads --size --finetune --scratch-steps "
-        "--probe --json --help"
+        "{run} --task --data --models --column --batch --workers --seed --heads --classes --size --finetune "
+        "--scratch-steps --probe --json --help"
     ),
     "predict": "{run} {images} --head --probe --out --threshold --max-pixels --no-pictures --json --help",
     "report": "{run} --out --json --help",

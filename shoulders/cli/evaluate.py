@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shoulders.cli.options import AsJson, RunOrStudent, print_json
+from shoulders.cli.options import AsJson, RunOrStudent, expand_home, print_json
 from shoulders.cli.tables import print_table
 from shoulders.errors import RecipeError
 
@@ -30,6 +30,10 @@ def evaluate(
     heads: Annotated[
         bool, typer.Option("--heads", help="Evaluate the kept teacher heads instead of fitting a probe.")
     ] = False,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="With --heads: a JSON file with the head's class for each class of the data."),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(help="Input size of student and base in px, N or H,W; default: that of training.")
     ] = None,
@@ -45,13 +49,15 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the student, its base and its teachers on a task."""
+    if classes and not heads:
+        raise RecipeError("--classes: names the classes of kept heads; give --heads too")
     _check_heads(heads, {"--probe": probe, "--finetune": finetune, "--scratch-steps": scratch_steps})
     input_size = _parse_size(size)
     names = models.split(",") if models else None
     settings: dict[str, Any] = {"column": column, "batch": batch, "workers": workers, "size": input_size}
     settings |= {"on_model": _show_progress}
     if heads:
-        rows = _evaluate_heads(run, task, data, names, settings)
+        rows = _evaluate_heads(run, task, data, names, settings | {"classes": expand_home(classes)})
     else:
         settings |= {"seed": seed, "finetune": finetune, "probe": probe}
         rows = _evaluate_probes(run, task, data, names, scratch_steps, settings)

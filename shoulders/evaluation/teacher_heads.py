@@ -16,6 +16,8 @@ from shoulders.inference import HeadInput, has_classes, head_on_student, head_on
 from shoulders.model import load
 from shoulders.storage.results import upsert_results
 from shoulders.tasks import Row, Task, find_task, task_of_head
+from shoulders.tasks.class_match import ClassMap
+from shoulders.tasks.data.class_names import read_class_map
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import ZeroShot, load_head
 from shoulders.teachers.heads.post_process import check_processor
@@ -33,13 +35,18 @@ def evaluate_heads(
     batch: int = 64,
     workers: int = 1,
     size: tuple[int, int] | None = None,
+    classes: Path | str | None = None,
     on_model: Callable[[str], None] = lambda name: None,
 ) -> Rows:
     """Evaluate the heads that do a task, on the features of their teachers and of the student.
 
+    Scores are of the classes that head and data have in common; a warning tells which were left out.
+
     Args:
         models: ``student``: all heads that it keeps; ``teachers``, names of teachers: those of their heads that the
             student keeps.
+        classes: a file that gives the head's class for classes of the data, see `read_class_map`; default:
+            ``classes.json`` in the folder of the data, for images with one class each.
 
     The other arguments are those of `shoulders.evaluation.evaluate.evaluate`.
 
@@ -51,16 +58,21 @@ def evaluate_heads(
         DataError: if the student, a head or the data cannot be used.
     """
     run, row = Path(run), find_task(task)
-    recipe, splits = recipe_of_run(run), row.find_splits(data, column)
+    recipe = recipe_of_run(run)
     check_models(models, recipe)
+    class_map, splits = _class_map(row, data, classes), row.find_splits(data, column, fit=False)
     teachers = chosen_teachers(run, recipe, models, with_heads=True)
     rows: Rows = []
     refused: list[str] = []
-    for name, teacher, head in _heads_of_task(run, row, splits, teachers, models, size):
+    for name, teacher, head in _heads(run, teachers, models, size):
+        if task_of_head(head.head) != task:
+            continue
         check_processor(head.head)
         on_model(f"{name}, head of {teacher}")
+        if isinstance(head.head, ZeroShot) and has_classes(head, splits.classes):
+            head = replace(head, names=splits.classes)
         try:
-            head_rows = row.evaluate_head(head, splits, batch, workers)
+            head_rows = row.evaluate_head(replace(head, class_map=class_map), splits, batch, workers)
         except RecipeError as error:  # its classes are not those of the data
             refused.append(f"{name}, head of {teacher}: {error}")
             continue
@@ -70,9 +82,28 @@ def evaluate_heads(
             f"--heads: no head does {task} with the classes of the data; name teachers in keep_heads: of the recipe"
             + "".join(f"; {reason}" for reason in refused)
         )
-    for reason in refused:
+    for reason in (*refused, *_classes_left_out(rows)):
         warnings.warn(f"left out: {reason}", stacklevel=2)
     return rows
+
+
+def _class_map(task: Task, data: Path | str, file: Path | str | None) -> ClassMap:
+    """The classes in a file, or in the ``classes.json`` of images with one class each; empty where there is none."""
+    beside = Path(data) / "classes.json"
+    if file is None and (task.needs_spatial or not beside.is_file()):  # masks have their names in that file
+        return {}
+    return read_class_map(Path(file or beside))
+
+
+def _classes_left_out(rows: Rows) -> list[str]:
+    """One line for each head that is evaluated on some of the classes alone."""
+    lines = {
+        row["head"]: f"classes that head and data do not share, {row['settings']['classes_left_out']}; scores of the "
+        f"head of {row['head']} are of {row['settings']['classes']} classes"
+        for row in rows
+        if "classes_left_out" in row["settings"]
+    }
+    return list(lines.values())
 
 
 def evaluate_zero_shot(
@@ -98,24 +129,6 @@ def evaluate_zero_shot(
     if rows and size is None and (run / "recipe.yaml").is_file():
         upsert_results(run / "results.json", rows)
     return rows
-
-
-def _heads_of_task(
-    run: Path,
-    task: Task,
-    splits: Any,
-    teachers: Mapping[str, TeacherSpec],
-    models: Sequence[str],
-    size: tuple[int, int] | None,
-) -> Iterator[tuple[str, str, HeadInput]]:
-    """As `_heads`, those that do a task; heads that choose among class names get the names of the data."""
-    for name, teacher, head in _heads(run, teachers, models, size):
-        if isinstance(head.head, ZeroShot) and task.zero_shot:
-            if not has_classes(head, splits.test.images.classes):
-                continue
-            head = replace(head, names=splits.test.images.classes)
-        if task_of_head(head.head) == task.name:
-            yield name, teacher, head
 
 
 def _heads(

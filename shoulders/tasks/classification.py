@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoulders.errors import RecipeError
+from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import MAX_PIXELS, Undecodable, View, evaluation_batches
+from shoulders.tasks.class_match import match_classes
 from shoulders.tasks.data.labelled import LabelledSplit, LabelledSplits, find_labelled
 from shoulders.tasks.heads.linear import LinearHead
 from shoulders.tasks.skipped import skipped_settings
 from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Task
-from shoulders.tasks.teacher_head_eval import class_indices, head_outputs, head_rows
+from shoulders.tasks.teacher_head_eval import head_outputs, head_rows
 from shoulders.tasks.vector_probes import LabelledVectors, evaluate_vectors, extract_vectors, image_vectors, top1
 
 NUM_BEST_CLASSES = 5  # that a prediction lists
@@ -123,19 +125,25 @@ class ClassificationTask:
 
 
 def evaluate_classification_head(head: HeadWithInput, splits: LabelledSplits, batch: int, workers: int) -> list[Row]:
-    """Top-1 of a teacher's head on the test images."""
+    """Top-1 of a teacher's head on the test images of the classes that the head has, among these classes alone."""
     started_at = time.perf_counter()
-    names = splits.test.images.classes
-    if names is None and splits.n_classes > len(head.classes):
-        raise RecipeError(f"the head has {len(head.classes)} classes, the data {splits.n_classes}")
-    indices = torch.tensor(class_indices(head.classes, names) if names else range(len(head.classes)))
-    labels, test = torch.from_numpy(splits.test.labels()), splits.test
+    match = match_classes(head.classes, splits.classes, head.class_map)
+    if len(match.common) < 2:
+        only = splits.classes[match.common[0]]
+        raise RecipeError(f"head and data have only {only!r} in common; top-1 needs two classes: give --classes")
+    indices, labels = torch.tensor(match.indices), splits.test.labels()
+    test = splits.test.take(np.flatnonzero(np.isin(labels, match.common)))
+    if not len(test.indices):
+        raise DataError(f"none of the {len(labels)} test images is of a class that the head has")
+    true_classes = torch.from_numpy(test.labels())
     skipped: list[Skipped] = []
     hits = n = 0
     for positions, _, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
-        hits += int((indices[output.logits.argmax(-1).cpu()] == labels[positions]).sum())
+        logits = output.logits.cpu().masked_fill(indices < 0, -math.inf)  # (B, classes of the head)
+        hits += int((indices[logits.argmax(-1)] == true_classes[positions]).sum())
         n += len(positions)
-    return head_rows("classification", {"top1": hits / n}, n, started_at, skipped)
+    settings = {"split": splits.how, **match.settings(len(labels) - len(test.indices), "images")}
+    return head_rows("classification", {"top1": hits / n}, n, started_at, skipped, head, settings)
 
 
 def class_label(split: LabelledSplit, position: int, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -12,15 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoulders.errors import RecipeError
 from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import View
+from shoulders.tasks.class_match import ClassMatch, match_classes
 from shoulders.tasks.data.masks import IGNORE_INDEX, MaskFile, find_masks, read_mask
 from shoulders.tasks.data.splits import AnnotatedSplit, AnnotatedSplits
 from shoulders.tasks.feature_bank import FeatureBank, read_image, to_float16
 from shoulders.tasks.heads.transformers import UperNet
 from shoulders.tasks.probe import LARGER_PROBE_SETTINGS, ProbeSettings, SpatialProbe, fit_probe
 from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Task
-from shoulders.tasks.teacher_head_eval import check_sizes, class_indices, head_outputs, head_rows
+from shoulders.tasks.teacher_head_eval import check_sizes, head_outputs, head_rows
 
 MAX_LOGITS = 2**26  # that are upsampled together
 UPSAMPLING = 4  # logits are compared with the masks at this many times the grid
@@ -72,13 +74,17 @@ def confusion_matrix(head: nn.Module, bank: FeatureBank[MaskFile], n_classes: in
     for indices, maps in bank.batches():
         for index, logits in zip(indices, head(maps), strict=True):
             file = bank.annotations[index]
-            counts += _pair_counts(file, class_map(logits, file.size), n_classes)
+            counts += _pair_counts(_read_labels(file, n_classes), class_map(logits, file.size), n_classes)
     return counts.view(n_classes, n_classes)
 
 
-def _pair_counts(file: MaskFile, predicted: Tensor, n_classes: int) -> Tensor:
-    """(K * K,) pixels of each pair of true and predicted class; ``predicted`` is (h, w)."""
-    labels = torch.from_numpy(read_mask(file.path, n_classes)).long()
+def _read_labels(file: MaskFile, n_classes: int) -> Tensor:
+    """(h, w) int64, the index of each pixel or `IGNORE_INDEX`."""
+    return torch.from_numpy(read_mask(file.path, n_classes)).long()
+
+
+def _pair_counts(labels: Tensor, predicted: Tensor, n_classes: int) -> Tensor:
+    """(K * K,) pixels of each pair of true and predicted class; both maps are (h, w)."""
     labelled = labels != IGNORE_INDEX
     pairs = labels[labelled] * n_classes + predicted[labelled]
     return pairs.bincount(minlength=n_classes * n_classes)
@@ -87,19 +93,17 @@ def _pair_counts(file: MaskFile, predicted: Tensor, n_classes: int) -> Tensor:
 def segmentation_scores(confusion: Tensor, classes: tuple[str, ...]) -> dict[str, float]:
     """Metrics of one confusion matrix over all images; a class neither labelled nor predicted has no IoU.
 
-    There are no metrics where no pixel is labelled.
+    Rows and columns beyond those of ``classes`` are of pixels that are of none of them: there a prediction of one of
+    the classes is wrong, but they have no IoU of their own. There are no metrics where no pixel is labelled.
     """
-    if not confusion.any():
+    labelled = confusion[: len(classes)]
+    if not labelled.any():
         return {}
-    by_class = {f"IoU/{name}": value for name, value in zip(classes, class_ious(confusion).tolist(), strict=True)}
-    accuracy = (confusion.diagonal().sum().double() / confusion.sum().clamp(min=1)).item()
+    values = class_ious(confusion)[: len(classes)]
+    by_class = {f"IoU/{name}": value for name, value in zip(classes, values.tolist(), strict=True)}
+    accuracy = (labelled.diagonal().sum().double() / labelled.sum().clamp(min=1)).item()
     ious = {name: value for name, value in by_class.items() if value == value}  # not nan
-    return {"mIoU": mean_iou(confusion), "pixel_accuracy": accuracy, **ious}
-
-
-def mean_iou(confusion: Tensor) -> float:
-    """Mean over the classes that are labelled or predicted; 0 where no pixel is labelled."""
-    return class_ious(confusion).nanmean().nan_to_num().item()
+    return {"mIoU": values.nanmean().nan_to_num().item(), "pixel_accuracy": accuracy, **ious}
 
 
 def class_ious(confusion: Tensor) -> Tensor:
@@ -174,20 +178,44 @@ class SemanticTask:
 def evaluate_semantic_head(
     head: HeadWithInput, splits: AnnotatedSplits[MaskFile], batch: int, workers: int
 ) -> list[Row]:
-    """The metrics of the probe for a teacher's head on the test images."""
+    """The metrics of the probe for a teacher's head on the test images, on the classes that both have.
+
+    All other classes, of the head and of the data, are background where both have one, else none of the classes.
+    """
     started_at = time.perf_counter()
-    indices, n_classes = torch.tensor(class_indices(head.classes, splits.classes)), len(splits.classes)
-    counts = torch.zeros(n_classes**2, dtype=torch.int64)
+    match, n_classes = match_classes(head.classes, splits.classes, head.class_map), len(splits.classes)
+    if match.common == [match.background]:
+        raise RecipeError("head and data have only the background in common; give --classes")
+    of_head, of_data = _common_indices(match)
+    counts = torch.zeros((n_classes + 1) ** 2, dtype=torch.int64)
     skipped: list[Skipped] = []
-    test, n = splits.test, 0
-    for positions, sizes, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
-        check_sizes(test, positions, sizes)
+    test, n, left_out = splits.test, 0, 0
+    for positions, frames, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
+        check_sizes(test, positions, frames)
         n += len(positions)
+        sizes = [frame.input_size for frame in frames]
         maps = head.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
-        for position, predicted in zip(positions, maps, strict=True):
-            counts += _pair_counts(test.annotations[position], indices[predicted.cpu().long()], n_classes)
-    values = segmentation_scores(counts.view(n_classes, n_classes), splits.classes)
-    return head_rows("semantic", values, n, started_at, skipped)
+        for position, frame, predicted in zip(positions, frames, maps, strict=True):
+            labels = _read_labels(test.annotations[position], n_classes)
+            left_out += int(torch.isin(labels, torch.tensor([*match.common, IGNORE_INDEX]), invert=True).sum())
+            in_image = frame.maps_in_image(predicted.cpu().long(), fill=-1)  # the last index: no prediction
+            counts += _pair_counts(of_data[labels], of_head[in_image], n_classes + 1)
+    values = segmentation_scores(counts.view(n_classes + 1, n_classes + 1), splits.classes)
+    settings = {"split": splits.how, **match.settings(left_out, "pixels")}
+    return head_rows("semantic", values, n, started_at, skipped, head, settings)
+
+
+def _common_indices(match: ClassMatch) -> tuple[Tensor, Tensor]:
+    """The index in the confusion matrix of each class of the head, and of each index in a mask.
+
+    The last index of the matrix is for pixels that are of no common class, or that have no prediction.
+    """
+    count = len(match.data_classes)
+    other = count if match.background is None else match.background
+    of_data = torch.full((IGNORE_INDEX + 1,), IGNORE_INDEX)
+    of_data[:count] = other
+    of_data[match.common] = torch.tensor(match.common)
+    return torch.tensor([*(other if index < 0 else index for index in match.indices), count]), of_data
 
 
 def mask_labels(split: AnnotatedSplit[MaskFile], position: int, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 from torch import Tensor, nn
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from shoulders.errors import DataError
 from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import View
+from shoulders.tasks.class_match import ClassMap
+from shoulders.tasks.frame import ModelInput
 
 Size = tuple[int, int]  # (h, w) in px
 
@@ -69,11 +70,16 @@ class ProbeHead:
 
 
 class HeadWithInput(Protocol):
-    """A teacher's head together with the model that computes its input; `shoulders.inference.HeadInput`."""
+    """A teacher's head together with the model that computes its input; see `shoulders.inference.HeadInput`."""
 
     @property
     def classes(self) -> Sequence[str]:
         """The names of the head's classes, by index."""
+        ...
+
+    @property
+    def class_map(self) -> ClassMap:
+        """The head's class for some classes of the data, see `match_classes`."""
         ...
 
     @property
@@ -82,12 +88,22 @@ class HeadWithInput(Protocol):
         ...
 
     @property
-    def size(self) -> Size:
-        """(h, w) in px of the images that ``compute_output`` takes."""
+    def input_description(self) -> str:
+        """What `draw` does with an image, for the settings of a score."""
         ...
 
-    def compute_output(self, pixels: Tensor) -> Any:
-        """The head's own output for pixels (B, 3, h, w) in [0, 1]."""
+    @property
+    def min_side(self) -> int | None:
+        """Both sides of a decoded image need this many px; None: images are decoded at their full size."""
+        ...
+
+    def draw(self, pixels: Tensor, size: Size) -> ModelInput:
+        """The input for a decoded image (3, H, W) uint8 of ``size`` = (h, w) px in full."""
+        ...
+
+    @property
+    def compute_output(self) -> Callable[..., Any]:
+        """A batch of the tensors of `draw`, by their names -> the head's own output."""
         ...
 
 
@@ -145,7 +161,8 @@ class Task:
         name: on the command line, in rows and in folders.
         title: in the report.
         metrics: the first is the headline.
-        find_splits: (path, image column of parquet files) -> the splits found there.
+        find_splits: (path, image column of parquet files, fit=) -> the splits found there; with ``fit=False``, a split
+            to evaluate on is enough.
         needs_spatial: whether features need a spatial component.
         fit_probe: fits and evaluates the default probe: (features_of, splits, input sizes, batch, workers, seed,
             on_head=, step_fraction=) -> rows. ``on_head`` is called with the fitted head, ``step_fraction`` shortens
@@ -166,7 +183,7 @@ class Task:
     name: str
     title: str
     metrics: tuple[Metric, ...]
-    find_splits: Callable[[Path | str, str], Any]
+    find_splits: Callable[..., Any]
     needs_spatial: bool
     fit_probe: Callable[..., list[Row]]
     probe_head: ProbeHead

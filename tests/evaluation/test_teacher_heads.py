@@ -33,7 +33,7 @@ def copied_run(run: Path, tmp_path: Path) -> Path:  # noqa: F811
 def test_heads_of_other_classes_or_tasks_are_refused(copied_run: Path, tmp_path: Path) -> None:
     scenes = tmp_path / "scenes"
     write_world(scenes, ["paper", "ink"], counts={"train": 4, "val": 0, "test": 4})
-    with pytest.raises(RecipeError, match="differ in"):
+    with pytest.raises(RecipeError, match="have no class in common"):
         evaluate_heads(copied_run, "semantic", scenes / "paper" / "semantic", ["student"])
     for name in ("segformer", "rt_detr_v2"):
         name_classes(copied_run / "student" / "heads" / name, ["background", *CLASSES][:2])
@@ -52,11 +52,34 @@ def test_a_head_of_other_classes_is_left_out(copied_run: Path, tmp_path: Path) -
         Image.new("RGB", (32, 32)).save(tmp_path / "data/images" / split / "a.png")
         Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "data/annotations" / split / "a.png")
     (tmp_path / "data/classes.json").write_text('["LABEL_0", "LABEL_1"]')
-    with pytest.warns(UserWarning, match="left out: student, head of other: the head has 2 classes, the data 2"):
+    with pytest.warns(UserWarning, match="left out: student, head of other: .* have no class in common"):
         rows = evaluate_heads(copied_run, "semantic", tmp_path / "data", ["student"], workers=0)
     assert {row["head"] for row in rows} == {"segformer"}
     saved = [row for row in json.loads((copied_run / "results.json").read_text()) if row["task"] == "semantic"]
     assert len(saved) == len(rows)
+
+
+def test_a_head_is_scored_on_the_classes_that_both_have(copied_run: Path, tmp_path: Path) -> None:
+    """A split to evaluate on is enough; a file maps names; what is left out is told once and stands in the rows."""
+    heads = copied_run / "student/heads"
+    name_classes(heads / "segformer", ["sofa", "cat"])
+    for folder in ("images", "annotations"):
+        (tmp_path / "data" / folder / "val").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "data/images/val/a.png")
+    Image.fromarray(np.eye(32, dtype=np.uint8) + 1).save(tmp_path / "data/annotations/val/a.png")
+    (tmp_path / "data/classes.json").write_text('["rug", "Cat", "couch"]')
+    (tmp_path / "map.json").write_text('{"couch": "sofa"}')
+    with pytest.warns(UserWarning, match=r"do not share, 1 of the data \('rug'; 0 pixels\); .* of 2 classes"):
+        rows = evaluate_heads(
+            copied_run, "semantic", tmp_path / "data", ["student"], workers=0, classes=tmp_path / "map.json"
+        )
+    assert {row["metric"] for row in rows} == {"mIoU", "pixel_accuracy", "IoU/Cat", "IoU/couch"}
+    settings = rows[0]["settings"]
+    assert (settings["classes"], settings["split"]) == (2, "val as given")
+    assert settings["input"] == "whole image resized to 32 x 32 px (h x w), bicubic"
+    with pytest.raises(RecipeError, match="--classes: 'couch' is mapped to 'settee', which no of the head's 2 classes"):
+        (tmp_path / "map.json").write_text('{"couch": "settee"}')
+        evaluate_heads(copied_run, "semantic", tmp_path / "data", ["student"], classes=tmp_path / "map.json")
 
 
 def test_a_missing_teacher_is_reported_before_any_evaluation(run: Path, tmp_path: Path) -> None:  # noqa: F811

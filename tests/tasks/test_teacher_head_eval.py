@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,9 @@ from shoulders.config.sections import TeacherSpec
 from shoulders.errors import DataError, RecipeError
 from shoulders.inference import HeadInput, head_on_teacher
 from shoulders.tasks import TASKS, Row, task_of_head
-from shoulders.tasks.data.coco import AnnotatedImage
-from shoulders.tasks.teacher_head_eval import class_indices
+from shoulders.tasks.average_precision import Detections, average_precision, match
+from shoulders.tasks.data.coco import AnnotatedImage, Annotations
+from shoulders.tasks.detection import boxes_of_output
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads import load_head
 from shoulders.world import CLASSES, TEACHER_TASKS, TEACHERS, write_world
@@ -41,7 +43,7 @@ def shipped_head(name: str) -> HeadInput:
 
 
 def evaluate(head: HeadInput, task: str, path: Path, batch: int = 20, workers: int = 0) -> list[Row]:
-    return TASKS[task].evaluate_head(head, TASKS[task].find_splits(path, "image"), batch, workers)
+    return TASKS[task].evaluate_head(head, TASKS[task].find_splits(path, "image", fit=False), batch, workers)
 
 
 def pixels_of(file: Path) -> Tensor:
@@ -84,10 +86,85 @@ def test_pixel_accuracy_equals_that_computed_by_hand(scenes: Path) -> None:
     assert 0 < scores["mIoU"] < 1 and f"IoU/{CLASSES[0]}" in scores
 
 
-def test_classes_are_matched_by_name_and_equal_names_in_order() -> None:
-    assert class_indices(["cat", "crane", "dog", "crane"], ["cat", "crane", "crane", "dog"]) == [0, 1, 3, 2]
-    with pytest.raises(RecipeError, match="the head has 2 classes, the data 3"):
-        class_indices(["cat", "dog"], ["cat", "dog", "dog"])
+def test_top1_among_the_classes_that_both_have(scenes: Path, tmp_path: Path) -> None:
+    """The classes are in the names of the files, written in another way; one of them the head lacks."""
+    head, source = shipped_head("classifier"), scenes / "studio" / "classification" / "test"
+    chosen = [CLASSES[i] for i in (1, 3, 4, 6)]
+    files = [(file, name) for name in chosen for file in sorted((source / name).glob("*.png"))]
+    for number, (file, name) in enumerate(files):
+        shutil.copy(file, tmp_path / f"{name.upper()}_{number}.png")
+    shutil.copy(files[0][0], tmp_path / "unicorn.png")
+    row = evaluate(head, "classification", tmp_path, batch=7)[0]
+    common = torch.tensor([head.classes.index(name) for name in chosen])
+    hits = [
+        chosen[int(head.compute_output(pixels_of(file)).logits[0, common].argmax())] == name for file, name in files
+    ]
+    assert (row["n"], row["value"]) == (len(files), pytest.approx(sum(hits) / len(files)))
+    settings = row["settings"]
+    assert (settings["classes"], settings["head_classes_left_out"]) == (4, len(head.classes) - 4)
+    assert "1 of the data ('unicorn'; 1 images)" in str(settings["classes_left_out"])
+    assert settings["split"] == "all images"
+
+
+def test_data_of_one_common_class_is_refused(scenes: Path, tmp_path: Path) -> None:
+    for name in (CLASSES[0], "unicorn"):
+        shutil.copytree(scenes / "studio/classification/test" / CLASSES[0], tmp_path / "test" / name)
+    with pytest.raises(RecipeError, match=f"only '{CLASSES[0]}' in common"):
+        evaluate(shipped_head("classifier"), "classification", tmp_path)
+
+
+@pytest.mark.parametrize("has_background", [True, False])
+def test_ious_of_the_classes_that_both_have(has_background: bool, scenes: Path, tmp_path: Path) -> None:
+    """Pixels of another class, of the head or of the data, are background, or none of the classes."""
+    head, data = shipped_head("segmenter"), tmp_path / "data"
+    shutil.copytree(scenes / "paper" / "semantic", data, ignore=shutil.ignore_patterns("train"))
+    names = ["background", *CLASSES]
+    renamed = [name if i in (0, 2, 5) else f"unicorn {i}" for i, name in enumerate(names)]
+    renamed[0] = "background" if has_background else "rest"
+    (data / "classes.json").write_text(json.dumps(renamed))
+    scores = {row["metric"]: row["value"] for row in evaluate(head, "semantic", data)}
+    labels, predicted = [], []
+    for file in sorted((data / "images" / "test").glob("*.png")):
+        logits = torch.nn.functional.interpolate(
+            head.compute_output(pixels_of(file)).logits, (96, 96), mode="bilinear", align_corners=False
+        )
+        labels.append(np.asarray(Image.open(str(file).replace("images", "annotations"))).ravel())
+        predicted.append(logits[0].argmax(0).flatten().numpy())
+    common = [0, 2, 5] if has_background else [2, 5]
+    all_labels = np.concatenate(labels)
+    true, guess = (np.where(np.isin(x, common), x, 0) for x in (all_labels, np.concatenate(predicted)))
+    ious = {names[i]: ((true == i) & (guess == i)).sum() / ((true == i) | (guess == i)).sum() for i in common}
+    assert {name: scores[f"IoU/{name}"] for name in ious} == pytest.approx(ious)
+    assert scores["mIoU"] == pytest.approx(np.mean(list(ious.values())))
+    counted = np.isin(all_labels, common) | has_background
+    assert scores["pixel_accuracy"] == pytest.approx((true == guess)[counted].mean())
+    assert len(scores) == 2 + len(ious)
+
+
+def test_ap_of_the_classes_that_both_have(scenes: Path, tmp_path: Path) -> None:
+    """Objects of a class that the head lacks do not count, and neither do detections of one that the data lacks."""
+    head, data = shipped_head("detector"), tmp_path / "data"
+    shutil.copytree(scenes / "neon/instances", data, ignore=shutil.ignore_patterns("train*"))
+    content = json.loads((data / "test.json").read_text())
+    for category in content["categories"][4:]:
+        category["name"] = f"unicorn {category['id']}"
+    content["categories"].append({"id": 99, "name": "things"})
+    (data / "test.json").write_text(json.dumps(content))
+    rows = evaluate(head, "detection", data)
+    split = TASKS["detection"].find_splits(scenes / "neon/instances", "image").test
+    detections, images = [], []
+    for index, image in zip(split.indices.tolist(), split.annotations, strict=True):
+        output = head.compute_output(pixels_of(scenes / "neon/instances/test" / split.images.name(index)))
+        (found,) = boxes_of_output(head.processor, output, [image.size])
+        kept, known = found.classes < 4, image.classes < 4
+        detections.append(Detections(found.classes[kept], found.scores[kept], found.boxes[kept]))
+        objects = image.classes[known], image.boxes[known], image.areas[known], image.crowd[known]
+        images.append(AnnotatedImage(image.file, image.size, *objects))
+    assert head.classes[:4] == list(CLASSES[:4])
+    expected = average_precision(match(Annotations(tuple(CLASSES[:4]), tuple(images)), detections))
+    assert {row["metric"]: row["value"] for row in rows}["AP"] == pytest.approx(expected["AP"])
+    unknown = sum(int((image.classes >= 4).sum()) for image in split.annotations)
+    assert (rows[0]["settings"]["classes"], rows[0]["settings"]["labels_left_out"]) == (4, unknown)
 
 
 @pytest.mark.parametrize(("name", "folder"), [("segmenter", "paper/semantic"), ("detector", "neon/instances")])

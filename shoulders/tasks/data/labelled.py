@@ -13,6 +13,7 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.images import Collection, ImageSource, open_source
 from shoulders.images.folder import Folder
 from shoulders.images.parquet import Parquet
+from shoulders.tasks.data.class_names import classes_in_names
 from shoulders.tasks.data.splits import OTHER_VAL_NAMES, SPLITS
 
 SUFFIXES = ("", ".parquet", ".tar")  # a split is a folder (of class folders, parquet or tar files) or one file
@@ -56,7 +57,7 @@ class LabelledSplits:
     """Labelled images to fit on, to select on and to evaluate on.
 
     Args:
-        train: the images to fit on.
+        train: the images to fit on; none where nothing is fitted and there is no such split.
         val: the images to select hyperparameters on, or None where they have to be held out of train.
         test: the images to evaluate on; those of val where there is no test.
         n_classes: K; labels are in [0, K).
@@ -72,37 +73,52 @@ class LabelledSplits:
     @property
     def classes(self) -> tuple[str, ...]:
         """K names; numbers where the images have none."""
-        return tuple(self.train.images.classes or map(str, range(self.n_classes)))
+        return tuple(self.test.images.classes or map(str, range(self.n_classes)))
 
 
-def find_labelled(path: Path | str, column: str = "image") -> LabelledSplits:
+def find_labelled(path: Path | str, column: str = "image", fit: bool = True) -> LabelledSplits:
     """The splits at ``path`` as they are; where there are none, four fifths for train and one for test.
 
     Args:
         column: of the images in parquet files.
+        fit: whether something is fitted; if not, train may be absent, and without splits all images are evaluated on,
+            those of a plain folder with the classes in their names, see `classes_in_names`.
 
     Raises:
         RecipeError: nothing at ``path``, or none of the layouts.
-        DataError: images without labels, fewer than two classes, or other classes in one split than in train.
+        DataError: images without labels, fewer than two classes to fit, or other classes in one split than in train.
     """
     path = Path(path)
     if not path.exists():
         raise RecipeError(f"{path}: does not exist; expected {LAYOUTS}")
-    by_name = _named_splits(path, column)
+    by_name = _named_splits(path, column, fit)
     how = ", ".join(by_name) + " as given"
     if not by_name:
-        _refuse_unclear_names(path)
-        try:
-            source = open_source(path, column)
-        except RecipeError as error:
-            raise RecipeError(f"{error} (labelled images: {LAYOUTS})") from error
-        by_name, how = split_train_test(_all_labelled(path, "images", source)), "80/20 by image id"
+        split, how = _without_splits(path, column, fit), "80/20 by image id" if fit else "all images"
+        by_name = split_train_test(split) if fit else {"test": split}
         if not len(by_name["test"].indices):
             raise DataError(f"{path}: one image per class leaves none to evaluate on; add some, or a test split")
-    n_classes = _count_classes(path, by_name)
-    if "test" not in by_name:
-        by_name = {"train": by_name["train"], "test": by_name["val"]}
-    return LabelledSplits(by_name["train"], by_name.get("val"), by_name["test"], n_classes, how)
+    n_classes = _count_classes(path, by_name, fit)
+    test = by_name["test" if "test" in by_name else "val"]
+    train = by_name["train"] if "train" in by_name else test.take(np.zeros(0, dtype=np.int64))
+    return LabelledSplits(train, by_name.get("val") if "test" in by_name else None, test, n_classes, how)
+
+
+def _without_splits(path: Path, column: str, fit: bool) -> LabelledSplit:
+    """All images at a path that names no splits."""
+    _refuse_unclear_names(path)
+    try:
+        source = open_source(path, column)
+    except RecipeError as error:
+        raise RecipeError(f"{error} (labelled images: {LAYOUTS})") from error
+    in_names = None
+    if source.labels is None and isinstance(source, Folder) and not fit:
+        in_names = classes_in_names([source.name(index) for index in range(len(source))])
+    if in_names is None:
+        return _all_labelled(path, "images", source)
+    images = Collection({"images": source}, upright=False)
+    images.classes, images.labels = in_names
+    return LabelledSplit(images, np.arange(len(images)))
 
 
 def split_train_test(split: LabelledSplit) -> dict[str, LabelledSplit]:
@@ -123,7 +139,7 @@ def split_train_test(split: LabelledSplit) -> dict[str, LabelledSplit]:
     }
 
 
-def _named_splits(path: Path, column: str) -> dict[str, LabelledSplit]:
+def _named_splits(path: Path, column: str, fit: bool) -> dict[str, LabelledSplit]:
     """The splits called train, val and test; empty where there are none, or train alone."""
     present: dict[str, Path] = {}
     for name in SPLITS:
@@ -139,7 +155,7 @@ def _named_splits(path: Path, column: str) -> dict[str, LabelledSplit]:
         for other in (path / (name + suffix) for name in OTHER_VAL_NAMES for suffix in SUFFIXES):
             if other.exists():
                 raise RecipeError(f"{path}: holds {other.name}; rename it to val{other.suffix}")
-    if "train" not in present:
+    if fit and "train" not in present:
         raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; expected {LAYOUTS}")
     return {name: _all_labelled(file, name, open_source(file, column)) for name, file in present.items()}
 
@@ -183,27 +199,27 @@ def _renumber(path: Path, name: str, images: Collection, classes: list[str] | No
     images.classes = classes
 
 
-def _count_classes(path: Path, splits: dict[str, LabelledSplit]) -> int:
+def _count_classes(path: Path, splits: dict[str, LabelledSplit], fit: bool) -> int:
     """The number of classes, the same in every split."""
-    classes = splits["train"].images.classes
+    classes = next(iter(splits.values())).images.classes  # of train, where there is one
     for name, split in splits.items():
         if split.images.classes != classes:
             _renumber(path, name, split.images, classes)
     labels = {name: set(split.labels().tolist()) for name, split in splits.items()}
     for name in splits:
-        if classes is None and labels[name] - labels["train"]:
+        if fit and classes is None and labels[name] - labels["train"]:
             extra = sorted(labels[name] - labels["train"])[:5]
             raise DataError(f"{path}: {name} has labels that train lacks: {extra}; give every class to train")
     highest = max(max(in_split) for in_split in labels.values())
     n_classes = highest + 1 if classes is None else len(classes)
-    distinct = len(labels["train"])
+    distinct = len(labels["train"] if fit else set().union(*labels.values()))
     if classes is None and n_classes > max(MAX_NUMBERED_CLASSES, MAX_GAPS * distinct):
         raise DataError(
-            f"{path}: {distinct} different labels in train, the highest of all is {highest}: a head would have "
-            f"{n_classes} outputs; number the classes from 0 without gaps"
+            f"{path}: {distinct} different labels in {'train' if fit else 'all'}, the highest of all is {highest}: a "
+            f"head would have {n_classes} outputs; number the classes from 0 without gaps"
         )
     if highest >= n_classes:
         raise DataError(f"{path}: label {highest}, but only {n_classes} class names; give every class a name")
-    if len(labels["train"]) < 2:
+    if fit and distinct < 2:
         raise DataError(f"{path}: all images are of one class; a probe needs at least two")
     return n_classes

@@ -34,15 +34,19 @@ class MaskFile:
     size: tuple[int, int]
 
 
-def find_masks(path: Path | str, column: str = "image") -> AnnotatedSplits[MaskFile]:
+def find_masks(path: Path | str, column: str = "image", fit: bool = True) -> AnnotatedSplits[MaskFile]:
     """Images with index masks; classes are those of ``classes.json``, else all up to the highest index.
+
+    Args:
+        column: of the images in parquet files.
+        fit: whether something is fitted; if not, the split to evaluate on is enough.
 
     Raises:
         RecipeError: nothing at ``path``, or not this layout.
         DataError: an image without a mask, a mask or class list that cannot be used, or fewer than two classes.
     """
     path = Path(path)
-    names = present_splits(path, lambda name: (path / "images" / name).exists(), LAYOUT)
+    names = present_splits(path, lambda name: (path / "images" / name).exists(), LAYOUT, fit)
     listed = _read_classes(path / "classes.json")
     by_name: dict[str, AnnotatedSplit[MaskFile]] = {}
     indices: dict[str, set[int]] = {}  # that the masks of a split hold
@@ -50,8 +54,8 @@ def find_masks(path: Path | str, column: str = "image") -> AnnotatedSplits[MaskF
         by_name[name], indices[name] = _read_split(path, name, column)
     all_indices = set().union(*indices.values())
     classes = tuple(map(str, range(max(all_indices, default=-1) + 1))) if listed is None else listed
-    trained = indices["train"] & set(range(len(classes)))
-    if len(trained) < 2:
+    trained = indices.get("train", set()) & set(range(len(classes)))
+    if fit and len(trained) < 2:
         raise DataError(
             f"{path}: the masks of train hold {len(trained)} of {len(classes)} classes; a probe needs at least two "
             f"(pixels of {IGNORE_INDEX} are ignored: where they are meant as a class, write its index)"

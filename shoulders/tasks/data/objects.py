@@ -22,12 +22,15 @@ LAYOUT = (
 )
 
 
-def find_objects(path: Path | str, column: str = "image", masks: bool = False) -> AnnotatedSplits[AnnotatedImage]:
+def find_objects(
+    path: Path | str, column: str = "image", masks: bool = False, fit: bool = True
+) -> AnnotatedSplits[AnnotatedImage]:
     """The splits at ``path``: of the images, those that the annotation files list.
 
     Args:
         column: of the images in parquet files.
         masks: whether every object needs a mask.
+        fit: whether something is fitted; if not, the split to evaluate on is enough.
 
     Raises:
         RecipeError: nothing at ``path``, not this layout, or the package that reads masks is absent.
@@ -35,13 +38,13 @@ def find_objects(path: Path | str, column: str = "image", masks: bool = False) -
             ``masks`` are needed, or other classes in one split than in train.
     """
     path = Path(path)
-    names = present_splits(path, lambda name: (path / name).exists() or (path / f"{name}.json").exists(), LAYOUT)
+    names = present_splits(path, lambda name: (path / name).exists() or (path / f"{name}.json").exists(), LAYOUT, fit)
     by_name: dict[str, AnnotatedSplit[AnnotatedImage]] = {}
     classes: tuple[str, ...] = ()
     for name in names:
         file = _annotation_file(path, name)
         content = read_annotations(file)
-        if name == "train":
+        if name == names[0]:
             classes = content.classes
         if content.classes != classes:
             raise DataError(f"{file}: classes {list(content.classes)}, but train has {list(classes)}; make them equal")
@@ -57,7 +60,7 @@ def find_objects(path: Path | str, column: str = "image", masks: bool = False) -
         indices = np.array([index_of[image.file] for image in content.images], dtype=np.int64)
         by_name[name] = AnnotatedSplit(images, indices, content.images)
     for name, purpose in (("train", "fit on"), ("test" if "test" in by_name else "val", "evaluate on")):
-        if not any((~image.crowd).any() for image in by_name[name].annotations):
+        if name in by_name and not any((~image.crowd).any() for image in by_name[name].annotations):
             raise DataError(f"{_annotation_file(path, name)}: no object in it to {purpose}")
     return assemble_splits(by_name, classes)
 

@@ -52,7 +52,7 @@ class AnnotatedSplits(Generic[T]):
     """Images to fit on, to select on and to evaluate on.
 
     Args:
-        train: the images to fit on.
+        train: the images to fit on; none where nothing is fitted.
         val: the images to select hyperparameters on, or None where they have to be held out of train.
         test: the images to evaluate on; those of val where there is no test.
         classes: K names.
@@ -66,21 +66,24 @@ class AnnotatedSplits(Generic[T]):
     how: str
 
 
-def present_splits(path: Path, exists: Callable[[str], bool], layout: str) -> list[str]:
+def present_splits(path: Path, exists: Callable[[str], bool], layout: str, fit: bool = True) -> list[str]:
     """The names of the splits at ``path``: train, and val or test or both.
 
     Args:
         exists: whether there is a split of a name.
         layout: of files and folders, for the messages.
+        fit: whether something is fitted; if not, only the split to evaluate on is named: test, or val without a test.
 
     Raises:
         RecipeError: nothing at ``path``, no train, nothing to evaluate on, or val has another name.
     """
     if not path.exists():
         raise RecipeError(f"{path}: does not exist; expected {layout}")
-    names = [name for name in SPLITS if exists(name)]
+    names: list[str] = [name for name in SPLITS if exists(name)]
     if "val" not in names and (other := next(filter(exists, OTHER_VAL_NAMES), None)):
         raise RecipeError(f"{path}: holds {other}; rename it to val ({layout})")
+    if not fit and ("test" in names or "val" in names):
+        return ["test" if "test" in names else "val"]
     if "train" not in names or len(names) < 2:
         raise RecipeError(
             f"{path}: holds {' and '.join(names) or 'none of the splits'}; train and val or test are needed: {layout}"
@@ -109,6 +112,6 @@ def assemble_splits(by_name: Mapping[str, AnnotatedSplit[T]], classes: tuple[str
     if empty:
         raise DataError(f"{', '.join(empty)}: no image in it; add some, or leave the split out")
     how = ", ".join(by_name) + " as given"
-    if "test" not in by_name:
-        return AnnotatedSplits(by_name["train"], None, by_name["val"], classes, how)
-    return AnnotatedSplits(by_name["train"], by_name.get("val"), by_name["test"], classes, how)
+    test = by_name["test" if "test" in by_name else "val"]
+    train = by_name["train"] if "train" in by_name else test.take(np.zeros(0, dtype=np.int64))
+    return AnnotatedSplits(train, by_name.get("val") if "test" in by_name else None, test, classes, how)
