@@ -6,12 +6,11 @@ know the type ``shoulders_student``.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,12 @@ import shoulders.student.encoder as encoder
 from shoulders.config.section import as_size
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
-from shoulders.hub import Pretrained, check_weight_files, quiet, read_json, write_unit_range
+from shoulders.hub import check_finite, quiet, write_unit_range
 from shoulders.hub.card import write_card
+from shoulders.storage.json_text import parse_json
 from shoulders.student.config import ShouldersConfig
 from shoulders.student.families import BASES
+from shoulders.student.files import check_files, finish_folder
 from shoulders.student.pixels import check_pixels
 from shoulders.teachers.heads import Head, taps_of_teacher
 from shoulders.teachers.heads.post_process import post_process
@@ -67,12 +68,17 @@ class ShouldersPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but strict.
 
+        Args:
+            args: of transformers.
+            kwargs: of transformers, and ``verify`` as for `load`.
+
         Raises:
-            DataError: if a key is missing, left over, or of another shape.
+            DataError: a file is damaged, or a key is missing, left over, or of another shape.
         """
         return_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True  # else transformers reads a pickle where there is nothing else
-        _check_weight_files(*args[:1], **kwargs)
+        check_files(*args[:1], **kwargs)
+        kwargs.pop("verify", None)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         faults = {
             name: sorted(map(str, info.get(name) or ()))
@@ -81,12 +87,19 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         wrong = "; ".join(f"{len(keys)} {name} such as {keys[0]}" for name, keys in faults.items() if keys)
         if wrong:
             raise DataError(f"{args[0] if args else cls.__name__}: the weights do not fit this model: {wrong}")
+        check_finite(model)
         for part in model.modules():
             if isinstance(part, encoder.Encoder):
                 part.base.requires_grad_(False)  # transformers makes every loaded weight trainable
             if isinstance(part, ShouldersModel) and args:
                 part.heads = {path.parent.name: path.parent for path in sorted(Path(args[0]).glob("heads/*/head.json"))}
         return (model, info) if return_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As in transformers, with a manifest of the student's files."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            finish_folder(Path(save_directory))
 
 
 class ShouldersModel(ShouldersPreTrainedModel):
@@ -194,12 +207,12 @@ class ShouldersModel(ShouldersPreTrainedModel):
         return self.standardizers[module_name(tap)]  # type: ignore[return-value]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """As in transformers, with the kept heads."""
-        super().save_pretrained(save_directory, **kwargs)
+        """As in transformers, with the kept heads and a manifest."""
         for name, folder in self.heads.items():
             copy = Path(save_directory) / "heads" / name
             if copy.resolve() != folder.resolve():
                 shutil.copytree(folder, copy, dirs_exist_ok=True)
+        super().save_pretrained(save_directory, **kwargs)
 
     def head(self, name: str) -> Head:
         """A kept head, loaded when it is first used.
@@ -258,24 +271,6 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
         return BackboneOutput(feature_maps=tuple(features[layer].to_map() for layer in self.out_features))
 
 
-def _check_weight_files(source: str | os.PathLike[str] | None = None, **kwargs: Any) -> None:
-    """Refuse a folder or hub id whose files lead to other weights than its own safetensors.
-
-    Raises:
-        DataError: naming the file and the name in it.
-    """
-    source = kwargs.get("pretrained_model_name_or_path", source)
-    if source is None:
-        return
-    config = kwargs.get("config")
-    try:
-        pretrained = Pretrained("student", str(source), kwargs.get("revision"))
-        named = config.to_dict() if isinstance(config, ShouldersConfig) else read_json(pretrained, "config.json") or {}
-        check_weight_files(replace(pretrained, config=named))
-    except RecipeError as error:
-        raise DataError(str(error)) from error
-
-
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:
     """A student before training: the weights of ``base``, a fresh adapter and fresh projectors."""
     student = ShouldersModel(config)
@@ -293,33 +288,39 @@ def save_student(
     Args:
         weights: all of its weights and buffers by name, where the student itself holds shards of them.
     """
+    size = as_size(tuple(student.config.image_size))
+    write_unit_range(folder, size)
+    write_card(folder, size, student.encoder.patch_size, student.config.teachers)
     with quiet():
-        student.save_pretrained(folder, state_dict=weights)
         for name, head in heads.items():
             save_head(head, folder / "heads" / name)
-    write_unit_range(folder, as_size(tuple(student.config.image_size)))
-    write_card(folder, as_size(tuple(student.config.image_size)), student.encoder.patch_size, student.config.teachers)
+        student.save_pretrained(folder, state_dict=weights)  # with a manifest of all files, and so the last
 
 
-def load(path: Path | str) -> ShouldersModel:
+def load(path: Path | str, verify: bool = True) -> ShouldersModel:
     """Load a student from its folder or from the run folder that holds it as ``student/``, in evaluation mode.
 
+    Args:
+        path: of the folder.
+        verify: compare the files of the student and of its heads with its manifest, at about 1 GB/s.
+
     Raises:
-        DataError: if there is no student, or its weights do not fit.
+        DataError: there is no student, a file of it is damaged, or its weights do not fit.
     """
     path = Path(path)
     folder = path / "student" if (path / "student").is_dir() else path
     if not (folder / "config.json").is_file():
         raise DataError(f"{path}: no student in this folder; give a run folder or its student/ folder")
     try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        config = parse_json((folder / "config.json").read_text())
+        kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not a valid student: its config.json has no model_type") from error
     if kind != ShouldersConfig.model_type:
         raise DataError(f"{folder}: holds a model of type {kind}, not a student; give a run folder or its student/")
     try:
         with quiet():
-            student: ShouldersModel = ShouldersModel.from_pretrained(folder).eval()
+            student: ShouldersModel = ShouldersModel.from_pretrained(folder, verify=verify).eval()
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise DataError(f"{folder}: not a valid student: {' '.join(str(error).split())[:300]}") from error
     return student

@@ -57,6 +57,7 @@ def predict(
     threshold: float = 0.5,
     max_pixels: int = MAX_PIXELS,
     pictures: bool = True,
+    verify: bool = True,
     on_image: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """The predictions of each head and probe for each image, masks as COCO run lengths.
@@ -74,6 +75,7 @@ def predict(
         max_pixels: images with more are not read.
         pictures: whether to write pictures into ``out``. They are reduced to at most
             `shoulders.images.pictures.MAX_SIDE_PX` px; predictions always are in the pixels of the original.
+        verify: compare the files of the student, its heads and the probes with their manifests.
         on_image: called after each image.
 
     Returns:
@@ -84,9 +86,9 @@ def predict(
         RecipeError: a head that the student does not keep, a probe or images that do not exist.
         DataError: no image can be decoded, or the student, a head or a probe is damaged.
     """
-    student = load(run).to(this_device())
+    student = load(run, verify).to(this_device())
     names = list(heads) or ([] if probes else list(student.heads))
-    by_probe = _open_probes(Path(run), probes, threshold)
+    by_probe = {name: _open_probe(Path(run), name, threshold, verify) for name in probes}
     folder = None if out is None else Path(out)
     _check(run, student, names, probes, Path(images), folder)
     collection = _open_images(Path(images))
@@ -145,20 +147,16 @@ def _run_heads(
     }
 
 
-def _open_probes(run: Path, names: Sequence[str], threshold: float) -> dict[str, Predict]:
-    """Saved probes with the models whose features they need, as functions from images to predictions."""
-    return {name: _open_probe(run, name, threshold) for name in names}
-
-
-def _open_probe(run: Path, name: str, threshold: float) -> Predict:
+def _open_probe(run: Path, name: str, threshold: float, verify: bool) -> Predict:
+    """A saved probe, with the model whose features it needs, as a function from images to predictions."""
     # heads need no task: what fits and evaluates probes is imported where one is used
     from shoulders.tasks import TASKS
     from shoulders.tasks.saved_probes import open_probe, predict_with_probe
 
-    probe = open_probe(run, name)
+    probe = open_probe(run, name, verify)
     probe.head.to(this_device())
     spatial = TASKS[probe.task].needs_spatial
-    features_of = _features_of(run, name, probe, spatial)
+    features_of = _features_of(run, name, probe, spatial, verify)
 
     @torch.no_grad()
     def run_probe(decoded: Images) -> list[Any]:
@@ -172,14 +170,14 @@ def _open_probe(run: Path, name: str, threshold: float) -> Predict:
     return run_probe
 
 
-def _features_of(run: Path, name: str, probe: Any, spatial: bool) -> FeaturesOf:
+def _features_of(run: Path, name: str, probe: Any, spatial: bool, verify: bool) -> FeaturesOf:
     """The features that a probe was fitted on, with the adapter that was finetuned with it."""
     if probe.model not in ("student", "base"):
         teachers = read_recipe(run / "recipe.yaml").teachers
         if probe.model not in teachers:
             raise RecipeError(f"--probe: {name!r} needs {probe.model}, which is not among the teachers of {run}")
         return features_of_teacher(load_teacher(probe.model, teachers[probe.model]).to(this_device()), spatial)
-    student = load(run).to(this_device())
+    student = load(run, verify).to(this_device())
     if probe.adapter is not None:
         return features_of_encoder(adapted_encoder(student, probe.model, probe.adapter), probe.size)
     return features_of_student(student, probe.size, probe.model == "base")

@@ -29,7 +29,7 @@ INTERFACE = {
         "{run} --task --data --models --column --batch --workers --seed --heads --classes --size --finetune "
         "--scratch-steps --probe --json --help"
     ),
-    "predict": "{run} {images} --head --probe --out --threshold --max-pixels --no-pictures --json --help",
+    "predict": "{run} {images} --head --probe --out --threshold --max-pixels --no-pictures --no-verify --json --help",
     "report": "{run} --out --json --help",
     "teachers": "[recipe] [overrides]... --families --json --help",
     "demo": "--out --quick --json --help",

@@ -20,6 +20,7 @@ from shoulders.errors import DataError
 from shoulders.features import Features
 from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, build_student
 from shoulders.student.families import BASES
+from shoulders.student.files import finish_folder
 from tests.tiny import ADAPTERS, BASE_CONFIGS, MEAN, STD, save_base
 
 TAPS = {"one/last": {"summary": 5, "spatial": 6}, "two/stage0": {"summary": None, "spatial": 12}}
@@ -129,6 +130,7 @@ def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None
     else:
         tensors[name] = tensors[name][:, :3].contiguous()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    finish_folder(tmp_path)
     with pytest.raises(DataError, match=r"-mlp.up.weight|ignore_mismatched_sizes"):
         shoulders.load(tmp_path)
 
@@ -137,6 +139,7 @@ def test_weights_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None
 def test_a_damaged_student_is_named(name: str, tmp_path: Path) -> None:
     make_student().save_pretrained(tmp_path)
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    finish_folder(tmp_path)  # with a manifest that fits
     with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
 
@@ -154,6 +157,7 @@ def test_settings_of_another_version_are_named(adapter: Any, tmp_path: Path) -> 
     make_student().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"adapter": adapter}))
+    finish_folder(tmp_path)
     with pytest.raises(DataError, match="not a valid student"):
         shoulders.load(tmp_path)
 

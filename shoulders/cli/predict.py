@@ -26,6 +26,9 @@ def predict(
     threshold: Annotated[float, typer.Option(help="Minimum score of an object.", min=0, max=1)] = 0.5,
     max_pixels: Annotated[int, typer.Option(help="Skip images that have more pixels.", min=1)] = 50_000_000,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write predictions.json alone.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare student, heads and probes with their manifests.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the kept heads of a student, or probes, on images."""
@@ -40,6 +43,7 @@ def predict(
         threshold=threshold,
         max_pixels=max_pixels,
         pictures=not no_pictures,
+        verify=not no_verify,
     )
     if as_json:
         print_json(predictions)

@@ -21,7 +21,7 @@ from shoulders.config.recipe import Recipe
 from shoulders.config.section import as_size
 from shoulders.config.sections import TeacherSpec
 from shoulders.config.student import Student
-from shoulders.hub import Pretrained, find_file, read_json
+from shoulders.hub import Pretrained, find_file, weight_paths
 from shoulders.images import ImageSet, longest_side, min_decode_side
 from shoulders.student.base import base_layers_needed, read_base
 from shoulders.teachers import Teacher, load_teacher
@@ -149,16 +149,12 @@ def _of_base(spec: Student, size: Size, layers: tuple[str, ...]) -> CacheEntry:
 
 def _of_files(pretrained: Pretrained) -> Fingerprint:
     """Digests of the files of a pretrained model; the weights are hashed, not loaded."""
-    index = read_json(pretrained, "model.safetensors.index.json")
-    single = find_file(pretrained, "model.safetensors")
-    names = sorted(set(index["weight_map"].values())) if index and not single else ["model.safetensors"]
-    weights, config = [find_file(pretrained, name) for name in names], find_file(pretrained, "config.json")
-    missing = [name for name, path in zip(names, weights, strict=True) if path is None]
-    if missing or config is None:
-        raise pretrained.error(f"has no {', '.join(missing)}; give a folder with weights")
+    weights, config = weight_paths(pretrained), find_file(pretrained, "config.json")
+    if config is None:
+        raise pretrained.error("has no config.json; give a folder written by save_pretrained")
     code = sorted(config.parent.glob("*.py"))
     return {
-        "weights": [_sha256(path) for path in weights if path],
+        "weights": [_sha256(path) for path in weights],
         "config": [_sha256(path) for path in [config, *code]],
         "revision": pretrained.revision,
     }

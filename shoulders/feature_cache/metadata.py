@@ -14,6 +14,7 @@ from typing import Any
 
 from shoulders.errors import DataError
 from shoulders.storage.atomic import write_text
+from shoulders.storage.json_text import parse_json
 
 LAYOUT, MANIFEST, CHANNELS = "layout.json", "manifest.json", "channels.safetensors"
 SHARD = "shard-{:05d}.bin"
@@ -36,11 +37,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_bytes()
-        tree = json.loads(text)
+        tree = parse_json(text)
         sha256 = tree.pop("sha256")
         if sha256 != _sha256(tree) or text != _dump(tree | {"sha256": sha256}).encode():
             raise ValueError("not the bytes that were written")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: damaged ({reason}); remove {path.parent} and build it again") from error
     return tree

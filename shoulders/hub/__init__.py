@@ -4,6 +4,7 @@ Nothing in this package depends on the family of a model. Every error message be
 names the model, such as ``student.base``.
 """
 
+from shoulders.hub.config_limits import why_refused
 from shoulders.hub.files import (
     COMMIT_PATTERN,
     Pretrained,
@@ -21,16 +22,18 @@ from shoulders.hub.preprocessing import (
     read_preprocessing,
     write_unit_range,
 )
-from shoulders.hub.weight_files import check_weight_files
-from shoulders.hub.weights import check_weights, load_strict, quiet, read_config
+from shoulders.hub.weight_files import check_weight_files, weight_paths
+from shoulders.hub.weights import LOAD_ERRORS, check_finite, check_weights, load_strict, quiet, read_config
 
 __all__ = [
     "COMMIT_PATTERN",
     "HALF_STATS",
     "IMAGENET_STATS",
+    "LOAD_ERRORS",
     "PixelStats",
     "Preprocessing",
     "Pretrained",
+    "check_finite",
     "check_weight_files",
     "check_weights",
     "find_file",
@@ -42,5 +45,7 @@ __all__ = [
     "read_license",
     "read_preprocessing",
     "resolve_source",
+    "weight_paths",
+    "why_refused",
     "write_unit_range",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers.utils import cached_file, extract_commit_hash
 
 from shoulders.errors import RecipeError
+from shoulders.hub.config_limits import why_refused
+from shoulders.storage.json_text import parse_json
 
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 
@@ -70,7 +71,8 @@ def open_pretrained(key: str, model: str, revision: str | None) -> Pretrained:
         revision: a branch, tag or commit of the hub repository; None: its main branch.
 
     Raises:
-        RecipeError: there is no such model, or its ``config.json`` is not a JSON object.
+        RecipeError: there is no such model, its ``config.json`` is not a JSON object, or it describes a model that is
+            too large, or code of others.
     """
     source = resolve_source(key, model)
     is_local = Path(source).is_dir()
@@ -89,7 +91,10 @@ def open_pretrained(key: str, model: str, revision: str | None) -> Pretrained:
         )
     # the commit is part of the path of config.json in the hub's cache folder
     commit = None if is_local else extract_commit_hash(str(path), None)
-    return Pretrained(key, source, commit, _parse(key, path))
+    pretrained = Pretrained(key, source, commit, _parse(key, path))
+    if reason := why_refused(pretrained.config):
+        raise pretrained.error(f"has a config.json whose {reason}")
+    return pretrained
 
 
 def find_file(pretrained: Pretrained, file: str) -> Path | None:
@@ -139,8 +144,8 @@ def read_license(pretrained: Pretrained) -> str:
 
 def _parse(key: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text())
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"{key}: {path} is not JSON ({reason}); download it again") from error
     if not isinstance(content, dict):

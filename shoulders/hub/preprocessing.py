@@ -20,6 +20,7 @@ PixelStats = tuple[Triple, Triple]  # mean and std
 
 IMAGENET_STATS: PixelStats = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF_STATS: PixelStats = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+MAX_SIDE_PX = 16_384
 BICUBIC = 3  # as Pillow numbers it; how views are rendered
 FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -62,13 +63,16 @@ def parse_preprocessing(tree: Mapping[str, Any], default: Preprocessing, model_t
         model_type: of the checkpoint, whose usual class counts where the JSON names none.
 
     Raises:
-        ValueError: a size or a mean is written in an unknown way, or a std is not positive.
+        ValueError: a size or a mean is written in an unknown way, a side is too large, or a std is not positive.
     """
     tree = tree.get("image_processor", tree)
     if not isinstance(tree, Mapping):
         raise ValueError(f"image_processor must be a mapping, got {type(tree).__name__}")
     mean, std = _statistics(with_class_defaults(tree, model_type), default)
-    return Preprocessing(_size(tree) or default.size, mean, std)
+    size = _size(tree) or default.size
+    if not all(1 <= side <= MAX_SIDE_PX for side in size):
+        raise ValueError(f"images of {size[0]} x {size[1]} px; a side has 1 to {MAX_SIDE_PX} px")
+    return Preprocessing(size, mean, std)
 
 
 def write_unit_range(folder: Path, size: tuple[int, int]) -> None:

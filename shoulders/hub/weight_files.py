@@ -38,6 +38,21 @@ def check_weight_files(pretrained: Pretrained) -> None:
         _check_index(pretrained)
 
 
+def weight_paths(pretrained: Pretrained) -> list[Path]:
+    """The safetensors files that hold the weights of a model, downloaded first if it is on the hub.
+
+    Raises:
+        RecipeError: the model has none, or lacks one that its index names.
+    """
+    single = find_file(pretrained, WEIGHTS)
+    index = None if single else read_json(pretrained, INDEX)
+    names = sorted(set(index["weight_map"].values())) if index else [WEIGHTS]
+    paths = {name: find_file(pretrained, name) for name in names}
+    if missing := [name for name, path in paths.items() if path is None]:
+        raise pretrained.error(f"has no {', '.join(missing)}; give a folder with weights")
+    return [path for path in paths.values() if path]
+
+
 def _check_index(pretrained: Pretrained) -> None:
     index = read_json(pretrained, INDEX)
     if index is None:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from shoulders.errors import DataError
 from shoulders.hub.files import Pretrained
-from shoulders.hub.weight_files import INDEX, WEIGHTS, check_weight_files
+from shoulders.hub.weight_files import INDEX, WEIGHTS, check_weight_files, weight_paths
+from shoulders.storage.tensor_files import check_header
 
 # AttributeError and ImportError come from a model's own code
+OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy", ".h5", ".msgpack", ".zip", ".tar")
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError)
 
 
@@ -54,6 +57,11 @@ def check_weights(pretrained: Pretrained) -> None:
             f'once: python -c "import transformers; transformers.{model_class}.from_pretrained'
             f"('{folder}').save_pretrained('{folder}')\""
         )
+    if others := sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_FORMATS):
+        raise pretrained.error(
+            f"has its weights only as {others[0]}, and nothing but safetensors is read; if you trust it, convert it "
+            "once: load it with the code that wrote it, and save the model with save_pretrained"
+        )
     raise pretrained.error("has no model.safetensors; give a folder with weights")
 
 
@@ -77,11 +85,13 @@ def load_strict(
 
     Raises:
         RecipeError: as `check_weights`.
-        DataError: a weight is missing or has another shape, or the file is damaged or not safetensors.
+        DataError: a weight is missing, has another shape or is not finite, or the file is damaged or not safetensors.
     """
     check_weights(pretrained)
     model_name = f"{pretrained.key}: {pretrained.source!r}"
     try:
+        for path in weight_paths(pretrained):
+            check_header(path)
         with quiet():
             # float32 from the start: weights are cast exactly, and buffers that the constructor computes stay exact
             model, report = model_class.from_pretrained(
@@ -94,6 +104,7 @@ def load_strict(
                 trust_remote_code=remote_code,
                 **options,
             )
+        check_finite(model)
     except (*LOAD_ERRORS, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{model_name}: weights cannot be read as {model_class.__name__}: {_one_line(error)}"
@@ -104,6 +115,17 @@ def load_strict(
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(f"{model_name}: the weights lack {', '.join(missing[:3])}{more} of {model_class.__name__}")
     return model
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(end.isfinite() for end in weight.aminmax()):  # NaN if any value is
+            raise ValueError(f"{name} holds values that are not finite")
 
 
 class Quiet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.decode import Undecodable
 from shoulders.images.source import label_at
+from shoulders.storage.json_text import parse_json
 
 LABEL = "label"  # the column of the classes
 TEXT = ("string", "large_string", "string_view")  # types of pyarrow
@@ -207,7 +207,7 @@ def _merge_classes(
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str] | None:
     """Names of the ``label`` column in the Hugging Face schema metadata."""
     try:
-        names = json.loads((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+        names = parse_json((metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
+    except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names]

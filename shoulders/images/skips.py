@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shoulders.errors import DataError
 from shoulders.features import Skipped
+from shoulders.storage.json_text import parse_json
 
 MAX_REASONS = 10  # in the error message
 
@@ -65,7 +66,7 @@ class SkipReport:
             os.truncate(self.path, len(complete))
         try:
             for line in complete.splitlines():
-                image = json.loads(line)
+                image = parse_json(line)
                 self.reasons[image["name"]] = image["reason"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{self.path}: not a list of skipped images; move it out of the way") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from shoulders.errors import DataError
 from shoulders.report.choose import GivenImages
 from shoulders.report.curves import balance_section, training_section
 from shoulders.report.details import run_section
@@ -21,6 +20,7 @@ from shoulders.report.record import RunRecord, read_run
 from shoulders.report.results import table_lines
 from shoulders.report.scores import results_section
 from shoulders.storage.atomic import write_text
+from shoulders.storage.tensor_files import read_header
 
 # the browser loads nothing and runs no script, whatever the page contains
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -102,10 +102,12 @@ def count_parameters(run: Path) -> dict[str, int]:
     """Numbers of parameters of the student's encoder, ``{"base": .., "adapter": ..}``; {} without a student."""
     counts = {"base": 0, "adapter": 0}
     for file in sorted((run / "student").glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-        for name, tensor in header.items():
-            part = name.removeprefix("encoder.").split(".")[0]
-            if name.startswith("encoder.") and part in counts:
-                counts[part] += math.prod(tensor["shape"])
+        try:
+            shapes = {name: entry["shape"] for name, entry in read_header(file).items() if name.startswith("encoder.")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: damaged weights ({' '.join(str(error).split())})") from error
+        for name, shape in shapes.items():
+            part = name.split(".")[1]
+            if part in counts:
+                counts[part] += math.prod(shape)
     return counts if counts["base"] else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import yaml
 
 from shoulders.config.recipe import Recipe, read_recipe
 from shoulders.errors import DataError, RecipeError
+from shoulders.storage.json_text import parse_json
 
 BASE = "base"  # the name of the base where it is also a teacher
 SECTIONS = ("student", "teachers", "images", "transfer", "train")
@@ -137,7 +137,7 @@ def _read_json(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); remove it, and run the command that wrote it again") from error
     if type(content) is not type(default):
@@ -150,7 +150,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):

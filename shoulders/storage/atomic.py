@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
         partial.mkdir(parents=True)
         write(partial)
+        use_umask(partial)
         _sync_tree(partial)
         if final.exists():
             replaced = final.with_name(final.name + ".replaced")
@@ -70,6 +72,21 @@ def write_bytes(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise space_error(error, path) from error
+
+
+def use_umask(folder: Path, pattern: str = "**/*") -> None:
+    """Give files the permissions of any new file: safetensors creates its files for their owner alone.
+
+    Args:
+        pattern: of the files in the folder.
+    """
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)  # the umask cannot be read without setting it for all threads
+    new.unlink()
+    for path in folder.glob(pattern):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def space_error(error: Exception, path: Path, fix: str = "make room and start again with --resume") -> Exception:

@@ -10,6 +10,7 @@ from filelock import FileLock
 
 from shoulders.errors import DataError
 from shoulders.storage.atomic import write_text
+from shoulders.storage.json_text import parse_json
 
 
 def upsert_results(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -36,7 +37,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         DataError: the file is damaged.
     """
     try:
-        rows = json.loads(path.read_text()) if path.exists() else []
+        rows = parse_json(path.read_text()) if path.exists() else []
     except ValueError as error:
         raise DataError(f"{path}: damaged ({error}); move it out of the way, and measure again") from error
     return rows

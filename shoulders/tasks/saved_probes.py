@@ -1,7 +1,7 @@
 """Probes that ``evaluate`` fitted, saved in the run folder.
 
-``RUN/probes/MODEL/TASK`` holds ``config.json`` and ``model.safetensors``; for a probe that was finetuned with the
-adapter (``TASK-finetuned``) also the adapter's weights.
+``RUN/probes/MODEL/TASK`` holds ``config.json`` and ``model.safetensors``, with the weights of the adapter if that was
+finetuned (``TASK-finetuned``), and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Features
+from shoulders.hub import LOAD_ERRORS, check_finite, why_refused
 from shoulders.storage.atomic import write_folder
+from shoulders.storage.json_text import parse_json
+from shoulders.storage.manifest import check_manifest, write_manifest
+from shoulders.storage.tensor_files import read_tensors
 from shoulders.tasks import TASKS
+
+FILES = ("config.json", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def save_probe(run: Path, probe: Probe) -> Path:
             {"format": "pt"},
         )
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+        write_manifest(folder, FILES)
 
     folder = run / "probes" / probe.name
     write_folder(folder, write)
@@ -90,28 +97,36 @@ def probe_names(run: Path) -> list[str]:
     return [f"{folder.parent.name}/{folder.name}" for folder in folders if not folder.suffix]
 
 
-def open_probe(run: Path, name: str) -> Probe:
+def open_probe(run: Path, name: str, verify: bool = True) -> Probe:
     """Load a probe as `save_probe` wrote it.
+
+    Args:
+        verify: compare its files with its manifest.
 
     Raises:
         RecipeError: there is none of this name.
-        DataError: a file of it is missing or does not fit.
+        DataError: a file of it is missing or damaged, or does not fit.
     """
     if name not in probe_names(run):
         known = ", ".join(probe_names(run)) or "none; shoulders evaluate saves them"
         raise RecipeError(f"--probe: {name!r} is not in {run}; it has {known}")
     folder = run / "probes" / name
     try:
-        config = json.loads((folder / "config.json").read_text())
+        if verify:
+            check_manifest(folder, FILES)
+        config = parse_json((folder / "config.json").read_text())
+        if reason := why_refused(config):
+            raise ValueError(f"config.json: {reason}")
         task, classes, (h, w) = TASKS[config["task"]], tuple(map(str, config["classes"])), config["size"]
         if task.probe_head.name != config["head"]:
             raise ValueError(f"its head is of kind {config['head']!r}, {task.name} has {task.probe_head.name!r}")
-        tensors = load_file(folder / "model.safetensors")
+        tensors = read_tensors(folder / "model.safetensors")
         head = task.probe_head.build(int(config["width"]), len(classes))
         head.load_state_dict(_component(tensors, "head"), strict=True)
+        check_finite(head)
         adapter = _component(tensors, "adapter") if config["finetuned"] else None
         return Probe(task.name, str(config["model"]), classes, (int(h), int(w)), head.eval(), adapter)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (*LOAD_ERRORS, RuntimeError, SafetensorError, DataError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"{folder}: not a valid probe: {reason}; fit it again with shoulders evaluate") from error
 

@@ -15,14 +15,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shoulders.errors import DataError
 from shoulders.storage.atomic import write_folder
+from shoulders.storage.json_text import parse_json
+from shoulders.storage.manifest import check_manifest, write_manifest
+from shoulders.storage.tensor_files import read_tensors
 
 NAME = "step-{:08d}"
-MANIFEST = "manifest.json"
+FILES = TENSORS, STATE = "tensors.safetensors", "state.json"
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
@@ -34,10 +37,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
     def write(temporary: Path) -> None:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary / "tensors.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state | {"step": step}, indent=1))
-        files = {path.name: manifest_entry(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
+        save_file(contiguous, temporary / TENSORS)
+        (temporary / STATE).write_text(json.dumps(state | {"step": step}, indent=1))
+        write_manifest(temporary, FILES)
 
     final = folder / NAME.format(step)
     write_folder(final, write)
@@ -53,15 +55,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the state of one checkpoint.
 
     Raises:
-        DataError: a file is missing, or its size or bytes differ from the manifest.
+        DataError: a file is missing, its size or bytes differ from the manifest, or the manifest does not list it.
     """
+    check_manifest(path, FILES)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for name, expected in manifest.items():
-            if manifest_entry(path / name) != expected:
-                raise DataError(f"{path / name}: its bytes are not those that were saved")
-        return load_file(path / "tensors.safetensors"), json.loads((path / "state.json").read_text())
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        return read_tensors(path / TENSORS), parse_json((path / STATE).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"{path}: damaged checkpoint ({' '.join(str(error).split())})") from error
 
 
@@ -104,9 +103,3 @@ def fingerprint(*modules: nn.Module, settings: object = None) -> str:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def manifest_entry(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

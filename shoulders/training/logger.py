@@ -15,6 +15,7 @@ from tqdm import tqdm
 from shoulders.config.sections import Train
 from shoulders.distributed.device import environment, peak_memory_gib
 from shoulders.storage.atomic import write_text
+from shoulders.storage.json_text import parse_json
 
 
 class MetricLogger:
@@ -75,7 +76,7 @@ class MetricLogger:
     def last_evaluation(self) -> dict[str, float]:
         """The latest held-out measures in the log; {} where there are none."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        rows = [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+        rows = [parse_json(line) for line in lines if math.isfinite(_step_of(line))]
         measured = [row for row in rows if row["kind"] == "evaluation"]
         return {name: value for name, value in measured[-1].items() if name.startswith("fvu")} if measured else {}
 
@@ -111,6 +112,6 @@ class MetricLogger:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError):  # an incomplete line of a killed run
         return float("inf")

@@ -18,6 +18,7 @@ from PIL import Image
 from shoulders.errors import RecipeError
 from shoulders.images.run_lengths import mask_to_runs
 from shoulders.storage.atomic import write_folder
+from shoulders.storage.json_text import parse_json
 from shoulders.world.scenes import MIN_SIZE, SIZE, Scene, draw
 from shoulders.world.shapes import CLASSES
 from shoulders.world.styles import STYLES
@@ -110,7 +111,7 @@ def _exists(folder: Path, settings: dict[str, Any]) -> bool:
     if not folder.exists():
         return False
     try:
-        existing = json.loads((folder / "world.json").read_text())
+        existing = parse_json((folder / "world.json").read_text())
     except (OSError, ValueError):
         raise RecipeError(f"{folder}: is not a world; give another folder") from None
     if existing != settings:

@@ -18,6 +18,7 @@ from shoulders.errors import ShouldersError
 from shoulders.hub import Pretrained, check_weight_files
 from shoulders.model import ShouldersBackbone
 from shoulders.student.base import check_base, load_base
+from shoulders.student.files import finish_folder
 from shoulders.teachers import check_teacher, load_teacher
 from tests.test_model import make_student
 from tests.tiny import save_base
@@ -67,6 +68,7 @@ def name_in_index(folder: Path, file: str) -> None:
         save_file(weights, folder / file, {"format": "pt"})
     else:
         torch.save({**weights, "extra": RunsCode(folder / "ran")}, folder / file)
+    finish_folder(folder)  # whoever changes a student also writes its manifest
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -98,6 +100,7 @@ def test_a_config_that_names_other_weights_is_refused(tmp_path: Path, reader: st
     weights = load_file(folder / "model.safetensors")
     save_file({name: x * 0 for name, x in weights.items()}, folder / "zeros.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "zeros.safetensors"}))
+    finish_folder(folder)
     with pytest.raises(ShouldersError, match=r"transformers_weights names 'zeros\.safetensors'"):
         read(folder)
 
@@ -117,6 +120,7 @@ def test_a_student_with_nothing_but_a_pickle_is_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({**weights, "extra": RunsCode(folder / "ran")}, folder / "pytorch_model.bin")
+    finish_folder(folder)
     for read in (shoulders.load, AutoModel.from_pretrained):
         with pytest.raises((ShouldersError, OSError), match=r"model\.safetensors"):
             read(folder)

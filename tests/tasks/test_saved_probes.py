@@ -17,9 +17,10 @@ from shoulders.evaluation.finetune_models import AdapterSettings
 from shoulders.inference import adapted_encoder, features_of_encoder, features_of_student
 from shoulders.model import load
 from shoulders.prediction import predict
+from shoulders.storage.manifest import write_manifest
 from shoulders.tasks import TASKS, FinetuneTask
 from shoulders.tasks.finetune import HParams
-from shoulders.tasks.saved_probes import open_probe, probe_names
+from shoulders.tasks.saved_probes import FILES, open_probe, probe_names
 from tests.evaluation.test_evaluate import COUNTS, evaluate_quickly, world  # noqa: F401
 
 DATA = {"classification": "labelled", "semantic": "masks", "detection": "objects", "instance": "objects"}
@@ -131,12 +132,19 @@ def test_a_finetuned_probe_is_saved_with_its_adapter(world: Path, scores: Scores
         assert predictions["0.png"][f"{model}/semantic-finetuned"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "no weights", "not JSON", "other head", "other width", "unknown task"])
+CHANGES = {
+    "other head": {"head": "dense"},
+    "other width": {"width": 5},
+    "absurd width": {"width": 10**9},
+    "unknown task": {"task": "depth"},
+}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no weights", "not JSON", *CHANGES])
 def test_a_damaged_probe_is_refused(damage: str, world: Path, scores: Scores, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "probes/student/semantic"
     shutil.copytree(world / "run/probes/student/semantic", folder)
     weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
-    changes = {"other head": {"head": "dense"}, "other width": {"width": 5}, "unknown task": {"task": "depth"}}
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-9])
     elif damage == "no weights":
@@ -144,9 +152,23 @@ def test_a_damaged_probe_is_refused(damage: str, world: Path, scores: Scores, tm
     elif damage == "not JSON":
         (folder / "config.json").write_text("{")
     else:
-        (folder / "config.json").write_text(json.dumps(config | changes[damage]))
+        (folder / "config.json").write_text(json.dumps(config | CHANGES[damage]))
+    write_manifest(folder, FILES)
     with pytest.raises(DataError, match="student/semantic: not a valid probe: .*; fit it again"):
         open_probe(tmp_path, "student/semantic")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "manifest.json"])
+def test_a_flipped_bit_in_a_probe_is_refused(file: str, world: Path, scores: Scores, tmp_path: Path) -> None:  # noqa: F811
+    folder = tmp_path / "probes/student/semantic"
+    shutil.copytree(world / "run/probes/student/semantic", folder)
+    data = bytearray((folder / file).read_bytes())
+    data[len(data) * 4 // 5] ^= 1
+    (folder / file).write_bytes(data)
+    with pytest.raises(DataError, match=r"student/semantic: not a valid probe: .*; fit it again"):
+        open_probe(tmp_path, "student/semantic")
+    if file != "config.json":
+        open_probe(tmp_path, "student/semantic", verify=False)
 
 
 def test_a_partly_written_probe_is_not_listed(world: Path, scores: Scores, tmp_path: Path) -> None:  # noqa: F811

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import stat
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,25 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path) -> No
     load_checkpoint(path)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "[" * 100_000, '{"state.json": ENTRY}', '{"x.json": ENTRY}'])
+def test_a_manifest_without_the_files_of_a_checkpoint_is_refused(text: str, tmp_path: Path) -> None:
+    for step in (1, 2):
+        path = save_checkpoint(tmp_path, step, TENSORS, {}, keep=2)
+    entry = json.loads((path / "manifest.json").read_text())["state.json"]
+    (path / "manifest.json").write_text(text.replace("ENTRY", json.dumps(entry)))
+    with pytest.raises(DataError, match="step-00000002/"):
+        load_checkpoint(path)
+    loaded = load_newest(tmp_path, print)
+    assert loaded is not None and loaded[1]["step"] == 1
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    path = save_checkpoint(tmp_path, 1, TENSORS, {}, keep=1)
+    os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+
+
 def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     rename, fsync, paths = Path.rename, os.fsync, {}
@@ -93,7 +114,7 @@ def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypat
     assert after == ["sync c"]
 
 
-@pytest.mark.parametrize("where", ["save_file", "manifest_entry"])
+@pytest.mark.parametrize("where", ["save_file", "write_manifest"])
 def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
 from shoulders.errors import DataError
-from shoulders.hub import quiet
+from shoulders.hub import check_finite, quiet, why_refused
+from shoulders.hub.weight_files import WEIGHTS
+from shoulders.storage.json_text import parse_json
+from shoulders.storage.tensor_files import check_header, read_tensors
 from shoulders.teachers import FAMILIES, Tap
 from shoulders.teachers.families import family_name
 from shoulders.teachers.heads import (
@@ -38,7 +42,7 @@ def save_head(head: Head, folder: Path) -> None:
         if head.processor is not None:
             head.processor.save_pretrained(folder)
     weights = {name: value.clone(memory_format=torch.contiguous_format) for name, value in _weights(head).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
     taps = {name: [tap.summary, tap.spatial, list(tap.grid)] for name, tap in head.taps.items()}
     settings = {"names": asdict(head.names)} if isinstance(head, ZeroShot) else {"size": list(head.size)}
     (folder / "head.json").write_text(json.dumps(settings | {"taps": taps}) + "\n")
@@ -51,14 +55,25 @@ def open_head(folder: Path) -> Head:
         DataError: a file is missing or damaged, or the files do not belong together.
     """
     try:
-        settings = json.loads((folder / "head.json").read_text())
+        settings, _ = (_read_settings(folder / name) for name in ("head.json", "config.json"))
+        check_header(folder / WEIGHTS)
         taps = {name: Tap(summary, spatial, tuple(grid)) for name, (summary, spatial, grid) in settings["taps"].items()}
         if "names" in settings:
-            return open_zero_shot(folder, _class_names(**settings["names"]), taps)
-        h, w = settings["size"]
-        return _open_teacher_head(folder, taps, (h, w))
+            head: Head = open_zero_shot(folder, _class_names(**settings["names"]), taps)
+        else:
+            h, w = settings["size"]
+            head = _open_teacher_head(folder, taps, (h, w))
+        check_finite(head)
+        return head
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{folder}: not a valid head: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = parse_json(path.read_text())
+    if reason := why_refused(settings):
+        raise ValueError(f"{path.name}: {reason}")
+    return settings
 
 
 def _class_names(classes: list[str], prompts: list[str], source: str, revision: str | None) -> ClassNames:
@@ -67,13 +82,13 @@ def _class_names(classes: list[str], prompts: list[str], source: str, revision: 
 
 def _open_teacher_head(folder: Path, taps: dict[str, Tap], size: tuple[int, int]) -> TeacherHead:
     with quiet():
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model = head_class(config)(config)
     spec = FAMILIES[family_name(config.to_dict())].head
     if spec is None:
         raise ValueError(f"the head of a {config.model_type} cannot be separated from its encoder")
     head = TeacherHead(model, spec, taps, size, read_processor(str(folder)))
-    missing = head.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
+    missing = head.load_state_dict(read_tensors(folder / WEIGHTS), strict=False).missing_keys
     absent = [name for name in missing if name in _weights(head)]
     if absent:
         raise ValueError(f"the weights lack {absent[0]}")
