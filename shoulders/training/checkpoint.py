@@ -46,7 +46,9 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     others = [path for path in checkpoints(folder) if path != final]
     older = [path for path in others if path < final]
     # a checkpoint of a later step is a damaged one: the run was resumed from an earlier step
-    for path in [*older[: max(0, len(older) - keep + 1)], *(path for path in others if path > final)]:
+    later = [path for path in others if path > final]
+    unfinished = [*folder.glob("step-*.partial"), *folder.glob("step-*.replaced")]  # left by a killed run
+    for path in [*older[: max(0, len(older) - keep + 1)], *later, *unfinished]:
         shutil.rmtree(path)
     return final
 

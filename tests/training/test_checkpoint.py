@@ -6,8 +6,13 @@ import errno
 import json
 import os
 import random
+import shutil
 import stat
+import sys
+from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ import torch
 from shoulders.errors import DataError, SpaceError
 from shoulders.training import checkpoint
 from shoulders.training.checkpoint import checkpoints, load_checkpoint, load_newest, save_checkpoint
+from tests.crashes import fork, watch_disk
 
 TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}
 
@@ -84,13 +90,17 @@ def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
 
 
-def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_synced_before_the_folder_is_renamed_and_the_previous_one_removed_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "c", 0, TENSORS, {}, keep=1)
     events: list[str] = []
+    rmtree = shutil.rmtree
     rename, fsync, paths = Path.rename, os.fsync, {}
     original_open = os.open
 
-    def opening(path: str, *args: int) -> int:
-        descriptor = original_open(path, *args)
+    def opening(path: str, *args: Any, **kwargs: Any) -> int:
+        descriptor = original_open(path, *args, **kwargs)
         paths[descriptor] = Path(path).name
         return descriptor
 
@@ -102,6 +112,12 @@ def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypat
         events.append(f"rename {to.name}")
         return rename(self, to)
 
+    def removing(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            events.append(f"remove {path.name}")
+            rmtree(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
     monkeypatch.setattr(os, "open", opening)
     monkeypatch.setattr(os, "fsync", syncing)
     monkeypatch.setattr(Path, "rename", renaming)
@@ -111,7 +127,7 @@ def test_files_are_synced_before_the_folder_is_renamed(tmp_path: Path, monkeypat
     assert {"sync manifest.json", "sync state.json", "sync tensors.safetensors", "sync step-00000001.partial"} <= set(
         before
     )
-    assert after == ["sync c"]
+    assert after == ["sync c", "remove step-00000000"]
 
 
 @pytest.mark.parametrize("where", ["save_file", "write_manifest"])
@@ -130,3 +146,60 @@ def test_a_full_disk_is_named_and_leaves_the_earlier_checkpoint(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     load_checkpoint(tmp_path / "step-00000001")
+
+
+def test_what_killed_runs_left_unfinished_is_removed_by_the_next_save(tmp_path: Path) -> None:
+    for name in ("step-00000003.partial", "step-00000002.replaced"):
+        (tmp_path / name).mkdir()
+    save_checkpoint(tmp_path, 4, TENSORS, {}, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def save_until_power_is_lost(number: int, folder: Path, syncs: bool) -> None:
+    """Save in this (child) process and end it before a call that changes the disk, or after the last of them.
+
+    Files that are not synced lose their second half.
+    """
+    calls, original = count(1), os.fsync
+    synced = {path.stat().st_ino for path in folder.rglob("*")}
+
+    def fsync(descriptor: int) -> None:
+        original(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def lose_power(code: int) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file() and path.stat().st_ino not in synced:
+                os.truncate(path, path.stat().st_size // 2)
+        sys.exit(code)
+
+    setattr(os, "fsync", fsync if syncs else lambda descriptor: None)  # noqa: B010
+    watch_disk(lambda name: lose_power(1) if next(calls) == number else None)
+    save_checkpoint(folder, 2, TENSORS, {}, keep=1)
+    lose_power(0)
+
+
+def steps_after_power_loss(folder: Path, syncs: bool = True) -> list[int]:
+    """The step that can be loaded, for each call of the second save before which the power may be lost; 0: none."""
+    steps = []
+    for number in count(1):
+        run = folder / str(number)
+        save_checkpoint(run, 1, TENSORS, {}, keep=1)
+        code = fork(partial(save_until_power_is_lost, number, run, syncs))
+        try:
+            checkpoint = load_newest(run, print)
+            steps.append(checkpoint[1]["step"] if checkpoint else 0)
+        except DataError:
+            steps.append(0)
+        if code == 0:
+            break
+    return steps
+
+
+def test_a_checkpoint_can_be_loaded_after_the_power_is_lost_at_any_time(tmp_path: Path) -> None:
+    steps = steps_after_power_loss(tmp_path)
+    assert len(steps) > 15 and sorted(steps) == steps and set(steps) == {1, 2}
+
+
+def test_without_syncs_the_loss_of_power_would_cost_the_last_checkpoint(tmp_path: Path) -> None:
+    assert 0 in steps_after_power_loss(tmp_path, syncs=False)
