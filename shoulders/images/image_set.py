@@ -84,19 +84,27 @@ class Collection:
         """The indices that `source_of` gives for the sources with these names."""
         return [list(self.sources).index(name) for name in names]
 
+    def encoded(self, index: int) -> bytes:
+        """The bytes of an image as they are stored.
+
+        Raises:
+            Undecodable: the image cannot be read.
+        """
+        key, inside = self._locate(index)
+        try:
+            return self.sources[key].read(inside)
+        except Undecodable:
+            raise
+        except Exception as error:  # a deleted file, a disk error, a damaged page of a parquet file, ...
+            raise Undecodable(f"cannot be read: {' '.join(str(error).split())}"[:200]) from error
+
     def pixels(self, index: int, max_pixels: int, min_side: int | None) -> tuple[Tensor, tuple[int, int]]:
         """The decoded image (3, H, W) uint8 and its full size (H, W), see `decode_with_size`.
 
         Raises:
             Undecodable: the image cannot be read or decoded.
         """
-        key, inside = self._locate(index)
-        try:
-            data = self.sources[key].read(inside)
-        except Undecodable:
-            raise
-        except Exception as error:  # a deleted file, a disk error, a damaged page of a parquet file, ...
-            raise Undecodable(f"cannot be read: {' '.join(str(error).split())}"[:200]) from error
+        data = self.encoded(index)
         if self.warn_orientation and get_worker_info() is None and has_orientation(data):
             self.warn_orientation = False
             warnings.warn(
@@ -104,7 +112,7 @@ class Collection:
                 "COCO (further ones are not named): if the labels are for upright images, save these upright",
                 stacklevel=2,
             )
-        ranges = self.grey_ranges[key]
+        ranges = self.grey_ranges[self._locate(index)[0]]
         choose_range = partial(ranges.choose, name=partial(self.name, index))
         decoded = decode_with_size(data, max_pixels, min_side, self.upright, choose_range)
         ranges.print_notes()  # not while decoding, when warnings are ignored

@@ -16,7 +16,8 @@ from shoulders.errors import RecipeError
 from shoulders.features import Features, FeaturesOf, Skipped
 from shoulders.images import View
 from shoulders.tasks.class_match import ClassMatch, match_classes
-from shoulders.tasks.data.masks import IGNORE_INDEX, MaskFile, find_masks, read_mask
+from shoulders.tasks.data.mask_files import IGNORE_INDEX, read_mask
+from shoulders.tasks.data.masks import MaskFile, find_masks
 from shoulders.tasks.data.splits import AnnotatedSplit, AnnotatedSplits
 from shoulders.tasks.feature_bank import FeatureBank, read_image, to_float16
 from shoulders.tasks.heads.transformers import UperNet

@@ -32,7 +32,7 @@ def copied_run(run: Path, tmp_path: Path) -> Path:  # noqa: F811
 
 def test_heads_of_other_classes_or_tasks_are_refused(copied_run: Path, tmp_path: Path) -> None:
     scenes = tmp_path / "scenes"
-    write_world(scenes, ["paper", "ink"], counts={"train": 4, "val": 0, "test": 4})
+    write_world(scenes, ["paper", "ink"], counts={"train": 12, "val": 0, "test": 4})
     with pytest.raises(RecipeError, match="have no class in common"):
         evaluate_heads(copied_run, "semantic", scenes / "paper" / "semantic", ["student"])
     for name in ("segformer", "rt_detr_v2"):
@@ -49,7 +49,9 @@ def test_a_head_of_other_classes_is_left_out(copied_run: Path, tmp_path: Path) -
     for split in ("train", "test"):
         for folder in ("images", "annotations"):
             (tmp_path / "data" / folder / split).mkdir(parents=True)
-        Image.new("RGB", (32, 32)).save(tmp_path / "data/images" / split / "a.png")
+        Image.new("RGB", (32, 32), {"train": "red", "test": "blue"}[split]).save(
+            tmp_path / "data/images" / split / "a.png"
+        )
         Image.fromarray(np.eye(32, dtype=np.uint8)).save(tmp_path / "data/annotations" / split / "a.png")
     (tmp_path / "data/classes.json").write_text('["LABEL_0", "LABEL_1"]')
     with pytest.warns(UserWarning, match="left out: student, head of other: .* have no class in common"):

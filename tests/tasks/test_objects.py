@@ -228,5 +228,6 @@ def test_images_that_the_annotation_file_does_not_list_are_left_out(tmp_path: Pa
     content["images"] = content["images"][:3]
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] < 3]
     (tmp_path / "test.json").write_text(json.dumps(content))
-    test = find_objects(tmp_path).test
+    with pytest.warns(UserWarning, match=r"5 of 40 images are not used, .* \('test/3.png', 'test/4.png', "):
+        test = find_objects(tmp_path).test
     assert [test.images.name(index) for index in test.indices] == ["0.png", "1.png", "2.png"]

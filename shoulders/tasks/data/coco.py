@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoulders.errors import DataError, RecipeError
+from shoulders.tasks.data.coco_checks import ObjectTable, check_objects
+from shoulders.tasks.data.splits import first_names
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": compressed run lengths}
-_Object = tuple[int, tuple[float, ...], float, bool, Rle | None]  # class, corners, area, crowd, mask
 
 MAX_COORDINATE_PX = 1e5  # a polygon's point further from the corner of the image is an error
 
@@ -44,6 +45,28 @@ class AnnotatedImage:
     areas: NDArray[np.float64]
     crowd: NDArray[np.bool_]
     masks: tuple[Rle, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Object:
+    """One annotation.
+
+    Args:
+        box: left, top, width, height: annotated, else of the mask.
+        area: annotated; nan where there is none.
+        mask_box: left, top, width, height of the mask; nan where there is no mask, or no annotated box beside it.
+        mask_area: in px; nan where there is no mask.
+    """
+
+    id: Any
+    category: Any
+    label: int
+    box: list[float]
+    area: float
+    crowd: bool
+    mask: Rle | None
+    mask_box: list[float]
+    mask_area: float
 
 
 @dataclass(frozen=True)
@@ -85,30 +108,31 @@ def read_annotations(path: Path) -> Annotations:
     Objects whose box is 0 px wide or high are left out with a warning: COCO's own train2017 has some.
 
     Raises:
-        DataError: the file, the annotation and the reason, for the first that cannot be used.
+        DataError: the file, the annotation and the reason, for the first that cannot be used; or the evidence that
+            boxes or masks are written in another way, see `check_objects`.
         RecipeError: it holds masks, and the package that reads them is absent.
     """
     images, class_indices, classes, annotations = _read_content(path)
     objects: defaultdict[Any, list[_Object]] = defaultdict(list)  # by image id
-    empty: list[Any] = []  # ids of annotations
     for number, annotation in enumerate(annotations):
         try:
             image = annotation["image_id"]
             if image not in images:
                 raise ValueError(f"image {image} is not in the list of images")
-            read = _read_object(annotation, images[image][1], class_indices)
-            left, top, right, bottom = read[1]
-            if left < right and top < bottom:
-                objects[image].append(read)
-            else:
-                empty.append(annotation.get("id", number))
+            objects[image].append(_read_object(annotation, number, images[image][1], class_indices))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             has_id = isinstance(annotation, dict) and "id" in annotation
             which = f"annotation {annotation['id']}" if has_id else f"annotation number {number}, without an id"
             raise DataError(f"{path}: {which}: {_reason(error)}; correct it or leave it out") from None
-    if empty:
-        warnings.warn(f"{path}: left out {len(empty)} objects of no width or height, {empty[0]} first", stacklevel=2)
-    return Annotations(classes, tuple(_annotated_image(*images[image], objects[image]) for image in images))
+    if empty := [item.id for of_image in objects.values() for item in of_image if min(item.box[2:]) <= 0]:
+        warnings.warn(
+            f"{path}: left out {len(empty)} objects of no width or height (annotations {first_names(empty)})",
+            stacklevel=2,
+        )
+    kept = {image: [item for item in objects[image] if min(item.box[2:]) > 0] for image in images}
+    _check_categories(path, classes, [item for of_image in kept.values() for item in of_image])
+    check_objects(path, _table({images[image]: of_image for image, of_image in kept.items()}))
+    return Annotations(classes, tuple(_annotated_image(*images[image], kept[image]) for image in images))
 
 
 def _read_content(
@@ -118,18 +142,50 @@ def _read_content(
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: (str(image["file_name"]), _size(image)) for image in content["images"]}
-        class_indices = {category["id"]: index for index, category in enumerate(content["categories"])}
-        classes = tuple(str(category["name"]) for category in content["categories"])
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        classes = tuple(dict.fromkeys(names.values()))  # the first category of Roboflow may have the name of another
         annotations = list(content["annotations"])
-        if len(images) < len(content["images"]) or len(class_indices) < len(classes):
+        if len(images) < len(content["images"]) or len(names) < len(content["categories"]):
             raise ValueError("two images or two categories have the same id")
+        counts = Counter(file for file, _ in images.values())
+        if twice := [file for file, count in counts.items() if count > 1]:
+            raise ValueError(f"{len(twice)} images are listed more than once ({first_names(twice)}): list each once")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
     except RecursionError:
         raise DataError(f"{path}: not a COCO annotation file: JSON that is nested too deeply") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
-    return images, class_indices, classes, annotations
+    return images, {category: classes.index(name) for category, name in names.items()}, classes, annotations
+
+
+def _check_categories(path: Path, classes: tuple[str, ...], objects: Sequence[_Object]) -> None:
+    """Refuse two categories of one name if both have objects."""
+    category_of: dict[int, Any] = {}
+    for item in objects:
+        if category_of.setdefault(item.label, item.category) != item.category:
+            raise DataError(
+                f"{path}: categories {category_of[item.label]} and {item.category} are both called "
+                f"{classes[item.label]!r}; rename or merge them"
+            )
+
+
+def _table(objects: dict[tuple[str, tuple[int, int]], list[_Object]]) -> ObjectTable:
+    """The objects of all images by the name and the size (h, w) of the image."""
+    items = [item for of_image in objects.values() for item in of_image]
+    images = [image for image, of_image in objects.items() for _ in of_image]
+    mask_boxes = np.array([item.mask_box for item in items], dtype=np.float64).reshape(-1, 4)
+    mask_boxes[:, 2:] += mask_boxes[:, :2]
+    return ObjectTable(
+        [item.id for item in items],
+        [file for file, _ in images],
+        np.array([item.label for item in items], dtype=np.int64),
+        np.array([item.box for item in items], dtype=np.float64).reshape(-1, 4),
+        np.array([(width, height) for _, (height, width) in images], dtype=np.float64).reshape(-1, 2),
+        np.array([item.area for item in items], dtype=np.float64),
+        mask_boxes,
+        np.array([item.mask_area for item in items], dtype=np.float64),
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -144,36 +200,51 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def _annotated_image(file: str, size: tuple[int, int], objects: list[_Object]) -> AnnotatedImage:
-    masks = [mask for *_, mask in objects if mask]
+    masks = [item.mask for item in objects if item.mask]
+    boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    # the first that is known: annotated, of the mask, of the box
+    areas = [(item.area, item.mask_area, item.box[2] * item.box[3]) for item in objects]
     return AnnotatedImage(
         file,
         size,
-        np.array([label for label, *_ in objects], dtype=np.int64),
-        np.array([corners for _, corners, *_ in objects], dtype=np.float64).reshape(-1, 4),
-        np.array([area for _, _, area, *_ in objects], dtype=np.float64),
-        np.array([crowd for *_, crowd, _ in objects], dtype=bool),
+        np.array([item.label for item in objects], dtype=np.int64),
+        boxes,
+        np.array([next(area for area in known if not math.isnan(area)) for known in areas], dtype=np.float64),
+        np.array([item.crowd for item in objects], dtype=bool),
         tuple(masks) if len(masks) == len(objects) else None,
     )
 
 
-def _read_object(annotation: dict[str, Any], size: tuple[int, int], class_indices: dict[Any, int]) -> _Object:
-    if annotation["category_id"] not in class_indices:
-        raise ValueError(f"category {annotation['category_id']} is not in the list of categories")
+def _read_object(
+    annotation: dict[str, Any], number: int, size: tuple[int, int], class_indices: dict[Any, int]
+) -> _Object:
+    category = annotation["category_id"]
+    if category not in class_indices:
+        raise ValueError(f"category {category} is not in the list of categories")
     shape = annotation.get("segmentation")
     mask = _read_mask(shape, size) if shape else None
-    if mask is None or "bbox" in annotation:
-        box = annotation["bbox"]
-    else:
-        box = library().mask.toBbox(mask).tolist()
+    mask_box = [math.nan] * 4 if mask is None else library().mask.toBbox(mask).tolist()
+    box = annotation["bbox"] if mask is None or "bbox" in annotation else mask_box
     if not (_is_numbers(box) and len(box) == 4 and min(box[2:]) >= 0):
         raise ValueError(f"box {box} is not left, top, width, height with neither width nor height below 0")
     area = annotation.get("area")
-    if area is None:
-        area = box[2] * box[3] if mask is None else int(library().mask.area(mask))
-    if not (_is_numbers([area]) and area >= 0):
+    if area is not None and not (_is_numbers([area]) and area >= 0):
         raise ValueError(f"area {area} is not a number of pixels")
-    corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
-    return class_indices[annotation["category_id"]], corners, float(area), bool(annotation.get("iscrowd", 0)), mask
+    crowd = annotation.get("iscrowd") or 0
+    if crowd not in (0, 1):  # the text "0" would be true
+        raise ValueError(f"iscrowd {crowd!r} is neither 0 nor 1")
+    return _Object(
+        annotation.get("id", number),
+        category,
+        class_indices[category],
+        box,
+        math.nan if area is None else float(area),
+        bool(crowd),
+        mask,
+        mask_box,
+        math.nan if mask is None else float(library().mask.area(mask)),
+    )
 
 
 def _read_mask(shape: Any, size: tuple[int, int]) -> Rle:

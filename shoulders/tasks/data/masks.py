@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from shoulders.errors import DataError
+from shoulders.images.folder import list_files
+from shoulders.tasks.data.mask_checks import MaskContents, check_contents, warn_interpolated
+from shoulders.tasks.data.mask_files import IGNORE_INDEX, open_mask
+from shoulders.tasks.data.shared_images import warn_shared
 from shoulders.tasks.data.splits import (
     AnnotatedSplit,
     AnnotatedSplits,
     assemble_splits,
+    first_names,
     open_split_images,
     present_splits,
 )
 
-IGNORE_INDEX = 255
 LAYOUT = "PATH/images/{train,val,test}/* and PATH/annotations/{train,val,test}/*.png (val or test may be absent)"
-_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")  # of Pillow: one number per pixel
-_GREY_STEPS = {"L;2": 85, "L;4": 17}  # greys of 2 and 4 bits, which Pillow spreads over 0 to 255
 
 
 @dataclass(frozen=True)
@@ -43,63 +44,70 @@ def find_masks(path: Path | str, column: str = "image", fit: bool = True) -> Ann
 
     Raises:
         RecipeError: nothing at ``path``, or not this layout.
-        DataError: an image without a mask, a mask or class list that cannot be used, or fewer than two classes.
+        DataError: an image without a mask of its own, a mask or class list that cannot be used, or fewer than two
+            classes.
     """
     path = Path(path)
     names = present_splits(path, lambda name: (path / "images" / name).exists(), LAYOUT, fit)
     listed = _read_classes(path / "classes.json")
     by_name: dict[str, AnnotatedSplit[MaskFile]] = {}
-    indices: dict[str, set[int]] = {}  # that the masks of a split hold
+    contents: dict[str, MaskContents] = {}
     for name in names:
-        by_name[name], indices[name] = _read_split(path, name, column)
-    all_indices = set().union(*indices.values())
-    classes = tuple(map(str, range(max(all_indices, default=-1) + 1))) if listed is None else listed
-    trained = indices.get("train", set()) & set(range(len(classes)))
+        by_name[name], contents[name] = _read_split(path, name, column)
+    every = set().union(*(content.masks for content in contents.values()))
+    highest = max((index for index in every if index < IGNORE_INDEX), default=-1)
+    classes = tuple(map(str, range(highest + 1))) if listed is None else listed
+    trained = contents[names[0]].masks.keys() & set(range(len(classes)))
     if fit and len(trained) < 2:
         raise DataError(
             f"{path}: the masks of train hold {len(trained)} of {len(classes)} classes; a probe needs at least two "
             f"(pixels of {IGNORE_INDEX} are ignored: where they are meant as a class, write its index)"
         )
-    if unnamed := sorted(all_indices - set(range(len(classes)))):
-        warnings.warn(
-            f"{path}: masks hold {', '.join(map(str, unnamed[:5]))}, classes.json names 0 to {len(classes) - 1}: such "
-            "pixels are ignored; is its first name that of index 0?",
-            stacklevel=2,
-        )
+    check_contents(path, classes, contents, listed is not None)
+    warn_interpolated(path, names[0], [file.path for file in by_name[names[0]].annotations])
+    if fit:
+        warn_shared(path, by_name, {name: contents[name].digests for name in names})
     return assemble_splits(by_name, classes)
 
 
-def _read_split(path: Path, name: str, column: str) -> tuple[AnnotatedSplit[MaskFile], set[int]]:
-    """A split, and the indices that its masks hold."""
+def _read_split(path: Path, name: str, column: str) -> tuple[AnnotatedSplit[MaskFile], MaskContents]:
+    """A split, and what its masks hold."""
     images = open_split_images(path / "images" / name, column)
+    folder = path / "annotations" / name
+    masks = _list_masks(folder)
     files: list[MaskFile] = []
-    indices: set[int] = set()
+    contents, image_of = MaskContents(), dict[str, str]()
     for index in range(len(images)):
-        file = (path / "annotations" / name / images.name(index)).with_suffix(".png")
-        if not file.is_file():
-            raise DataError(f"{file}: missing; the image {images.name(index)} of {name} needs this mask")
-        mask = read_mask(file, IGNORE_INDEX)  # (H, W)
-        indices.update(np.unique(mask[mask != IGNORE_INDEX]).tolist())
-        files.append(MaskFile(file, (mask.shape[0], mask.shape[1])))
-    return AnnotatedSplit(images, np.arange(len(images)), files), indices
+        image = images.name(index)
+        key = str(Path(image).with_suffix(""))
+        if key not in masks:
+            raise DataError(f"{folder / key}.png: missing; the image {image} of {name} needs this mask")
+        if (other := image_of.setdefault(key, image)) != image:
+            raise DataError(f"{masks[key]}: is the mask of two images, {other} and {image}; rename one of them")
+        mask = open_mask(masks[key])
+        contents.add(mask)
+        files.append(MaskFile(masks[key], (mask.indices.shape[0], mask.indices.shape[1])))
+    if unused := sorted(masks.keys() - image_of.keys()):
+        warnings.warn(
+            f"{folder}: {len(unused)} of {len(masks)} masks belong to no image of {path / 'images' / name} "
+            f"({first_names([masks[key].name for key in unused])})",
+            stacklevel=3,
+        )
+    return AnnotatedSplit(images, np.arange(len(images)), files), contents
 
 
-def read_mask(path: Path, n_classes: int) -> NDArray[np.uint8]:
-    """The class of each pixel (H, W); 255 where the index is none of the ``n_classes``.
+def _list_masks(folder: Path) -> dict[str, Path]:
+    """The PNG files below a folder by their relative path without the extension, which may be in capitals.
 
     Raises:
-        DataError: the file and the reason.
+        DataError: two masks with the same path but for the extension.
     """
-    try:
-        with Image.open(path) as image:  # its warnings are ignored, see `shoulders.images.decode`
-            if image.mode not in _INDEX_MODES:
-                raise ValueError(f"it holds colours ({image.mode}), not one index for each pixel")
-            step = _GREY_STEPS.get(str(image.tile[0].args), 1) if image.tile else 1
-            indices = np.asarray(image).astype(np.int64) // step
-    except Exception as error:  # no list of what decoders raise is ever complete
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: not a mask that can be read: {reason}; correct it or leave it out") from error
-    return np.where((indices >= 0) & (indices < n_classes), indices, IGNORE_INDEX).astype(np.uint8)
+    masks: dict[str, Path] = {}
+    for name in map(os.fsdecode, list_files(folder).files if folder.is_dir() else []):
+        stem, extension = os.path.splitext(name)
+        if extension.lower() == ".png" and masks.setdefault(stem, folder / name) != folder / name:
+            raise DataError(f"{folder / name}: {masks[stem].name} is the mask of the same image; remove one of them")
+    return masks
 
 
 def _read_classes(path: Path) -> tuple[str, ...] | None:

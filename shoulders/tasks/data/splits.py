@@ -15,6 +15,7 @@ from shoulders.images import Collection, open_source
 
 SPLITS = ("train", "val", "test")
 OTHER_VAL_NAMES = ("valid", "validation", "dev")
+MAX_NAMES = 3  # in a message
 
 
 class Annotation(Protocol):
@@ -64,6 +65,11 @@ class AnnotatedSplits(Generic[T]):
     test: AnnotatedSplit[T]
     classes: tuple[str, ...]
     how: str
+
+
+def first_names(names: Sequence[object]) -> str:
+    """Up to three names, each quoted if it is text, with dots where there are more."""
+    return ", ".join(map(repr, names[:MAX_NAMES])) + (", .." if len(names) > MAX_NAMES else "")
 
 
 def present_splits(path: Path, exists: Callable[[str], bool], layout: str, fit: bool = True) -> list[str]:

@@ -18,7 +18,8 @@ from PIL import Image
 from shoulders.errors import DataError, RecipeError
 from shoulders.images import Collection, open_source
 from shoulders.tasks.data.labelled import find_labelled
-from shoulders.tasks.data.masks import find_masks, read_mask
+from shoulders.tasks.data.mask_files import read_mask
+from shoulders.tasks.data.masks import find_masks
 from shoulders.tasks.data.objects import find_objects
 from tests.tasks.scenes import save_masks, save_objects
 
@@ -56,7 +57,9 @@ def test_indices_without_a_name_are_reported(tmp_path: Path) -> None:
     """A list without the background would give every class the name of the next one."""
     save_masks(tmp_path)
     (tmp_path / "classes.json").write_text('["one", "two"]')
-    with pytest.warns(UserWarning, match=r"masks hold 2, classes\.json names 0 to 1: such pixels are ignored"):
+    with pytest.warns(
+        UserWarning, match=r"masks hold 2 \(in 23\), classes\.json names 0 to 1: such pixels are ignored"
+    ):
         assert find_masks(tmp_path).classes == ("one", "two")
 
 
@@ -77,9 +80,10 @@ def test_labels_of_all_tasks_are_in_stored_pixels(tmp_path: Path, orientation: i
     stored[10:20, 5:30] = 255
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = io.BytesIO()
-    Image.fromarray(stored).save(file, "PNG", exif=exif)
     for split in ("train", "test"):
+        stored[0, 0] = len(split)  # not the same image in both
+        file = io.BytesIO()
+        Image.fromarray(stored).save(file, "PNG", exif=exif)
         folders = [f"masks/images/{split}", f"objects/{split}", f"classes/{split}/a", f"classes/{split}/b"]
         for folder in folders:
             (tmp_path / folder).mkdir(parents=True)
@@ -226,7 +230,7 @@ def test_other_layouts_are_refused(find: Callable[[Path], object], tmp_path: Pat
 
 def test_real_layouts_are_read(shared_data: Path) -> None:
     streets, cells, people = (shared_data / name for name in ("camvid", "bccd", "pennfudan"))
-    with pytest.warns(UserWarning, match="masks hold 11, classes.json names 0 to 10"):  # the void
+    with pytest.warns(UserWarning, match=r"masks hold 11 \(in 700\), classes.json names 0 to 10"):  # the void
         assert len(find_masks(streets).classes) == 11
     assert len(find_objects(cells).classes) == 3
     splits = find_objects(people, masks=True)
