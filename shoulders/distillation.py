@@ -22,7 +22,6 @@ from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.distributed.device import use_bf16
 from shoulders.distributed.sharding import gather_state, unsharded, wrap_model
 from shoulders.distributed.signals import catch_signals, stop_if_signalled
-from shoulders.errors import NumericError
 from shoulders.feature_cache import open_cache
 from shoulders.features import Batch, Features, Skipped
 from shoulders.images import ImageSet, SkipReport, open_images
@@ -32,14 +31,16 @@ from shoulders.storage.locks import run_lock
 from shoulders.teachers import AnyTeachers, Teacher, Teachers, check_same_on_ranks, load_teacher
 from shoulders.training.batches import MAX_IMAGES, run_batches
 from shoulders.training.calibration import fit_standardizers
-from shoulders.training.checkpoint import load_newest, save_checkpoint
+from shoulders.training.checkpoint import NAME, load_newest, save_checkpoint
 from shoulders.training.heldout import HeldOutSet
 from shoulders.training.logger import MetricLogger
+from shoulders.training.masked import Masked, mask_report, masked_images
 from shoulders.training.module import DistillationModule
 from shoulders.training.optimizers import Optimizers
 from shoulders.training.preflight import check_heldout, check_out, check_run
 from shoulders.training.results import is_finished, read_summary, write_results
 from shoulders.training.resume import check_invariants, resume_invariants
+from shoulders.training.skipped_steps import SkippedSteps
 from shoulders.training.step import TrainStep
 from shoulders.training.student import init_student, load_kept_heads
 
@@ -62,7 +63,7 @@ def distill(
     Raises:
         RecipeError: the recipe cannot work, or another process uses ``out``; before any weight is loaded.
         DataError: too many images are unreadable, or no checkpoint is valid.
-        NumericError: the loss is no longer finite.
+        NumericError: too many steps in a row, or too many features of a teacher, are not finite.
         SpaceError: the disk is full.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved, or with the student complete.
     """
@@ -126,6 +127,8 @@ class Trainer:
         step: one training step, `shoulders.training.step.TrainStep`.
         batches: of training and held-out images, `shoulders.training.batches.RunBatches`.
         elapsed: seconds that the run took before this process started.
+        skipped_steps: the steps whose loss or gradients are not finite.
+        mask_report: the images of which a teacher's features are not finite.
     """
 
     def __init__(
@@ -144,6 +147,8 @@ class Trainer:
         self.invariants = resume_invariants(self.student, teachers, images)
         wrapped = wrap_model(module, self.student.encoder.base, teachers, recipe.train.parallel, dist)
         self.optimizers = Optimizers(module, recipe.train)  # of this rank's shards
+        self.skipped_steps = SkippedSteps(dist.log)
+        self.mask_report = mask_report(recipe, self.student.taps, images.collection, dist)
         self.step = TrainStep(
             module=module,
             wrapped=wrapped,
@@ -164,14 +169,16 @@ class Trainer:
         """
         recipe, train, dist = self.recipe, self.recipe.train, self.dist
         step = first_step = self.resume() if resume else 0
+        skip_report = self.open_reports(first_step)
         if first_step == 0:
             self.calibrate()
         dist.log(f"computing the teacher features of {len(self.images.heldout)} held-out images")
-        heldout = HeldOutSet(self.with_targets(self.batches.heldout()), self.student, self.batches.size)
-        skip_report = self.open_skip_report(first_step)
+        heldout = HeldOutSet(
+            self.with_targets(self.batches.heldout()), self.student, self.batches.size, self.mask_report.names
+        )
         skip_report.add(heldout.skipped)
         skipped: list[Skipped] = []
-        finite = torch.ones((), dtype=torch.bool, device=dist.device)
+        masked: list[Masked] = []
         with (
             MetricLogger(recipe.out, first_step, train, dist.is_main) as logger,
             closing(self.batches.training(first_step, train.steps, dist.rank, dist.world_size)) as batches,
@@ -179,39 +186,46 @@ class Trainer:
             measures = logger.last_evaluation() if first_step else self.evaluate(heldout, logger, 0)
             for step, batch in enumerate(batches, first_step + 1):
                 output = self.step(step, batch)
-                finite &= output.finite
+                self.skipped_steps.add(step, output.grad_norm)
                 logger.advance(train.batch)
                 skipped += batch.skipped
+                masked += output.masked
 
                 log, evaluate, save = (
                     step == train.steps or step % every == 0
                     for every in (train.log_every, train.evaluate_every, train.save_every)
                 )
                 stop = dist.any(bool(self.signals))
-                if not (log or evaluate or save or stop):
+                if not (log or evaluate or save or stop or self.skipped_steps.is_due):
                     continue  # nothing waits for the device
+                self.skipped_steps.update()
+                diverged = self.skipped_steps.too_many
                 skip_report.add([one for by_rank in dist.gather(skipped) for one in by_rank])
-                skipped = []
-                if dist.any(not finite.item()):
-                    raise not_finite(step)
+                self.mask_report.add([one for by_rank in dist.gather(masked) for one in by_rank])
+                skipped, masked = [], []
                 if log:
                     terms = dist.means(output.terms | {"loss": output.loss})
+                    terms["skipped_steps"] = self.skipped_steps.total
                     logger.train(step, terms, self.optimizers.lr(step), output.grad_norm.item())
                 if evaluate:
                     measures = self.evaluate(heldout, logger, step)
-                if save or stop:
+                if save or stop or diverged:
                     self.save(step)
+                if diverged:
+                    raise self.skipped_steps.error(recipe.out / "checkpoints" / NAME.format(step))
                 if stop:
                     break
         stop_if_signalled(self.signals, dist, f"the checkpoint of step {step} is saved: continue with --resume")
         self.optimizers.load_ema()
+        self.mask_report.log_counts()
         return measures | {"heldout": len(heldout)}
 
     def with_targets(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, dict[str, Features]]]:
-        """Each batch with the teacher features that the student is trained to predict."""
+        """Each batch with the teacher features that the student is trained to predict; the same on every rank."""
         for batch in (batch.to(self.dist.device) for batch in batches):
             stop_if_signalled(self.signals, self.dist, NOTHING_IS_LOST)
             features = self.step.teacher_features(batch)
+            self.mask_report.add(masked_images(features, batch, self.teachers.sources))
             yield batch, {tap: features[tap] for tap in self.student.taps}
 
     def calibrate(self) -> None:
@@ -224,7 +238,8 @@ class Trainer:
         self.dist.log(f"fitting the standardizers ({transfer.standardize}) on {images} images")
         # the same sizes on any number of ranks: a rounding difference may turn an eigenvector, and with it the targets
         batches = (part for batch in self.batches.training(0, steps) for part in batch.split(MAX_IMAGES))
-        fit_standardizers(self.student, (targets for _, targets in self.with_targets(batches)), images)
+        features = (targets for _, targets in self.with_targets(batches))
+        fit_standardizers(self.student, features, images, self.mask_report.names)
 
     def evaluate(self, heldout: HeldOutSet, logger: MetricLogger, step: int) -> dict[str, float]:
         """Measure the student, with averaged weights where they are kept, on the held-out images."""
@@ -239,7 +254,7 @@ class Trainer:
         tensors = gather_state(self.optimizers.tensors(), self.dist)
         if self.dist.is_main:
             seconds = self.elapsed + time.perf_counter() - self.started_at
-            state = self.invariants | {"seconds": seconds}
+            state = self.invariants | {"seconds": seconds, "skipped_steps": self.skipped_steps.total}
             save_checkpoint(self.recipe.out / "checkpoints", step, tensors, state, self.recipe.train.keep_checkpoints)
         self.dist.barrier()
 
@@ -257,21 +272,18 @@ class Trainer:
         check_invariants(self.recipe.out, state, self.invariants)
         self.optimizers.restore(tensors)
         self.elapsed = state.get("seconds", 0.0)
+        self.skipped_steps.total = state.get("skipped_steps", 0)
         return int(state["step"])
 
-    def open_skip_report(self, first_step: int) -> SkipReport:
-        """The report of unreadable images; a run from the first step starts a new one."""
+    def open_reports(self, first_step: int) -> SkipReport:
+        """The report of unreadable images; a run from the first step starts a new one, and a new `mask_report`."""
         path = self.recipe.out / "skipped.jsonl"
-        if first_step == 0 and self.dist.is_main:
-            path.unlink(missing_ok=True)  # the images may have been repaired since an earlier attempt
+        if first_step:
+            self.mask_report.resume()
+        else:
+            self.mask_report.restart()
+            if self.dist.is_main:
+                path.unlink(missing_ok=True)  # the images may have been repaired since an earlier attempt
         self.dist.barrier()
         max_unreadable = self.recipe.images.max_unreadable
         return SkipReport(path, len(self.images.collection), max_unreadable, self.dist.is_main)
-
-
-def not_finite(step: int) -> NumericError:
-    """The error of gradients that are not finite."""
-    return NumericError(
-        f"the gradients are no longer finite at step {step}; start again in another out with a lower train.lr or "
-        "train.precision=fp32, or check the teachers' features"
-    )

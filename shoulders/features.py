@@ -84,6 +84,12 @@ class Features:
             raise ValueError("these Features are of some images of a batch already; take rows of those of all images")
         return replace(self.map(lambda component: component[rows.to(component.device)]), rows=rows)
 
+    def keep(self, mask: Tensor) -> Features:
+        """Features of the images where ``mask`` (B,), bool, is true."""
+        rows = mask.nonzero()[:, 0]
+        kept = replace(self, rows=None).map(lambda component: component[rows])
+        return replace(kept, rows=rows if self.rows is None else self.rows[rows])
+
     def components(self) -> dict[str, Tensor]:
         """``{"summary": (B, C), "spatial": (B, N, C)}``, without the absent ones."""
         both = {"summary": self.summary, "spatial": self.spatial}

@@ -34,6 +34,34 @@ def split_parameters(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parame
     return [p for p in all_parameters if p.ndim > 1], [p for p in all_parameters if p.ndim <= 1]
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW with steps that may have to change nothing."""
+
+    found_inf: Tensor | None = None
+
+    def step_where(self, finite: Tensor) -> None:
+        """A step that changes nothing if ``finite``, a scalar bool, is false; the host does not wait for its value."""
+        self.found_inf = (~finite).float()  # torch's fused kernel reads it, as it does for `torch.amp.GradScaler`
+        self.step()
+        self.found_inf = None
+
+
+class Muon(torch.optim.Muon):
+    """Muon with steps that may have to change nothing."""
+
+    @torch.no_grad()
+    def step_where(self, finite: Tensor) -> None:
+        """As `AdamW.step_where`."""
+        matrices = [matrix for group in self.param_groups for matrix in group["params"] if matrix.grad is not None]
+        before = [matrix.detach().clone() for matrix in matrices]
+        for matrix in matrices:  # a gradient that equals the momentum leaves the momentum as it is
+            momentum = self.state[matrix].get("momentum_buffer", torch.zeros_like(matrix.grad))
+            matrix.grad = torch.where(finite, matrix.grad, momentum)
+        self.step()
+        for matrix, old in zip(matrices, before, strict=True):
+            matrix.copy_(torch.where(finite, matrix, old))
+
+
 class MuonAdamW:
     """Muon for some parameters and AdamW for all others, with one learning rate.
 
@@ -61,23 +89,30 @@ class MuonAdamW:
         # torch updates no list that holds both sharded and whole tensors
         groups: list[dict[str, Any]] = [{"params": group} for group in split_by_dtensor(decayed)]
         groups += [{"params": group, "weight_decay": 0.0} for group in split_by_dtensor(undecayed)]
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[AdamW | Muon] = []
         if groups:
-            self.optimizers.append(torch.optim.AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True))
+            self.optimizers.append(AdamW(groups, lr, betas, weight_decay=weight_decay, fused=True))
         if muon:
             matrices = list(self.matrices.values())
-            self.optimizers.append(
-                torch.optim.Muon(matrices, lr, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-            )
+            self.optimizers.append(Muon(matrices, lr, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
 
-    def step(self, lr: float) -> None:
-        """Update every parameter by its gradient at this learning rate, and clear the gradients."""
+    def step(self, lr: float, finite: Tensor | None = None) -> None:
+        """Update every parameter by its gradient at this learning rate, and clear the gradients.
+
+        Args:
+            lr: the learning rate.
+            finite: scalar bool; where it is false no parameter and no state of an optimizer changes. The host does not
+                wait for its value. None: true.
+        """
         for p, matrix in self.matrices.items():
             matrix.grad = None if p.grad is None else replicate(p.grad.flatten(1))  # Muon needs whole matrices
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            if finite is None:
+                optimizer.step()
+            else:
+                optimizer.step_where(finite)
         for p in (*self.parameters, *self.matrices.values()):
             p.grad = None
 
@@ -88,10 +123,21 @@ class MuonAdamW:
         return {p: (by_tensor[tensor], tensor) for p, tensor in held.items()}
 
 
-def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], decay: float) -> None:
-    """Move each average towards its value, in place: decay x average + (1 - decay) x value."""
+def ema_update(
+    averages: Iterable[Tensor], values: Iterable[Tensor], decay: float, finite: Tensor | None = None
+) -> None:
+    """Move each average towards its value, in place: decay x average + (1 - decay) x value.
+
+    Args:
+        averages: updated.
+        values: of the same shapes.
+        decay: between 0 and 1.
+        finite: scalar bool; where it is false no average changes. None: true.
+    """
     update = get_ema_multi_avg_fn(decay)
     pairs = [(average, value.detach()) for average, value in zip(averages, values, strict=True)]
+    if finite is not None:
+        pairs = [(average, torch.where(finite, value, average)) for average, value in pairs]
     for sharded in (False, True):  # torch updates no list that holds both sharded and whole tensors
         alike = [pair for pair in pairs if isinstance(pair[0], DTensor) == sharded]
         if alike:

@@ -13,6 +13,7 @@ FREE_ON_RESUME = (
     "out",
     "images.workers",
     "images.max_unreadable",
+    "transfer.max_not_finite",
     "train.log_every",
     "train.save_every",
     "train.evaluate_every",

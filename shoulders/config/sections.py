@@ -114,6 +114,9 @@ class Transfer(Section):
     calibration_images: int = Field(
         1024, ge=16, description="images for the statistics of teacher features, rounded up to whole batches"
     )
+    max_not_finite: float = Field(
+        0.05, ge=0, le=1, description="maximum fraction of a teacher's images of which its features are not finite"
+    )
     distance: Literal["cosine_smooth_l1", "cosine", "smooth_l1", "mse"] = Field(
         "cosine_smooth_l1", description="between prediction and target"
     )

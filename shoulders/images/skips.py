@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from shoulders.errors import DataError
 from shoulders.features import Skipped
-from shoulders.storage.json_text import parse_json
+from shoulders.storage.json_lines import append_lines, read_lines
 
 MAX_REASONS = 10  # in the error message
 
@@ -30,9 +28,8 @@ class SkipReport:
 
     def __init__(self, path: Path, total: int, max_unreadable: float, write: bool = True) -> None:
         self.path, self.total, self.max_unreadable, self.write = path, total, max_unreadable, write
-        self.reasons: dict[str, str] = {}  # by name of the image
-        if path.exists():
-            self._read_existing()
+        # by name of the image
+        self.reasons = {row["name"]: row["reason"] for row in read_lines(path, ("name", "reason"), truncate=write)}
 
     def __len__(self) -> int:
         return len(self.reasons)
@@ -48,9 +45,7 @@ class SkipReport:
             return
         self.reasons.update(new)
         if self.write:
-            lines = [json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in new.items()]
-            with self.path.open("a", encoding="ascii") as file:
-                file.writelines(lines)
+            append_lines(self.path, [{"name": name, "reason": reason} for name, reason in new.items()])
         if len(self.reasons) > self.max_unreadable * self.total:
             raise DataError(self._error_message())
 
@@ -58,18 +53,6 @@ class SkipReport:
         """Number of images per kind of reason, the most frequent kind first."""
         kinds = Counter(reason.partition(":")[0] for reason in self.reasons.values())
         return sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-
-    def _read_existing(self) -> None:
-        content = self.path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        if len(complete) < len(content) and self.write:  # the run was killed while it wrote the last line
-            os.truncate(self.path, len(complete))
-        try:
-            for line in complete.splitlines():
-                image = parse_json(line)
-                self.reasons[image["name"]] = image["reason"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{self.path}: not a list of skipped images; move it out of the way") from error
 
     def _error_message(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts()[:MAX_REASONS])

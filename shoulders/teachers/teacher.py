@@ -112,6 +112,28 @@ def empty_features(tap: Tap, device: torch.device) -> Features:
     return Features(summary, spatial, tap.grid)
 
 
+def drop_not_finite(features: Mapping[str, Features]) -> dict[str, Features]:
+    """``{"name/tap": Features}`` without the images for which any feature of the same teacher is not finite.
+
+    The host waits for the device once.
+    """
+    # a sum is finite only if all of its terms are, and it takes a fraction of the time of isfinite
+    sums = [x.flatten(1).sum(1) for one in features.values() for x in one.components().values()]
+    if torch.cat(sums).isfinite().all():
+        return dict(features)
+    masks: dict[str, Tensor] = {}  # (b,) by teacher
+    for tap, one in features.items():
+        teacher = tap.split("/")[0]
+        for x in one.components().values():
+            finite = x.isfinite().flatten(1).all(1)
+            masks[teacher] = masks[teacher] & finite if teacher in masks else finite
+    dropped = {teacher for teacher, mask in masks.items() if not mask.all()}
+    return {
+        tap: one.keep(masks[teacher]) if (teacher := tap.split("/")[0]) in dropped else one
+        for tap, one in features.items()
+    }
+
+
 def check_output(output: Any, images: int) -> None:
     """Refuse a module's output that is not ``{tap: Features}`` of ``images`` images.
 
@@ -173,8 +195,9 @@ class AnyTeachers(nn.Module, ABC):
     def forward(self, batch: Batch) -> dict[str, Features]:
         """``{"name/tap": Features}`` in float32, of the images in their ``rows``.
 
-        The features carry no graph but may enter one: they come from ``no_grad``, because tensors made in inference
-        mode cannot be saved for the backward pass of a loss.
+        Images of which a teacher's features are not finite are not among its rows. The features carry no graph but may
+        enter one: they come from ``no_grad``, because tensors made in inference mode cannot be saved for the backward
+        pass of a loss.
         """
 
     @abstractmethod
@@ -248,7 +271,7 @@ class Teachers(AnyTeachers):
                 raise DataError(f"teachers.{name}: has no tap {lost[0]!r} any more; return the same for all images")
             on_device = None if rows is None else rows.to(self[name].mean.device, non_blocking=True)
             features |= {f"{name}/{tap}": replace(outputs[tap].map(Tensor.float), rows=on_device) for tap in taps}
-        return features
+        return drop_not_finite(features)
 
     def _run(self, teacher: Teacher, batch: Batch) -> dict[str, Features]:
         if not len(batch):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from shoulders.errors import DataError
+from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features, Skipped, align
 from shoulders.model import ShouldersModel
+from shoulders.training.masked import not_finite
 from shoulders.transfer.fvu import channel_standardized, fvu, is_constant, unexplained
 from shoulders.transfer.losses import BASE
 from shoulders.transfer.projectors import teacher_name
@@ -37,13 +38,19 @@ class HeldOutSet:
         batches: each batch and its {tap: Features}.
         student: whose grid and taps are used.
         size: (h, w) of the student's input in px.
+        masked: {teacher: images of which its features are not finite}, which is complete after the last batch.
 
     Raises:
         DataError: a teacher has features of fewer than ``MIN_IMAGES`` images, or the same for all of them.
+        NumericError: a teacher has finite features of fewer than ``MIN_IMAGES`` images.
     """
 
     def __init__(
-        self, batches: Iterable[tuple[Batch, Mapping[str, Features]]], student: ShouldersModel, size: tuple[int, int]
+        self,
+        batches: Iterable[tuple[Batch, Mapping[str, Features]]],
+        student: ShouldersModel,
+        size: tuple[int, int],
+        masked: Mapping[str, Collection[str]],
     ):
         self.size = size
         self.batches: list[Batch] = []
@@ -76,8 +83,10 @@ class HeldOutSet:
             for name, by_batch in vectors.items()
         }
         for name, target in self.targets.items():
-            if len(target.vectors) < MIN_IMAGES:
-                raise too_few(teacher_name(name), len(target.vectors), len(self))
+            teacher, count = teacher_name(name), len(target.vectors)
+            if count < MIN_IMAGES:
+                images = masked.get(teacher)
+                raise not_finite(teacher, count, len(self), images) if images else too_few(teacher, count, len(self))
             if is_constant(target.vectors):
                 raise constant_features(name, len(target.vectors))
 
@@ -92,8 +101,14 @@ class HeldOutSet:
         Returns:
             numbers: everything by name.
             per_teacher: {teacher: mean fvu over its taps and components}.
+
+        Raises:
+            NumericError: the student's features are not finite.
         """
         latents, predictions = self._run(student, device)
+        for name, vectors in (latents | {f"the projector of {name}": x for name, x in predictions.items()}).items():
+            if count := int((~vectors.isfinite().flatten(1).all(1)).sum()):
+                raise diverged(name, count, len(vectors))
         numbers, per_teacher = {}, {}
         by_teacher: dict[str, list[float]] = {}
         for name, target in self.targets.items():
@@ -130,6 +145,20 @@ def too_few(teacher: str, count: int, heldout: int) -> DataError:
     return DataError(
         f"images: {teacher} learns from {count} of {heldout} held-out images, and {MIN_IMAGES} are needed; give more "
         "images"
+    )
+
+
+def diverged(name: str, count: int, images: int) -> NumericError:
+    """The refusal of a student whose features are not finite.
+
+    Args:
+        name: of the target.
+        count: images with such features.
+        images: of all.
+    """
+    return NumericError(
+        f"the student's features are not finite for {count} of {images} held-out images ({name}); start in another out "
+        "with a lower train.lr or train.precision=fp32"
     )
 
 

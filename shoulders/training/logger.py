@@ -57,12 +57,12 @@ class MetricLogger:
         self.bar.update()
 
     def train(self, step: int, terms: Mapping[str, float], lr: float, gradient_norm: float) -> None:
-        """Log a training step: its loss and its terms, without those that are nan."""
+        """Log a training step: its loss and its terms, without those that are not finite."""
         now = time.perf_counter()
         speed = self.images / (now - self.since)
         self.images, self.since = 0, now
         row = {"images_per_s": speed, "peak_gib": peak_memory_gib(), "lr": lr, "gradient_norm": gradient_norm}
-        row |= {name: value for name, value in terms.items() if not math.isnan(value)}
+        row = {name: value for name, value in (row | dict(terms)).items() if math.isfinite(value)}
         self._write({"step": step, "kind": "train"} | row)
         self._show(**{"img/s": f"{speed:.0f}", "loss": f"{terms['loss']:.3f}"})
 

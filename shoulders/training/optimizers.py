@@ -28,12 +28,17 @@ class Optimizers:
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()} if train.ema else {}
 
     def step(self, number: int) -> Tensor:
-        """Clip the gradients, update the parameters and their averages; returns the gradient norm before clipping."""
+        """Clip the gradients, update the parameters and their averages; returns the gradient norm before clipping.
+
+        Where that norm is not finite, on any rank and so on all, parameters, averages and the state of the optimizer
+        stay as they are.
+        """
         norm = clip_grad_norm(self.parameters.values(), self.train.clip)
-        self.optimizer.step(self.lr(number))
+        finite = norm.isfinite()
+        self.optimizer.step(self.lr(number), finite)
         # the first averages are short, else the initial weights would remain for 1 / (1 - ema) steps
         decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
-        ema_update(self.ema.values(), [self.parameters[name] for name in self.ema], decay)
+        ema_update(self.ema.values(), [self.parameters[name] for name in self.ema], decay, finite)
         return norm
 
     def lr(self, number: int) -> float:

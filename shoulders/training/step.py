@@ -15,6 +15,7 @@ from shoulders.distributed.context import DistContext
 from shoulders.distributed.sharding import sync_gradients
 from shoulders.features import Batch, Features, in_order
 from shoulders.teachers import AnyTeachers
+from shoulders.training.masked import Masked, masked_images
 from shoulders.training.module import DistillationModule, as_float
 from shoulders.training.optimizers import Optimizers
 from shoulders.transfer.losses import BASE, Terms
@@ -34,13 +35,16 @@ class StepOutput(NamedTuple):
 
     loss: Tensor  # scalar, the mean over micro-batches
     terms: Terms  # {name: scalar}; nan for a term without images
-    grad_norm: Tensor  # scalar, before clipping
-    finite: Tensor  # scalar bool: whether the gradients are finite
+    grad_norm: Tensor  # scalar, before clipping; not finite if the step was skipped
+    masked: list[Masked]  # the images that a teacher is left out for
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """One update of the trainable parameters from one batch. Nothing in it waits for the device.
+    """One update of the trainable parameters from one batch.
+
+    The host waits for the device once per micro-batch, between the teachers and the student, and only if teachers run:
+    which of their features are finite decides the shapes of what follows.
 
     A step holds no state of its own: ``dataclasses.replace`` makes another one, such as one with more micro-batches, of
     the same parameters and optimizers.
@@ -75,28 +79,28 @@ class TrainStep:
 
     def __call__(self, number: int, batch: Batch) -> StepOutput:
         """Step ``number`` (from 1) with this rank's part of the batch."""
-        loss, terms = self.backward(number, batch)
+        loss, terms, masked = self.backward(number, batch)
         with self.section(UPDATE):
             grad_norm = self.optimizers.step(number)
-        return StepOutput(loss, terms, grad_norm, torch.isfinite(grad_norm))
+        return StepOutput(loss, terms, grad_norm, masked)
 
-    def backward(self, number: int, batch: Batch) -> tuple[Tensor, Terms]:
-        """The loss of a batch and its terms, with the gradients added to the parameters."""
+    def backward(self, number: int, batch: Batch) -> tuple[Tensor, Terms, list[Masked]]:
+        """The loss of a batch, its terms and masked images, with the gradients added to the parameters."""
         self.module.train()
         micro_batches = batch.to(self.dist.device).split(len(batch) // self.accumulate)
         uniforms = self.drop_uniforms(number, len(batch)).chunk(len(micro_batches))
-        losses, all_terms = [], []
+        losses, all_terms, masked = [], [], []
         for i, (micro_batch, uniform) in enumerate(zip(micro_batches, uniforms, strict=True)):
             teacher_features = self.teacher_features(micro_batch)
             with self.autocast(), sync_gradients(self.wrapped, i == len(micro_batches) - 1):
                 loss, terms = self.forward(micro_batch.pixels(self.size), teacher_features, uniform)
-                (loss / len(micro_batches)).backward()
+                # the gradients of a loss that is not finite are not finite on any rank, even those of a constant
+                (loss / len(micro_batches)).backward(loss.detach() * 0 + 1)
             losses.append(loss.detach())
             all_terms.append(terms)
-        names = all_terms[0]
-        return torch.stack(losses).mean(), {
-            name: torch.stack([terms[name] for terms in all_terms]).nanmean() for name in names
-        }
+            masked += masked_images(teacher_features, micro_batch, self.teachers.sources)
+        means = {name: torch.stack([terms[name] for terms in all_terms]).nanmean() for name in all_terms[0]}
+        return torch.stack(losses).mean(), means, masked
 
     def teacher_features(self, batch: Batch) -> dict[str, Features]:
         """{tap: Features} of the teachers, and of the base where it is preserved or read by the adapter."""

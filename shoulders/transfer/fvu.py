@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,12 @@ def fvu(latents: Tensor, targets: Tensor, ridges: Sequence[float] = RIDGES) -> f
         latents: (n, P, D), P tokens of n images (P = 1 for summaries).
         targets: (n, P, C) of the same tokens.
         ridges: from which the best is selected.
+
+    Returns:
+        nan if any value is not finite.
     """
+    if not (latents.isfinite().all() and targets.isfinite().all()):
+        return math.nan
     half = len(latents) // 2
     x_fit, y_fit, x, y = (
         vectors.flatten(0, 1).double() for vectors in (latents[:half], targets[:half], latents[half:], targets[half:])
@@ -58,9 +64,9 @@ def channel_standardized(fit: Tensor, *others: Tensor) -> list[Tensor]:
 def is_constant(vectors: Tensor) -> bool:
     """Whether `fvu` has nothing to explain in vectors (n, P, C): no channel varies in the first half of the images."""
     first_half = vectors[: len(vectors) // 2].flatten(0, 1).double()
-    return bool(first_half.isfinite().all() and not _varying_channels(first_half).any())
+    return not bool(_varying_channels(first_half).any())
 
 
 def _varying_channels(vectors: Tensor) -> Tensor:
-    """(C,) bool, of vectors (n, C): which channels vary by more than rounding does."""
-    return vectors.std(0) > 1e-6 * (1 + vectors.mean(0).abs())
+    """(C,) bool, of vectors (n, C): which channels vary by more than rounding does, or are not finite."""
+    return ~(vectors.std(0) <= 1e-6 * (1 + vectors.mean(0).abs()))

@@ -41,6 +41,7 @@ def test_keys_without_an_effect_on_the_weights_may_change(started_with: Path) ->
     changes = {
         "images__workers": 3,
         "images__max_unreadable": 0.5,
+        "transfer__max_not_finite": 0.5,
         "train__log_every": 7,
         "train__save_every": 7,
         "train__evaluate_every": 7,
