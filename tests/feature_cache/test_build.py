@@ -166,7 +166,7 @@ def test_channels_are_rescaled_if_int8_would_lose_too_much(root: Path, tmp_path:
     assert max(tap["reconstruction_fvu"] for row in info["teachers"] for tap in row["taps"]) == 0
 
 
-CHECK_CALLS = 2 + IMAGES  # of `check_pure`
+CHECK_CALLS = 3 + IMAGES  # of `check_pure`
 
 
 class Stopping(Colours):

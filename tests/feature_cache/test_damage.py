@@ -213,7 +213,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_image_is_read(
     with pytest.raises(SpaceError, match=r"cache: .* KiB needed, 1000 bytes free; make room") as stop:
         build(recipe, hooked)
     assert (stop.value.exit_code, list(tmp_path.iterdir())) == (5, [])
-    assert len(calls) == len(hooked) * (2 + IMAGES)  # those of `check_pure` alone
+    assert len(calls) == len(hooked) * (3 + IMAGES)  # those of `check_pure` alone
 
 
 def test_without_checksums_of_records_only_the_manifest_detects_a_flipped_bit(built: Recipe) -> None:
