@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shoulders.model import ShouldersBackbone, ShouldersConfig, ShouldersModel, load
     from shoulders.planning import plan
     from shoulders.prediction import predict
-    from shoulders.teachers import Teacher
+    from shoulders.teachers import TaskHead, Teacher
     from shoulders.training.supervised_baseline import evaluate_with_baseline as evaluate
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "ShouldersBackbone",
     "ShouldersConfig",
     "ShouldersModel",
+    "TaskHead",
     "Teacher",
     "cache",
     "distill",
@@ -58,6 +59,7 @@ PUBLIC = {
     "ShouldersBackbone": "shoulders.model:ShouldersBackbone",
     "ShouldersConfig": "shoulders.model:ShouldersConfig",
     "ShouldersModel": "shoulders.model:ShouldersModel",
+    "TaskHead": "shoulders.teachers:TaskHead",
     "Teacher": "shoulders.teachers:Teacher",
     "cache": "shoulders.feature_cache:build_cache",
     "distill": "shoulders.distillation:distill",

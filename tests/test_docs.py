@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from shoulders.config.resume import FREE_ON_RESUME
+from shoulders.errors import DataError
+from shoulders.model import load
 from tests.test_layers import HEIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,12 +80,16 @@ def test_the_example_of_own_models_and_images_works(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(code[1])
     (tmp_path / "mine.yaml").write_text(text[1])
     (tmp_path / "shoulders").symlink_to(ROOT / "shoulders")
-    done = subprocess.run(
-        [sys.executable, "-m", "shoulders", "distill", "mine.yaml"],
-        cwd=tmp_path,
-        timeout=200,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "mine/last/spatial" in done.stdout
+    Image.new("RGB", (80, 80)).save(tmp_path / "photo.png")
+    outputs = []
+    for command in (["distill", "mine.yaml"], ["predict", "runs/mine", "photo.png", "--out", "out"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "shoulders", *command], cwd=tmp_path, timeout=200, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs.append(done.stdout)
+    assert "mine/last/spatial" in outputs[0]
+    (prediction,) = json.loads((tmp_path / "out" / "predictions.json").read_text()).values()
+    assert {one["label"] for one in prediction["mine"]} == {"cat", "dog"}
+    with pytest.raises(DataError, match="heads/mine: its code 'mine:Head' cannot be used: no Python module 'mine'"):
+        load(tmp_path / "runs" / "mine").head("mine")  # elsewhere, without the code

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shoulders.model import load
 from shoulders.teachers import load_teacher
-from shoulders.teachers.heads import taps_of_teacher
+from shoulders.teachers.heads import TeacherHead, taps_of_teacher
 from tests.student.test_encoder import ADAPTERS, build, randomize
 from tests.teachers.heads.test_saved import run, save_teacher, to_lists  # noqa: F401
 from tests.teachers.heads.test_zero_shot import load_both
@@ -59,6 +59,7 @@ def test_a_head_keeps_the_features_of_each_thread_apart(run: Path) -> None:  # n
         taps_of_teacher("segformer", student.predict_teacher_features(torch.rand(1, 3, 32, 32))) for _ in range(2)
     )
     head = student.head("segformer")
+    assert isinstance(head, TeacherHead)
     expected = head(first).logits
     stop = run_within(head.model, lambda: head(second))
     assert torch.equal(head(first).logits, expected)

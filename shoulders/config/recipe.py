@@ -55,9 +55,6 @@ class Recipe(Section):
                 raise ValueError(f"teachers.{name}.weight only counts with transfer.balance: fixed")
             if (spec.classes or spec.prompts) and name not in self.keep_heads:
                 raise ValueError(f"teachers.{name}.classes and prompts only count with keep_heads: [{name}]")
-        unknown = [name for name in self.keep_heads if name not in self.teachers]
-        if unknown:
-            raise ValueError(f"keep_heads: {', '.join(unknown)} not among teachers: {', '.join(self.teachers)}")
         return self
 
     @model_validator(mode="after")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -33,20 +34,67 @@ def call_function(path: str, **settings: Any) -> Any:
     Raises:
         ValueError: it cannot be imported or called, or it raised.
     """
-    check_function(path)
-    module_name, function_name = _split(path)
     with _current_folder_importable():
+        function = import_code(path)
+        try:
+            return function(**settings)
+        except Exception as error:  # user code may raise anything
+            raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+
+
+def import_code(path: str, refused: Sequence[Path] = ()) -> Callable[..., Any]:
+    """Import a function or class.
+
+    Args:
+        path: ``package.module:name``.
+        refused: folders whose code is never imported.
+
+    Raises:
+        ValueError: it cannot be imported, or lies in one of these folders.
+    """
+    module_name, name = _split(path)
+    with _current_folder_importable():
+        for folder in refused:
+            _check_outside(module_name.partition(".")[0], folder)
+        check_function(path)
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # user code may raise anything: the message names the module
             raise ValueError(f"importing {module_name} fails: {type(error).__name__}: {error}") from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            raise ValueError(f"{module_name} has no function {function_name!r}")
-        try:
-            return function(**settings)
-        except Exception as error:
-            raise ValueError(f"{path} fails: {type(error).__name__}: {error}") from error
+        if not callable(code := getattr(module, name, None)):
+            raise ValueError(f"{module_name} has no function {name!r}")
+        return code
+
+
+def code_name(kind: type) -> str:
+    """``package.module:Class``, by which `import_code` finds a class again.
+
+    Raises:
+        ValueError: it cannot be found by its name.
+    """
+    path = f"{kind.__module__}:{kind.__qualname__}"
+    advice = "define it at the top level of a module that can be imported, not in a function or a script that is run"
+    try:
+        found = None if kind.__module__ == "__main__" else import_code(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be imported ({error}); {advice}") from error
+    if found is not kind:
+        raise ValueError(f"{path} cannot be imported; {advice}")
+    return path
+
+
+def _check_outside(package: str, folder: Path) -> None:
+    """Refuse a top-level module in a folder, without importing it.
+
+    Raises:
+        ValueError: it lies there.
+    """
+    spec = _find_module(package)
+    if spec is None:
+        return
+    for place in (*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location else [])):
+        if Path(str(place)).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{package} lies in {folder}; code that comes with a student is not run")
 
 
 def _find_module(module: str) -> ModuleSpec | None:

@@ -95,7 +95,7 @@ def student_bytes(trainer: Trainer) -> int:
         student.config.save_pretrained(folder)
         write_card(folder, as_size(recipe.images.size), student.encoder.patch_size, student.config.teachers)
         for name in recipe.keep_heads:
-            head = load_head(name, recipe.teachers[name], trainer.teachers[name])
+            head = load_head(name, recipe.teachers.get(name), trainer.teachers[name])
             save_head(head, folder / "heads" / name)
         others = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return _file_bytes(student.state_dict()) + others

@@ -8,6 +8,7 @@ from typing import Any
 from shoulders.errors import RecipeError
 from shoulders.tasks import classification, detection, instance, semantic
 from shoulders.tasks.task import FinetuneTask, Metric, ProbeHead, Row, Task
+from shoulders.teachers.heads import ModuleHead
 
 # in the order of tables; everything that depends on a task reads its row
 TASKS: dict[str, Task] = {
@@ -28,6 +29,8 @@ def find_task(name: str) -> Task:
 
 def task_of_head(head: Any) -> str | None:
     """The name of the task that a teacher's head does, by the name of its transformers class; None for another."""
+    if isinstance(head, ModuleHead):
+        return head.task
     name = type(head.model).__name__
     return next((task.name for task in TASKS.values() if name.endswith(task.head_classes)), None)
 

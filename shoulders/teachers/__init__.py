@@ -8,12 +8,14 @@ from shoulders.teachers.describe import describe
 from shoulders.teachers.families import FAMILIES, list_families
 from shoulders.teachers.load import check_teacher, load_teacher
 from shoulders.teachers.pure import check_pure, check_same_on_ranks
+from shoulders.teachers.task_head import TaskHead
 from shoulders.teachers.teacher import AnyTeachers, Tap, Teacher, Teachers
 
 __all__ = [
     "FAMILIES",
     "AnyTeachers",
     "Tap",
+    "TaskHead",
     "Teacher",
     "Teachers",
     "check_pure",

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.features import Batch, Features
+from shoulders.teachers.task_head import TaskHead
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Teacher(nn.Module):
         source: where the weights come from, for reports.
         revision: commit of the hub repository, where there is one.
         taps: which of the module's outputs to use; default: all.
+        head: the task head, which a student can keep (``keep_heads``).
 
     Raises:
         RecipeError: if the module's output for a blank image is not finite Features by name, or lacks a tap.
@@ -59,9 +61,13 @@ class Teacher(nn.Module):
         source: str = "",
         revision: str | None = None,
         taps: Sequence[str] | None = None,
+        head: TaskHead | None = None,
     ) -> None:
         super().__init__()
+        if not (head is None or isinstance(head, TaskHead)):
+            raise RecipeError(f"head: must be a shoulders.TaskHead, got {type(head).__name__}")
         self.module = module
+        self._heads = (head,)  # in a tuple, so that its weights are not part of the teacher's
         self.size = (int(size[0]), int(size[1]))
         self.license = license
         self.source = source
@@ -72,6 +78,11 @@ class Teacher(nn.Module):
         self.eval()
         self._selected = tuple(taps) if taps is not None else None
         self.taps = self._find_taps()
+
+    @property
+    def head(self) -> TaskHead | None:
+        """The task head of a teacher of your own."""
+        return self._heads[0]
 
     def forward(self, pixels: Tensor) -> dict[str, Features]:
         """Features by tap for pixels (B, 3, h, w) in [0, 1]; no gradient is recorded."""
@@ -86,7 +97,7 @@ class Teacher(nn.Module):
     def with_taps(self, taps: Sequence[str]) -> Teacher:
         """The same teacher with ``taps`` only."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
-        return Teacher(self.module, self.size, mean, std, self.license, self.source, self.revision, taps)
+        return Teacher(self.module, self.size, mean, std, self.license, self.source, self.revision, taps, self.head)
 
     def _find_taps(self) -> dict[str, Tap]:
         blank = torch.full((1, 3, *self.size), 0.5)

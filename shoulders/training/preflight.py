@@ -22,7 +22,7 @@ from shoulders.errors import RecipeError
 from shoulders.images import ImageSet
 from shoulders.student.base import check_base
 from shoulders.teachers import Teacher, check_pure, check_teacher
-from shoulders.teachers.heads import check_head
+from shoulders.teachers.heads import check_head, load_module_head
 from shoulders.training.checkpoint import checkpoints
 from shoulders.training.heldout import MIN_IMAGES, too_few
 from shoulders.training.int8_check import check_int8
@@ -59,7 +59,10 @@ def check_training(recipe: Recipe, extra_teachers: Mapping[str, Teacher], dist: 
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise RecipeError("train.tensorboard: tensorboard is not installed: pip install 'shoulders[tensorboard]'")
     for name in recipe.keep_heads:
-        check_head(name, recipe.teachers[name])
+        if name in recipe.teachers:
+            check_head(name, recipe.teachers[name])
+        else:
+            load_module_head(name, extra_teachers[name])
 
 
 def check_inputs(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
@@ -155,7 +158,7 @@ def check_heldout(recipe: Recipe, images: ImageSet) -> None:
 
 
 def check_names(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
-    """Refuse a name of an extra teacher that is invalid or stands in the recipe.
+    """Refuse a name of an extra teacher that is invalid or stands in the recipe, and a kept head of no teacher.
 
     Raises:
         RecipeError: naming it.
@@ -164,6 +167,9 @@ def check_names(recipe: Recipe, extra_teachers: Mapping[str, Teacher]) -> None:
         if name in recipe.teachers:
             raise RecipeError(f"teachers: {name!r} is both in the recipe and given from Python; rename one")
         check_name(name)
+    teachers = {**recipe.teachers, **extra_teachers}
+    if unknown := [name for name in recipe.keep_heads if name not in teachers]:
+        raise RecipeError(f"keep_heads: {', '.join(unknown)} not among teachers: {', '.join(teachers)}")
 
 
 def check_fsdp(recipe: Recipe) -> None:

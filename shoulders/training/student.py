@@ -42,7 +42,7 @@ def load_kept_heads(recipe: Recipe, teachers: AnyTeachers, dist: DistContext) ->
         RecipeError: a head cannot be separated from its teacher.
         DataError: weights of a head are missing or damaged.
     """
-    heads = {name: load_head(name, recipe.teachers[name], teachers[name]) for name in recipe.keep_heads}
+    heads = {name: load_head(name, recipe.teachers.get(name), teachers[name]) for name in recipe.keep_heads}
     for name, head in heads.items():
         try:
             check_processor(head)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ from torch.utils._pytree import tree_map
 from shoulders.features import Features, align
 from shoulders.teachers import Tap
 from shoulders.teachers.families import HeadSpec, TapFeatures
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """How well images match classes: ``logits`` (B, K), ``scores`` (B, K) in [0, 1], the K ``classes``."""
+
+    logits: Tensor
+    scores: Tensor
+    classes: tuple[str, ...]
 
 
 class StubEncoder(nn.Module):

@@ -13,9 +13,10 @@ from shoulders.teachers import Teacher
 from shoulders.teachers.checkpoint import Checkpoint, read_checkpoint, teacher_error
 from shoulders.teachers.families import FAMILIES, HeadSpec
 from shoulders.teachers.heads.head import TeacherHead
+from shoulders.teachers.heads.module_head import ModuleHead, load_module_head
 from shoulders.teachers.heads.zero_shot import ZeroShot, check_zero_shot, load_zero_shot
 
-Head = TeacherHead | ZeroShot
+Head = TeacherHead | ZeroShot | ModuleHead
 # how the class names of models with a task head end
 HEAD_CLASS_ENDINGS = (
     "ForImageClassification",
@@ -36,6 +37,8 @@ PROCESSORS_WITHOUT_TORCHVISION = {
 def check_head(name: str, spec: TeacherSpec) -> None:
     """Refuse a teacher without a head that can be kept, before any weights are read.
 
+    Whether a teacher given as ``module:`` carries one is known when it is built: `load_head`.
+
     Args:
         name: the teacher's name in the recipe.
         spec: its entry there.
@@ -44,7 +47,9 @@ def check_head(name: str, spec: TeacherSpec) -> None:
         RecipeError: the line begins with ``teachers.<name>.``.
     """
     if spec.module is not None:
-        raise teacher_error(name, "module", "a module of your own has no head that can be kept")
+        if spec.classes or spec.prompts:
+            raise teacher_error(name, "classes", "a head of your own has its classes; leave classes and prompts out")
+        return
     checkpoint = read_checkpoint(name, spec)
     if checkpoint.family.zero_shot:
         check_zero_shot(name, spec.classes, checkpoint)
@@ -64,19 +69,23 @@ def check_head(name: str, spec: TeacherSpec) -> None:
         raise teacher_error(name, "taps", message)
 
 
-def load_head(name: str, spec: TeacherSpec, teacher: Teacher) -> Head:
-    """The head of a teacher, from the teacher's own checkpoint.
+def load_head(name: str, spec: TeacherSpec | None, teacher: Teacher) -> Head:
+    """The head of a teacher, from the teacher's own checkpoint, or the one that it carries.
 
     Args:
         name: the teacher's name in the recipe.
-        spec: its entry there.
+        spec: its entry there; None for a teacher given from Python.
         teacher: the loaded teacher, for the shapes of its taps.
 
     Raises:
-        RecipeError: as `check_head`.
+        RecipeError: as `check_head` and `load_module_head`.
         DataError: weights of the head are missing or damaged.
     """
+    if spec is None:
+        return load_module_head(name, teacher)
     check_head(name, spec)
+    if spec.module is not None:
+        return load_module_head(name, teacher)
     checkpoint = read_checkpoint(name, spec)
     taps = {tap: teacher.taps[tap] for tap in _head_taps(checkpoint)}
     if spec.classes:

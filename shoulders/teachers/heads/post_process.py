@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoulders.errors import RecipeError
-from shoulders.teachers.heads import Head, TeacherHead, ZeroShot
+from shoulders.teachers.heads import ClassScores, Head, ModuleHead, TeacherHead, ZeroShot
 
 Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
 
@@ -54,7 +54,9 @@ def needs_prompts(head: Head) -> bool:
 
 
 def _post_processor(head: Head) -> Callable[..., list[Any]]:
-    """The function of `POST_PROCESSORS` for a head."""
+    """The function of `POST_PROCESSORS`, or `MODULE_POST_PROCESSORS`, for a head."""
+    if isinstance(head, ModuleHead):
+        return MODULE_POST_PROCESSORS[head.task]
     return next(function for ending, function in POST_PROCESSORS.items() if head.class_name.endswith(ending))
 
 
@@ -65,8 +67,10 @@ def to_classes(head: TeacherHead, output: Any, sizes: list[tuple[int, int]], thr
     return _best(output.logits.sigmoid() if independent else output.logits.softmax(-1), head.classes)
 
 
-def to_matched_names(head: ZeroShot, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
-    """The five class names that match best; the threshold does not apply."""
+def to_scored_names(
+    head: ZeroShot | ModuleHead, output: ClassScores, sizes: list[tuple[int, int]], threshold: float
+) -> list[Any]:
+    """The five classes of highest score; the threshold does not apply."""
     return _best(output.scores, output.classes)
 
 
@@ -80,7 +84,7 @@ def _best(scores: Tensor, names: Sequence[str]) -> list[Any]:
     return predictions
 
 
-def to_boxes(head: TeacherHead, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+def to_boxes(head: TeacherHead | ModuleHead, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
     """Objects with boxes."""
     images = head.processor.post_process_object_detection(output, threshold=threshold, target_sizes=sizes)
     corners = ("xmin", "ymin", "xmax", "ymax")
@@ -93,7 +97,9 @@ def to_boxes(head: TeacherHead, output: Any, sizes: list[tuple[int, int]], thres
     ]
 
 
-def to_class_masks(head: TeacherHead, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+def to_class_masks(
+    head: TeacherHead | ModuleHead, output: Any, sizes: list[tuple[int, int]], threshold: float
+) -> list[Any]:
     """A mask for each class in the image; the threshold does not apply."""
     maps = head.processor.post_process_semantic_segmentation(output, target_sizes=sizes)
     return [
@@ -113,6 +119,18 @@ def to_instance_masks(head: TeacherHead, output: Any, sizes: list[tuple[int, int
                 "mask": image["segmentation"] == segment["id"],
             }
             for segment in image["segments_info"]
+        ]
+        for image in images
+    ]
+
+
+def to_binary_masks(head: ModuleHead, output: Any, sizes: list[tuple[int, int]], threshold: float) -> list[Any]:
+    """Objects with masks that may overlap."""
+    images = head.processor.post_process_instance_segmentation(output, threshold=threshold, target_sizes=sizes)
+    return [
+        [
+            {"label": head.label(segment["label_id"]), "score": segment["score"], "mask": mask}
+            for segment, mask in zip(image["segments_info"], image["segmentation"], strict=True)
         ]
         for image in images
     ]
@@ -148,9 +166,17 @@ POST_PROCESSORS: dict[str, Callable[..., list[Any]]] = {
     "ForDepthEstimation": to_depth,
     "SamModel": to_prompted_masks,
     "Sam2Model": to_prompted_masks,
-    "CLIPModel": to_matched_names,
-    "SiglipModel": to_matched_names,
-    "Siglip2Model": to_matched_names,
+    "CLIPModel": to_scored_names,
+    "SiglipModel": to_scored_names,
+    "Siglip2Model": to_scored_names,
+}
+
+# task of a head of your own -> how its output becomes predictions
+MODULE_POST_PROCESSORS: dict[str, Callable[..., list[Any]]] = {
+    "classification": to_scored_names,
+    "semantic": to_class_masks,
+    "detection": to_boxes,
+    "instance": to_binary_masks,
 }
 
 # the method of the image processor that a function needs

@@ -22,7 +22,7 @@ from shoulders.hub import Pretrained, find_file, load_strict, open_pretrained, q
 from shoulders.teachers import Tap
 from shoulders.teachers.checkpoint import Checkpoint, teacher_error
 from shoulders.teachers.families import FAMILIES, TapFeatures, family_name
-from shoulders.teachers.heads.head import StubEncoder, stub_outputs
+from shoulders.teachers.heads.head import ClassScores, StubEncoder, stub_outputs
 
 PROMPTS = ("a photo of a {}.",)
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")  # one of them is needed
@@ -43,15 +43,6 @@ class ClassNames:
     prompts: tuple[str, ...]
     source: str
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class ZeroShotOutput:
-    """How well images match classes: ``logits`` (B, K), ``scores`` (B, K) in [0, 1], the K ``classes``."""
-
-    logits: Tensor
-    scores: Tensor
-    classes: tuple[str, ...]
 
 
 class ZeroShot(nn.Module):
@@ -88,7 +79,7 @@ class ZeroShot(nn.Module):
         """The names of the classes, by index."""
         return list(self.names.classes)
 
-    def forward(self, taps: TapFeatures, classes: Sequence[str] | None = None) -> ZeroShotOutput:
+    def forward(self, taps: TapFeatures, classes: Sequence[str] | None = None) -> ClassScores:
         """How well each image matches each class.
 
         Args:
@@ -108,7 +99,7 @@ class ZeroShot(nn.Module):
             logits = self.model(input_ids=None, pixel_values=None).logits_per_image  # (B, K)
         # a model with a bias scores each pair by itself (SigLIP, arXiv 2303.15343), one without it one class among all
         scores = logits.sigmoid() if hasattr(self.model, "logit_bias") else logits.softmax(-1)
-        return ZeroShotOutput(logits, scores, names)
+        return ClassScores(logits, scores, names)
 
     def _embed(self, classes: tuple[str, ...]) -> Tensor:
         """(K, E) of kept names, or of new ones by the teacher's text tower."""

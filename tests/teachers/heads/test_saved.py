@@ -15,7 +15,6 @@ import transformers as hf
 from PIL import Image
 
 import shoulders
-from shoulders.config.recipe import Recipe
 from shoulders.config.sections import TeacherSpec
 from shoulders.distillation import distill
 from shoulders.errors import DataError, RecipeError
@@ -253,7 +252,7 @@ def test_masks_without_the_detectors_own_image_processor_are_refused(tmp_path: P
             post_process(head, head(teacher(torch.rand(1, 3, *teacher.size))), [(32, 32)])
 
 
-def test_unknown_names_in_keep_heads_are_refused() -> None:
-    tree = {"student": {"base": "b"}, "images": {"path": "p"}, "out": "o", "keep_heads": ["nobody"]}
-    with pytest.raises(ValueError, match="keep_heads: nobody not among teachers"):
-        Recipe.model_validate(tree)
+def test_unknown_names_in_keep_heads_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(RecipeError, match="^keep_heads: nobody not among teachers: classifier, segmenter$"):
+        distill(tiny_recipe(tmp_path, keep_heads=["nobody"]))
