@@ -29,9 +29,10 @@ from shoulders.model import save_student
 from shoulders.storage.atomic import write_folder, write_text
 from shoulders.storage.locks import run_lock
 from shoulders.teachers import AnyTeachers, Teacher, Teachers, check_same_on_ranks, load_teacher
+from shoulders.training.agreement import check_same_inputs, check_same_recipe
 from shoulders.training.batches import MAX_IMAGES, run_batches
 from shoulders.training.calibration import fit_standardizers
-from shoulders.training.checkpoint import NAME, load_newest, save_checkpoint
+from shoulders.training.checkpoint import NAME, load_newest, name_checkpoint, save_checkpoint
 from shoulders.training.heldout import HeldOutSet
 from shoulders.training.logger import MetricLogger
 from shoulders.training.masked import Masked, mask_report, masked_images
@@ -66,9 +67,16 @@ def distill(
         NumericError: too many steps in a row, or too many features of a teacher, are not finite.
         SpaceError: the disk is full.
         Interrupted: after SIGTERM, SIGINT or SIGUSR1, with a checkpoint saved, or with the student complete.
+        ProcessLost: a worker process or another rank died or was stopped.
     """
     recipe, started_at = as_recipe(recipe), time.perf_counter()
-    with init_distributed() as dist, catch_signals(f"{recipe.out} is finished") as signals, ExitStack() as locks:
+    with (
+        name_checkpoint(recipe.out),
+        init_distributed() as dist,
+        catch_signals(f"{recipe.out} is finished") as signals,
+        ExitStack() as locks,
+    ):
+        check_same_recipe(recipe, extra_teachers or {}, resume, dist)
         check_run(recipe, extra_teachers or {}, dist, resume)
         dist.barrier()  # all ranks have checked before one of them writes
         locks.enter_context(run_lock(recipe.out, dist))
@@ -110,10 +118,11 @@ def prepare(
         bf16=bf16,
         sources={name: images.collection.source_indices(names) for name, names in recipe.teacher_sources.items()},
     )
-    if dist.world_size > 1 and isinstance(teachers, Teachers):
-        check_same_on_ranks(teachers, dist.gather)
     torch.manual_seed(recipe.train.seed)
     module = DistillationModule(init_student(recipe, teachers), recipe)
+    check_same_inputs(teachers, module.student, images, dist)
+    if dist.world_size > 1 and isinstance(teachers, Teachers):
+        check_same_on_ranks(teachers, dist.gather)
     dist.log(f"{len(images)} training images, {len(images.heldout)} held out; base {recipe.student.base}")
     for tap, shape in teachers.taps.items():
         dist.log(f"  {tap}: summary {shape.summary or '-'}, spatial {shape.spatial or '-'} on {shape.grid}")

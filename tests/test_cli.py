@@ -14,8 +14,8 @@ import pytest
 import typer
 
 import shoulders.cli
-from shoulders.cli.exit_codes import explain_error
 from shoulders.config.recipe import dump_recipe
+from shoulders.errors import explain_error
 from tests.tiny import run_cli, save_images, save_tiny_world, tiny_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 
 from shoulders.cli.commands import app
-from shoulders.cli.exit_codes import explain_error
-from shoulders.errors import printable
+from shoulders.errors import RankLost, explain_error, printable
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -41,5 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         code, message = explained
         lines = map(printable, message.split("\n"))  # some messages have a line for each fault
-        print("shoulders:", "\n".join(lines), file=sys.stderr)
+        print("shoulders:", "\n".join(lines), file=sys.stderr, flush=True)
+        if isinstance(error, RankLost):
+            os._exit(code)  # the interpreter would wait for the lost rank if a GPU does
         sys.exit(code)

@@ -36,7 +36,7 @@ def check_resumed(recipe: Recipe, started_with: Path) -> None:
         RecipeError: naming the first key that differs and would change the result.
     """
     started = read_recipe(started_with)
-    before, now = _flatten(started.model_dump(mode="json")), _flatten(recipe.model_dump(mode="json"))
+    before, now = flatten(started.model_dump(mode="json")), flatten(recipe.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
         if old != new and key not in FREE_ON_RESUME:
@@ -52,8 +52,9 @@ def _check_order(key: str, before: list[str], now: list[str]) -> None:
         raise RecipeError(f"{key}: the run started with {', '.join(before)} in this order; resume with the same")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, distributed
 
 from shoulders.distributed.device import this_device
-from shoulders.errors import printable
+from shoulders.distributed.peers import Peers
+from shoulders.errors import RankLost, printable
 
 TIMEOUT = timedelta(minutes=2)  # of one exchange: a lost rank ends the others within it
-WRITE_TIMEOUT = timedelta(hours=2)  # of a barrier: the main rank may write a large model to a slow disk
+NCCL_MARGIN = timedelta(minutes=1)  # NCCL aborts the process after its timeout: gloo reports a lost rank before that
+EXCHANGE_FAILED = ("gloo", "NCCL", "Application timeout")  # phrases in errors of torch
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,14 @@ class DistContext:
         world_size: the number of processes.
         device: where this process computes.
         control_group: gloo group for flags and Python objects, which are on the CPU whatever the device.
-        barrier_group: gloo group for barriers, with the long timeout `WRITE_TIMEOUT`.
+        peers: what this rank knows of the others.
     """
 
     rank: int
     world_size: int
     device: torch.device
     control_group: distributed.ProcessGroup | None = None
-    barrier_group: distributed.ProcessGroup | None = None
+    peers: Peers | None = None
 
     @property
     def is_main(self) -> bool:
@@ -79,9 +81,9 @@ class DistContext:
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks, at most `WRITE_TIMEOUT`."""
-        if self.world_size > 1:
-            distributed.barrier(self.barrier_group)
+        """Wait for all ranks, for as long as they show signs of life."""
+        if self.peers is not None:
+            self.peers.barrier()
 
 
 @contextmanager
@@ -90,18 +92,57 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> Iterator[DistContext]:
 
     Args:
         timeout: of one exchange between ranks.
+
+    Raises:
+        RankLost: another rank ended, is stopped, or takes part in no exchange.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = this_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield DistContext(0, 1, device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store, rank, world_size = _meet(timeout)
+    signs = store.clone()  # type: ignore[attr-defined]  # missing in the types of torch
+    with Peers(distributed.PrefixStore("signs", signs), rank, world_size, timeout) as peers:
+        try:
+            control_group = _init_groups(store, rank, world_size, device, timeout)
+            yield DistContext(rank, world_size, device, control_group, peers)
+        except RuntimeError as error:
+            if not _is_failed_exchange(error):
+                raise
+            _destroy_groups(device, is_rank_lost=True)
+            raise peers.lost() from error
+        finally:
+            _destroy_groups(device, is_rank_lost=isinstance(sys.exception(), RankLost))
+
+
+def _meet(timeout: timedelta) -> tuple[distributed.Store, int, int]:
+    """The store in which all ranks meet, the rank of this process, and their number."""
     try:
-        control_group = distributed.new_group(backend="gloo")
-        barrier_group = distributed.new_group(timeout=WRITE_TIMEOUT, backend="gloo")
-        yield DistContext(distributed.get_rank(), world_size, device, control_group, barrier_group)
-    finally:
+        return next(distributed.rendezvous("env://", timeout=timeout))
+    except distributed.DistError as error:
+        seconds = timeout.total_seconds()
+        raise RankLost(f"not all ranks started within {seconds:g} s; start all of them again") from error
+
+
+def _init_groups(
+    store: distributed.Store, rank: int, world_size: int, device: torch.device, timeout: timedelta
+) -> distributed.ProcessGroup:
+    """Make the default group, for tensors on ``device``, and return a gloo group."""
+    backend, margin = ("nccl", NCCL_MARGIN) if device.type == "cuda" else ("gloo", timedelta())
+    groups = distributed.PrefixStore("groups", store)
+    distributed.init_process_group(backend, store=groups, rank=rank, world_size=world_size, timeout=timeout + margin)
+    return distributed.new_group(timeout=timeout, backend="gloo")
+
+
+def _destroy_groups(device: torch.device, is_rank_lost: bool) -> None:
+    """Close the connections to the other ranks; not those of NCCL to a lost rank, which would wait for it."""
+    if distributed.is_initialized() and not (is_rank_lost and device.type == "cuda"):
         distributed.destroy_process_group()
+
+
+def _is_failed_exchange(error: RuntimeError) -> bool:
+    """Whether an exchange failed, which says nothing of the reason."""
+    is_phrase_in = any(phrase in str(error) for phrase in EXCHANGE_FAILED)
+    return isinstance(error, distributed.DistError) or is_phrase_in

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from shoulders.config import sections
 from shoulders.config.section import as_size
@@ -19,7 +19,28 @@ from shoulders.images.views import View, central_view, longest_side, min_decode_
 Size = tuple[int, int]
 # the five fields of Batch in plain containers, because DataLoader pins the memory of no others
 Rendered = tuple[Tensor, dict[Size, Tensor], Tensor | None, tuple[Skipped, ...], Tensor]
-Views = Dataset[Rendered | DataError]
+
+
+class Views(Dataset[Rendered | DataError]):
+    """Batches of views. Each worker writes down which image it decodes, in case that the image ends the worker.
+
+    Args:
+        images: all images.
+    """
+
+    def __init__(self, images: Collection) -> None:
+        self.images = images
+        self.decoding = torch.empty(0, 2, dtype=torch.int64)  # by worker: process id, index of an image or -1
+
+    def share(self, workers: int) -> None:
+        """Prepare to be read by worker processes."""
+        self.decoding = torch.full((workers, 2), -1).share_memory_()
+
+    def decode(self, index: int, max_pixels: int, min_side: int | None) -> tuple[Tensor, Size]:
+        """As `Collection.pixels`."""
+        if (worker := get_worker_info()) is not None:
+            self.decoding[worker.id, 1] = index
+        return self.images.pixels(index, max_pixels, min_side)
 
 
 class TrainingViews(Views):
@@ -36,6 +57,7 @@ class TrainingViews(Views):
     def __init__(
         self, image_set: ImageSet, sizes: list[Size], settings: sections.Images, seed: int, decode_sizes: list[Size]
     ) -> None:
+        super().__init__(image_set.collection)
         self.image_set, self.sizes, self.settings, self.seed = image_set, sizes, settings, seed
         self.min_side = min_decode_side(decode_sizes, settings.scale)
 
@@ -59,15 +81,14 @@ class TrainingViews(Views):
 
     def _decode(self, index: int, skipped: list[Skipped]) -> tuple[int, Tensor, Size]:
         """Index, pixels and full size of the image, or of the first replacement that can be decoded."""
-        collection = self.image_set.collection
         for candidate in [index, *self.image_set.replacements(index)]:
             try:
-                return candidate, *collection.pixels(candidate, self.settings.max_pixels, self.min_side)
+                return candidate, *self.decode(candidate, self.settings.max_pixels, self.min_side)
             except Undecodable as error:
-                skipped.append(Skipped(collection.name(candidate), str(error)))
+                skipped.append(Skipped(self.images.name(candidate), str(error)))
         raise DataError(
             f"{skipped[-1].name!r} ({skipped[-1].reason}): nor could any other image tried in place of "
-            f"{collection.name(index)!r} be decoded; check that images.path contains complete image files"
+            f"{self.images.name(index)!r} be decoded; check that images.path contains complete image files"
         )
 
 
@@ -85,7 +106,8 @@ class CentralViews(Views):
     def __init__(
         self, images: Collection, sizes: list[Size], max_pixels: int, decode_sizes: list[Size], shape: Size | None
     ) -> None:
-        self.images, self.sizes, self.max_pixels, self.shape = images, sizes, max_pixels, shape
+        super().__init__(images)
+        self.sizes, self.max_pixels, self.shape = sizes, max_pixels, shape
         self.min_side = longest_side(decode_sizes)
 
     def __getitem__(self, indices: NDArray[np.int64]) -> Rendered | DataError:
@@ -95,7 +117,7 @@ class CentralViews(Views):
         skipped: list[Skipped] = []
         for index in indices.tolist():
             try:
-                original, full_size = self.images.pixels(index, self.max_pixels, self.min_side)
+                original, full_size = self.decode(index, self.max_pixels, self.min_side)
             except Undecodable as error:
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue
@@ -118,7 +140,8 @@ class ListedViews(Views):
     """
 
     def __init__(self, image_set: ImageSet, sizes: list[Size], settings: sections.Images, seed: int) -> None:
-        self.images, self.sizes, self.settings, self.seed = image_set.collection, sizes, settings, seed
+        super().__init__(image_set.collection)
+        self.sizes, self.settings, self.seed = sizes, settings, seed
         self.shape = as_size(settings.size)  # central views have the aspect ratio of the student's input
 
     def __getitem__(self, views: NDArray[np.int64]) -> Rendered | DataError:
@@ -130,7 +153,7 @@ class ListedViews(Views):
             is_random = number != CENTRAL
             min_side = min_decode_side(self.sizes, self.settings.scale) if is_random else longest_side(self.sizes)
             try:
-                original, full_size = self.images.pixels(index, self.settings.max_pixels, min_side)
+                original, full_size = self.decode(index, self.settings.max_pixels, min_side)
             except Undecodable as error:
                 skipped.append(Skipped(self.images.name(index), str(error)))
                 continue

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shoulders.errors import DataError
+from shoulders.errors import DataError, ProcessLost
 from shoulders.storage.atomic import write_folder
 from shoulders.storage.json_text import parse_json
 from shoulders.storage.manifest import check_manifest, write_manifest
@@ -91,6 +92,17 @@ def load_newest(folder: Path, log: Callable[[str], None]) -> tuple[dict[str, Ten
 def checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints in ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.suffix == "" and path.is_dir())
+
+
+@contextmanager
+def name_checkpoint(out: Path) -> Iterator[None]:
+    """Add to the error of a lost process how to resume the run in the folder ``out``."""
+    try:
+        yield
+    except ProcessLost as error:
+        latest = checkpoints(out / "checkpoints")[-1:]
+        resume = f"resume from {latest[0].name} with --resume" if latest else "no checkpoint was saved: start it again"
+        raise type(error)(f"{error}; {resume}", error.exit_code) from error
 
 
 def fingerprint(*modules: nn.Module, settings: object = None) -> str:

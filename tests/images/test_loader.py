@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from shoulders.config.sections import Images
-from shoulders.errors import DataError, RecipeError
+from shoulders.errors import DataError, ProcessLost, RecipeError
 from shoulders.features import Batch
 from shoulders.images import (
     Collection,
@@ -199,6 +201,33 @@ def test_workers_end_with_the_generator(folder: Path) -> None:
     assert len(multiprocessing.active_children()) == 2
     del stream
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        pytest.param(lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL"),
+        pytest.param(os.abort, "SIGABRT", marks=pytest.mark.slow),
+        pytest.param(lambda: os._exit(3), "exit code 3", marks=pytest.mark.slow),
+    ],
+    ids=["kill", "abort", "exit"],
+)
+def test_a_lost_worker_and_its_image_are_named(
+    end: Callable[[], None], reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, handler = open_set(folder), signal.getsignal(signal.SIGCHLD)
+
+    def decode(self: Collection, index: int, *args: Any, pixels: Any = Collection.pixels) -> Any:
+        if self.name(index) == "13.jpg":
+            end()
+        return pixels(self, index, *args)
+
+    monkeypatch.setattr(Collection, "pixels", decode)
+    with pytest.raises(ProcessLost, match=rf"worker \d \(process \d+\) died \({reason}\); .*'13.jpg'") as lost:
+        run(images, steps=100, workers=2)
+    assert lost.value.exit_code == 70
+    assert not multiprocessing.active_children()
+    assert signal.getsignal(signal.SIGCHLD) == handler
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs real photos (set SHOULDERS_DATA)")
