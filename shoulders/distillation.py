@@ -111,6 +111,7 @@ def prepare(
     """
     images = open_images(recipe.images, recipe.train.seed)
     check_heldout(recipe, images)
+    dist.barrier()  # one rank may have listed its images long before another
     stop_if_signalled(signals, dist, NOTHING_IS_LOST)
     bf16 = use_bf16(recipe.train.precision, dist.device)
     teachers = open_cache(recipe, extra_teachers, images, bf16, dist) or Teachers(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.distributed.signals import catch_signals
+from shoulders.errors import Interrupted
 
 
 def test_one_process_is_the_main_rank(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,7 +45,7 @@ def test_a_scalar_is_averaged_over_the_ranks_that_have_it() -> None:
 
 def test_signals_are_collected_and_handlers_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with catch_signals() as received:
+    with pytest.raises(Interrupted), catch_signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # within a second of the first: launchers send several
         time.sleep(0.01)
@@ -54,7 +55,7 @@ def test_signals_are_collected_and_handlers_restored() -> None:
 
 def test_the_signal_that_clusters_send_before_the_limit_is_collected() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with catch_signals() as received:
+    with pytest.raises(Interrupted), catch_signals() as received:
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.01)
         assert received == [signal.SIGUSR1]
