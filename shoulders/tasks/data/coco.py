@@ -21,7 +21,7 @@ from shoulders.tasks.data.splits import first_names
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": compressed run lengths}
 
-MAX_COORDINATE_PX = 1e5  # a polygon's point further from the corner of the image is an error
+MAX_COORDINATE_PX = 1e5  # larger images, and boxes and points further from their corner, are errors
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,6 @@ class _Object:
     Args:
         box: left, top, width, height: annotated, else of the mask.
         area: annotated; nan where there is none.
-        mask_box: left, top, width, height of the mask; nan where there is no mask, or no annotated box beside it.
-        mask_area: in px; nan where there is no mask.
     """
 
     id: Any
@@ -65,8 +63,6 @@ class _Object:
     area: float
     crowd: bool
     mask: Rle | None
-    mask_box: list[float]
-    mask_area: float
 
 
 @dataclass(frozen=True)
@@ -154,7 +150,7 @@ def _read_content(
         raise DataError(f"{path}: {error.strerror or error}") from None
     except RecursionError:
         raise DataError(f"{path}: not a COCO annotation file: JSON that is nested too deeply") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not a COCO annotation file: {_reason(error)}") from None
     return images, {category: classes.index(name) for category, name in names.items()}, classes, annotations
 
@@ -174,7 +170,11 @@ def _table(objects: dict[tuple[str, tuple[int, int]], list[_Object]]) -> ObjectT
     """The objects of all images by the name and the size (h, w) of the image."""
     items = [item for of_image in objects.values() for item in of_image]
     images = [image for image, of_image in objects.items() for _ in of_image]
-    mask_boxes = np.array([item.mask_box for item in items], dtype=np.float64).reshape(-1, 4)
+    masks = [item.mask for item in items if item.mask]
+    masked = np.array([item.mask is not None for item in items], dtype=bool)
+    mask_boxes, mask_areas = np.full((len(items), 4), np.nan), np.full(len(items), np.nan)
+    if masks:
+        mask_boxes[masked], mask_areas[masked] = library().mask.toBbox(masks), library().mask.area(masks)
     mask_boxes[:, 2:] += mask_boxes[:, :2]
     return ObjectTable(
         [item.id for item in items],
@@ -184,7 +184,7 @@ def _table(objects: dict[tuple[str, tuple[int, int]], list[_Object]]) -> ObjectT
         np.array([(width, height) for _, (height, width) in images], dtype=np.float64).reshape(-1, 2),
         np.array([item.area for item in items], dtype=np.float64),
         mask_boxes,
-        np.array([item.mask_area for item in items], dtype=np.float64),
+        mask_areas,
     )
 
 
@@ -194,7 +194,7 @@ def _reason(error: Exception) -> str:
 
 def _size(image: dict[str, Any]) -> tuple[int, int]:
     size = (int(image["height"]), int(image["width"]))
-    if min(size) < 1:
+    if not 1 <= min(size) <= max(size) < MAX_COORDINATE_PX:
         raise ValueError(f"image {image['id']} is {size[0]} px high and {size[1]} px wide")
     return size
 
@@ -203,17 +203,22 @@ def _annotated_image(file: str, size: tuple[int, int], objects: list[_Object]) -
     masks = [item.mask for item in objects if item.mask]
     boxes = np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    # the first that is known: annotated, of the mask, of the box
-    areas = [(item.area, item.mask_area, item.box[2] * item.box[3]) for item in objects]
     return AnnotatedImage(
         file,
         size,
         np.array([item.label for item in objects], dtype=np.int64),
         boxes,
-        np.array([next(area for area in known if not math.isnan(area)) for known in areas], dtype=np.float64),
+        np.array(list(map(_area, objects)), dtype=np.float64),
         np.array([item.crowd for item in objects], dtype=bool),
         tuple(masks) if len(masks) == len(objects) else None,
     )
+
+
+def _area(item: _Object) -> float:
+    """In px: annotated, else of the mask, else of the box."""
+    if not math.isnan(item.area):
+        return item.area
+    return item.box[2] * item.box[3] if item.mask is None else float(library().mask.area(item.mask))
 
 
 def _read_object(
@@ -224,10 +229,9 @@ def _read_object(
         raise ValueError(f"category {category} is not in the list of categories")
     shape = annotation.get("segmentation")
     mask = _read_mask(shape, size) if shape else None
-    mask_box = [math.nan] * 4 if mask is None else library().mask.toBbox(mask).tolist()
-    box = annotation["bbox"] if mask is None or "bbox" in annotation else mask_box
-    if not (_is_numbers(box) and len(box) == 4 and min(box[2:]) >= 0):
-        raise ValueError(f"box {box} is not left, top, width, height with neither width nor height below 0")
+    box = annotation["bbox"] if mask is None or "bbox" in annotation else library().mask.toBbox(mask).tolist()
+    if not (_is_numbers(box) and len(box) == 4 and min(box[2:]) >= 0 and max(map(abs, box)) < MAX_COORDINATE_PX):
+        raise ValueError(f"box {box} is not left, top, width, height in px with neither width nor height below 0")
     area = annotation.get("area")
     if area is not None and not (_is_numbers([area]) and area >= 0):
         raise ValueError(f"area {area} is not a number of pixels")
@@ -242,8 +246,6 @@ def _read_object(
         math.nan if area is None else float(area),
         bool(crowd),
         mask,
-        mask_box,
-        math.nan if mask is None else float(library().mask.area(mask)),
     )
 
 

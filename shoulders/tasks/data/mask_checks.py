@@ -45,7 +45,7 @@ class MaskContents:
         self.digests.append(hashlib.sha256(mask.indices.tobytes()).digest())
         if mask.palette is not None:
             for index in present:
-                self.colours[index].add(mask.palette[index].tobytes())
+                self.colours[index].add(mask.palette[index : index + 1].tobytes())  # none beyond the palette
 
 
 def check_contents(path: Path, classes: tuple[str, ...], contents: Mapping[str, MaskContents], has_names: bool) -> None:

@@ -121,6 +121,7 @@ def test_masks_are_encoded_and_decoded_as_by_pycocotools(density: float) -> None
         ({"bbox": None}, "no 'bbox'"),
         ({"bbox": [1, 2, -1, 5]}, "below 0"),
         ({"bbox": [1, 2, 5]}, "left, top, width, height"),
+        ({"bbox": [1, 2, 1e300, 5]}, "left, top, width, height"),
         ({"bbox": [1, 2, float("nan"), 5]}, "left, top, width, height"),
         ({"bbox": ["a", 2, 3, 5]}, "left, top, width, height"),
         ({"bbox": 5}, "left, top, width, height"),
@@ -160,6 +161,9 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_annotations(write(tmp_path, categories=[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]))
     with pytest.raises(DataError, match="no 'height'"):
         read_annotations(write(tmp_path, images=[{"id": 1, "file_name": "1.jpg"}]))
+    for side in (0, -3, 10**6, float("inf")):
+        with pytest.raises(DataError, match="image 1 is .* px high and 5 px wide|cannot convert float infinity"):
+            read_annotations(write(tmp_path, images=[{"id": 1, "file_name": "1.jpg", "height": side, "width": 5}]))
     for text in ("{", "[]", "{}", "5"):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(DataError, match=r"bad\.json: not a COCO annotation file"):

@@ -136,6 +136,15 @@ def test_palettes_that_differ_are_reported(same: bool, tmp_path: Path) -> None:
             find_masks(root)
 
 
+def test_an_index_beyond_the_palette_has_no_colour(tmp_path: Path) -> None:
+    def short(file: Path, split: str, index: int) -> None:
+        mask = mask_of(1).convert("P")
+        mask.putpalette([0, 0, 0])
+        mask.save(file)
+
+    assert find_masks(save(tmp_path, short)).classes == ("0", "1")
+
+
 def test_a_mask_belongs_to_one_image(tmp_path: Path) -> None:
     root = save(tmp_path, lambda file, split, index: mask_of(1).save(file))
     Image.new("RGB", (SIDE, SIDE)).save(root / "images/val/0.jpg")
