@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def import_code(path: str, refused: Sequence[Path] = ()) -> Callable[..., Any]:
     """
     module_name, name = _split(path)
     with _current_folder_importable():
-        for folder in refused:
-            _check_outside(module_name.partition(".")[0], folder)
+        if refused:
+            _check_outside(module_name.partition(".")[0], refused)
         check_function(path)
         try:
             module = importlib.import_module(module_name)
@@ -83,17 +84,18 @@ def code_name(kind: type) -> str:
     return path
 
 
-def _check_outside(package: str, folder: Path) -> None:
-    """Refuse a top-level module in a folder, without importing it.
+def _check_outside(package: str, folders: Sequence[Path]) -> None:
+    """Refuse a top-level module of Python itself, or in one of these folders, without importing it.
 
     Raises:
-        ValueError: it lies there.
+        ValueError: naming it.
     """
+    if package in sys.stdlib_module_names:
+        raise ValueError(f"{package} is a module of Python itself")
     spec = _find_module(package)
-    if spec is None:
-        return
-    for place in (*(spec.submodule_search_locations or ()), *([spec.origin] if spec.has_location else [])):
-        if Path(str(place)).resolve().is_relative_to(folder.resolve()):
+    places = () if spec is None else (*(spec.submodule_search_locations or ()), spec.origin)
+    for place, folder in product(places, folders):
+        if place is not None and Path(place).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{package} lies in {folder}; code that comes with a student is not run")
 
 

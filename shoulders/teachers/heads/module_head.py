@@ -178,7 +178,7 @@ def build_head(code: str, args: Mapping[str, Any], refused: tuple[Path, ...] = (
 
 @torch.no_grad()
 def _check_rebuilt(kept: ModuleHead, features: Mapping[str, Features]) -> None:
-    """Refuse a head that depends on more than its class, arguments and weights."""
+    """Refuse predictions that depend on more than class, arguments and weights of a head, and an image's features."""
     code = describe_code(kept.head)
     with torch.random.fork_rng(devices=[]):
         rebuilt = build_head(**code)
@@ -187,17 +187,21 @@ def _check_rebuilt(kept: ModuleHead, features: Mapping[str, Features]) -> None:
     except RuntimeError as error:
         raise ValueError(f"{code['code']}(**args) has other weights: {' '.join(str(error).split())[:200]}") from error
     again = ModuleHead(rebuilt, kept.taps, kept.size)
-    expected, got = (_run(head, features) for head in (kept, again))
+    predictions = _run(kept, features)
     settings = {repr((head.task, head.classes, head.head.taps)) for head in (kept, again)}
-    if len(settings) > 1 or len(expected) != len(got) or not all(map(_is_close, expected, got)):
+    if len(settings) > 1 or not _are_close(predictions, _run(again, features)):
         raise ValueError(
             f"{code['code']}(**args) with the same weights gives other predictions; put all that they depend on into "
             "args, parameters and buffers"
         )
+    # of the same size, in which the same kernels run
+    beside_itself = _run(kept, {tap: one.map(lambda x: x[:1].expand_as(x)) for tap, one in features.items()})
+    if not _are_close(predictions[:1], beside_itself[:1]):
+        raise ValueError("an image gets other predictions beside other images; use nothing but its own features")
 
 
-def _run(head: ModuleHead, features: Mapping[str, Features]) -> list[Tensor]:
-    """The tensors in the predictions for sample features, in order."""
+def _run(head: ModuleHead, features: Mapping[str, Features]) -> list[list[Tensor]]:
+    """The tensors in the predictions for each of the sample images."""
     try:
         output = head(features)
         scores = isinstance(output, ClassScores)
@@ -207,7 +211,12 @@ def _run(head: ModuleHead, features: Mapping[str, Features]) -> list[Tensor]:
     except Exception as error:  # code of the user may raise anything
         raise ValueError(f"{head.class_name} fails: {type(error).__name__}: {error}") from error
     images = [image if isinstance(image, dict) else {"": image} for image in predictions]
-    return [image[key] for image in images for key in sorted(image)]
+    return [[image[key] for key in sorted(image)] for image in images]
+
+
+def _are_close(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
+    pairs = [pair for images in zip(one, other, strict=True) for pair in zip(*images, strict=True)]
+    return all(x.shape == y.shape and torch.allclose(x.double(), y.double(), rtol=1e-4, atol=1e-5) for x, y in pairs)
 
 
 @torch.no_grad()
@@ -220,7 +229,3 @@ def _sample_features(teacher: Teacher) -> dict[str, Features]:
 
 def _has_rows(value: Any, count: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-
-
-def _is_close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.double(), other.double(), rtol=1e-4, atol=1e-5)

@@ -121,10 +121,11 @@ def _open_teacher_head(folder: Path, taps: dict[str, Tap], size: tuple[int, int]
 
 
 def _load_weights(head: Head, folder: Path) -> None:
-    missing = head.load_state_dict(read_tensors(folder / WEIGHTS), strict=False).missing_keys
-    absent = [name for name in missing if name in _weights(head)]
-    if absent:
+    missing, left_over = head.load_state_dict(read_tensors(folder / WEIGHTS), strict=False)
+    if absent := [name for name in missing if name in _weights(head)]:
         raise ValueError(f"the weights lack {absent[0]}")
+    if left_over:
+        raise ValueError(f"the weights have {left_over[0]}, which the head does not")
 
 
 def _weights(head: Head) -> dict[str, Tensor]:

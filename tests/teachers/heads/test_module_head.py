@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shoulders
@@ -168,6 +169,22 @@ def test_a_teacher_from_python_keeps_its_head(root: Path) -> None:
     assert list(student.heads) == ["mine"]
     assert student.predict_teacher_features(random_images())["mine/map"].grid == (16, 16)
     assert {one["label"] for one in student.predict("mine", random_images())[0]} <= {"ground", "red", "blue"}
+    save_masks(root / "masks")
+    (row, *_) = evaluate_heads(root / "python", "semantic", root / "masks", workers=0)
+    assert (row["model"], row["head"]) == ("student", "mine")
+    assert "with the head of mine" in write_report(root / "python").read_text()
+    shutil.rmtree(root / "python" / "student")
+    distill(recipe, extra_teachers=extra, resume=True)
+    assert list(shoulders.load(root / "python").heads) == ["mine"]
+    changes = {"cache": {"path": str(root / "extra_cache"), "mode": "require"}, "images__views": 1}
+    cached = recipe_of(root, "python_cached", teachers={}, keep_heads=["mine"], **changes)
+    build_cache(cached, extra_teachers=extra)
+    distill(cached, extra_teachers=extra)
+    assert list(shoulders.load(root / "python_cached").heads) == ["mine"]
+
+
+def test_a_kept_head_of_no_teacher_from_python_is_refused(root: Path) -> None:
+    extra = {"mine": own_heads.segmenter()}
     with pytest.raises(RecipeError, match="keep_heads: mine not among teachers: other"):
         distill(recipe_of(root, "no", teachers={}, keep_heads=["mine"]), extra_teachers={"other": extra["mine"]})
     with pytest.raises(RecipeError, match="teachers.mine.*carries no head"):
@@ -184,6 +201,14 @@ class Unstable(Segmenter):
         return [(image + self.shift) % 3 for image in super().post_process(outputs, sizes, threshold)]
 
 
+class Mixing(Segmenter):
+    """An image's outputs depend on the other images."""
+
+    def forward(self, taps: Any) -> dict[str, Tensor]:
+        logits = super().forward(taps)["logits"]
+        return {"logits": logits - logits.mean((0, 2, 3), keepdim=True)}
+
+
 class Failing(Segmenter):
     """It does not return tensors by name."""
 
@@ -194,6 +219,13 @@ class Failing(Segmenter):
 def shifted() -> TaskHead:
     head = Unstable(["a", "b", "c"])
     head.shift = 1
+    return head
+
+
+def third_class() -> TaskHead:
+    head = Segmenter(["a", "b"])
+    torch.nn.init.constant_(head.conv.weight, 0)
+    torch.nn.init.constant_(head.conv.bias[2:], 1)  # type: ignore[index]
     return head
 
 
@@ -223,16 +255,20 @@ def with_args(head: TaskHead, args: dict[str, Any]) -> TaskHead:
         (lambda: with_args(Segmenter(["a", "b", "c"]), {}), "fails: TypeError: .*missing 1 required"),
         (lambda: with_args(Segmenter(["a", "b", "c"]), {"classes": ["a"]}), "gives other predictions|must return"),
         (lambda: with_args(Classifier(["a", "b", "c"]), {"classes": ["a"]}), "has other weights: .*size mismatch"),
+        (lambda: Mixing(["a", "b", "c"]), "an image gets other predictions beside other images"),
         (lambda: Failing(["a", "b", "c"]), r"must return \{name: tensor\} with B = 2 first"),
-        (lambda: Segmenter(["a", "b"]), "post_process: must return a list of B tensors .* for semantic"),
+        (third_class, "post_process: must return a list of B tensors .* for semantic"),
     ],
 )
 def test_a_head_that_cannot_be_built_again_is_refused(build: Callable[[], TaskHead | None], reason: str) -> None:
+    torch.manual_seed(0)
     with pytest.raises(RecipeError, match=rf"^teachers\.t: .*{reason}"):
         load_head("t", None, own_teacher(build()))
 
 
 def test_taps_that_the_head_takes_must_be_chosen() -> None:
+    enough = spec_of("segmenter", taps=["map"])
+    assert list(load_head("t", enough, load_teacher("t", enough)).taps) == ["map"]
     spec = spec_of("segmenter", taps=["mean"])
     with pytest.raises(RecipeError, match=r"^teachers\.t\.taps: the head also takes map"):
         load_head("t", spec, load_teacher("t", spec))
@@ -331,8 +367,9 @@ def set_code(student: Path, code: str) -> Path:
             "its code 'nowhere:Head' cannot be used: no Python module 'nowhere' .*; run the command in the",
         ),
         ("tests.teachers.heads.own_heads:Nobody", "has no function 'Nobody'"),
-        ("collections:OrderedDict", "collections:OrderedDict is no subclass of shoulders.TaskHead"),
-        ("os:system", "os:system is no subclass of shoulders.TaskHead"),
+        ("torch.nn:Linear", "torch.nn:Linear is no subclass of shoulders.TaskHead"),
+        ("torch:save", "torch:save is no subclass of shoulders.TaskHead"),
+        ("os:system", "os is a module of Python itself"),
         ("os.system", "must be written package.module:function"),
     ],
 )
@@ -356,7 +393,10 @@ def test_code_that_comes_with_a_student_never_runs(
 def test_a_kept_head_without_its_weights_is_refused(student: Path) -> None:
     head = student / "heads" / "mine"
     assert open_head(head).classes == ["ground", "red", "blue"]
-    save_head(load_head("mine", None, own_heads.classifier()), student / "heads" / "other")
-    shutil.copy(student / "heads" / "other" / "model.safetensors", head)
-    with pytest.raises(DataError, match=r"not a valid head: the weights lack head\.conv"):
+    weights = load_file(head / "model.safetensors")
+    save_file({"head.conv.bias": weights["head.conv.bias"]}, head / "model.safetensors")
+    with pytest.raises(DataError, match=r"not a valid head: the weights lack head\.conv\.weight"):
+        open_head(head)
+    save_file(weights | {"head.scale": torch.ones(1)}, head / "model.safetensors")
+    with pytest.raises(DataError, match=r"not a valid head: the weights have head\.scale, which the head does not"):
         open_head(head)
