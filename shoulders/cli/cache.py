@@ -71,7 +71,6 @@ def contents_table(contents: dict[str, Any]) -> Table:
 
 def _teacher_line(row: dict[str, Any]) -> str:
     done = "complete" if row["finished"] else f"{row['shards_done']} of {row['shards']} shards"
-    bad = f" ({row['undecodable']} of them without features: their images cannot be decoded)"
-    return (
-        f"{row['folder']}: {row['views']} views{bad if row['undecodable'] else ''}, {done}, {size_text(row['bytes'])}"
-    )
+    reasons = {"undecodable": "their images cannot be decoded", "not_finite": "their features are not finite"}
+    bad = "".join(f" ({row[key]} of them without features: {why})" for key, why in reasons.items() if row[key])
+    return f"{row['folder']}: {row['views']} views{bad}, {done}, {size_text(row['bytes'])}"

@@ -35,6 +35,8 @@ from shoulders.feature_cache.verify import write_manifest
 from shoulders.features import Batch
 from shoulders.images import SkipReport
 from shoulders.storage.locks import FileLocks
+from shoulders.training.masked import FILE as NOT_FINITE_FILE
+from shoulders.training.masked import Masked, MaskReport, count_images
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ class Builder:
         self.locks = FileLocks(spec.path / ".locks")
         images, max_unreadable = spec.images.collection, spec.recipe.images.max_unreadable
         self.skipped = SkipReport(spec.path / "skipped.jsonl", len(images), max_unreadable)
+        totals = count_images(spec.indices, spec.recipe.teacher_sources, images)
+        limit = spec.recipe.transfer.max_not_finite
+        self.masked = MaskReport(spec.path / NOT_FINITE_FILE, totals, limit, images.name_of_id, log)
+        self.masked.resume()
         self.signals: list[int] = []
         for name in filter(spec.has_layout, spec.fingerprints):
             store = spec.store(name)
@@ -88,6 +94,7 @@ class Builder:
         Raises:
             Interrupted: after SIGTERM, SIGINT or SIGUSR1.
             DataError: more images are unreadable than ``images.max_unreadable`` allows; complete shards are kept.
+            NumericError: as `MaskReport.add`, or features that float16 cannot hold.
         """
         self.spec.path.mkdir(parents=True, exist_ok=True)
         names, has_logged = self.spec.unfinished(), False
@@ -176,7 +183,8 @@ class Builder:
     def _records(
         self, store: TeacherStore, runner: TeacherRunner, batches: Iterable[tuple[Numbers, Batch]], bar: tqdm
     ) -> Iterator[Bytes]:
-        """The packed records of one teacher; a record is empty if its image could not be decoded."""
+        """The packed records of one teacher; a record is empty if its image could not be decoded, or its features are
+        not finite."""
         for numbers, batch in batches:
             if self.signals:
                 raise Interrupted(self.signals[0])
@@ -186,19 +194,28 @@ class Builder:
             own_batch = store.index.restrict(batch)
             payload = np.zeros((len(records), store.codec.payload_bytes), np.uint8)
             checksums: list[int | None] = [None] * len(records)
+            not_finite: set[int] = set()
             if len(own_batch):
                 rows = store.index.records_of(own_batch) - records[0]
-                payload[rows] = self._encode(store.codec, runner, own_batch).cpu().numpy()
+                encoded, kept = self._encode(store.codec, runner, own_batch)
+                payload[rows[kept]] = encoded.cpu().numpy()
+                not_finite = {*rows.tolist()} - {*rows[kept].tolist()}
                 for row, pixels in zip(rows, own_batch.rendered[runner.size].numpy(), strict=True):
                     checksums[row] = zlib_ng.crc32(pixels)
-            yield pack(payload, checksums, store.index.keys(records), store.salt)
+            yield pack(payload, checksums, store.index.keys(records), store.salt, not_finite)
             bar.update(len(records))
 
-    def _encode(self, codec: Codec, runner: TeacherRunner, batch: Batch) -> Tensor:
+    def _encode(self, codec: Codec, runner: TeacherRunner, batch: Batch) -> tuple[Tensor, Numbers]:
+        """The payloads (b, bytes) of the images of a batch whose features are finite, and their rows (b,) in it."""
+        features = runner(batch)
+        rows = next(iter(features.values())).rows
+        kept = np.arange(len(batch)) if rows is None else rows.cpu().numpy()
+        bad = np.setdiff1d(np.arange(len(batch)), kept)
+        self.masked.add([Masked(runner.name, int(identity)) for identity in batch.ids.numpy()[bad]])
         try:
-            return codec.encode(runner(batch))
+            return codec.encode(features), kept
         except EncodeError as error:
-            image = self.spec.images.collection.name_of_id(int(batch.ids[error.image]))
+            image = self.spec.images.collection.name_of_id(int(batch.ids[kept[error.image]]))
             raise numeric_error(runner.name, error, repr(image)) from error
 
     def _open_store(self, name: str, runner: TeacherRunner) -> TeacherStore:

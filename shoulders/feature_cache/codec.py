@@ -99,7 +99,7 @@ class Codec:
         first = next(iter(next(iter(pooled.values())).components().values()))
         count, device = len(first), first.device
         payload = torch.zeros(count, self.payload_bytes, dtype=torch.uint8, device=device)
-        for field in self.fields:
+        for field in self.fields if count else ():
             x = pooled[field.tap].components()[field.component].float().reshape(count, field.tokens, -1)  # (B, N, C)
             transform = self._transform(field, device)
             x = transform.apply(x) if transform else x  # (B, N, W)

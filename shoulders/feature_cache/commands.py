@@ -93,9 +93,9 @@ def info_cache(recipe: Recipe) -> dict[str, Any]:
     """List the contents of ``recipe.cache.path``, whatever recipe they were built for.
 
     Returns:
-        path, bytes, and for each teacher: the number of views, of views of undecodable images, and of shards, done
-        and in total; whether it is finished; dtype, pool and pca; and for each tap and component the bytes per view
-        and the reconstruction fvu.
+        path, bytes, and for each teacher: the number of views, of views without features (``undecodable`` images, or
+        features that are ``not_finite``), and of shards, done and in total; whether it is finished; dtype, pool and
+        pca; and for each tap and component the bytes per view and the reconstruction fvu.
 
     Raises:
         RecipeError: no cache.path.
@@ -120,7 +120,7 @@ def _describe(folder: Path) -> dict[str, Any]:
         "teacher": fingerprint["teacher"],
         "folder": folder.name,
         "finished": manifest is not None and len(done) == len(shards.needed),
-        "undecodable": None if manifest is None else sum(shard["undecodable"] for shard in manifest["shards"]),
+        **{key: manifest and sum(shard[key] for shard in manifest["shards"]) for key in ("undecodable", "not_finite")},
         "views": sum(shards.counts),
         "shards": len(shards.needed),
         "shards_done": len(done),

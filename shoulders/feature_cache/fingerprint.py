@@ -29,7 +29,7 @@ from shoulders.teachers.checkpoint import read_checkpoint
 from shoulders.training.checkpoint import fingerprint as digest_of_weights
 from shoulders.transfer.losses import BASE
 
-FORMAT = 1
+FORMAT = 2
 RENDERING = "bicubic, antialiased, uint8"  # of `shoulders.images.render`
 MAX_VALUE_CHARS = 40  # of a field in an error message
 Fingerprint = dict[str, Any]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from shoulders.config.sections import Cache
-from shoulders.errors import DataError
+from shoulders.errors import DataError, NumericError
 from shoulders.feature_cache.channels import ChannelTransform, fit_channels, save_channels
 from shoulders.feature_cache.codec import Codec, EncodeError, reconstruction_fvu
 from shoulders.feature_cache.fingerprint import Fingerprint
@@ -52,13 +52,15 @@ def write_layout(
         NumericError: the features of the teacher cannot be stored.
     """
     measured = min(MEASURED_VIEWS, max(num_training // 4, min(num_training, MIN_MEASURED_VIEWS)))
-    outputs = [runner(batch) for batch in draw(0, measured) if len(batch)]
+    batches = [batch for batch in draw(0, measured) if len(batch)]
+    outputs = [runner(batch) for batch in batches]
     if not outputs:
         raise DataError(
             f"{runner.name}: none of the first {measured} views of its images could be decoded; check that the "
             "path of its images contains complete image files"
         )
-    features = {tap: concat([output[tap] for output in outputs]) for tap in runner.taps}
+    features = {tap: concat([output[tap] for output in outputs], batches) for tap in runner.taps}
+    _check_finite(runner.name, features, sum(map(len, batches)))
     plain = _reconstruction_fvu(runner.name, Codec(runner.taps, cache.model_copy(update={"pca": None})), features)
     rescaled = {field for field, fvu in plain.items() if cache.dtype == "int8" and fvu > MAX_INT8_FVU}
     transforms: dict[str, ChannelTransform] = {}
@@ -82,6 +84,15 @@ def write_layout(
     }
     write_json(folder / LAYOUT, layout)
     return layout
+
+
+def _check_finite(teacher: str, features: Mapping[str, Features], views: int) -> None:
+    count = next(iter(features.values())).batch_size
+    if count < views / 2:
+        raise NumericError(
+            f"teachers.{teacher}: its features are finite for {count} of the first {views} views only; check its "
+            "weights, its input size and train.precision"
+        )
 
 
 def _reconstruction_fvu(teacher: str, codec: Codec, features: dict[str, Features]) -> dict[str, float]:

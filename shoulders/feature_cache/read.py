@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from zlib_ng import zlib_ng
 
@@ -85,18 +88,23 @@ class CachedTeachers(AnyTeachers):
         features: dict[str, Features] = {}
         for name, store in self.stores.items():
             rows = batch.rows_of(self.sources.get(name))
-            by_tap = self._read(store, batch if rows is None else batch.take(rows))
+            by_tap, finite = self._read(store, batch if rows is None else batch.take(rows))
             on_device = None if rows is None else rows.to(batch.device, non_blocking=True)
-            features |= {f"{name}/{tap}": replace(one, rows=on_device) for tap, one in by_tap.items()}
+            by_tap = {tap: replace(one, rows=on_device) for tap, one in by_tap.items()}
+            if not finite.all():
+                by_tap = _without(name, by_tap, torch.from_numpy(finite).to(batch.device))
+            features |= {f"{name}/{tap}": one for tap, one in by_tap.items()}
         return features
 
-    def _read(self, store: TeacherStore, batch: Batch) -> dict[str, Features]:
+    def _read(self, store: TeacherStore, batch: Batch) -> tuple[dict[str, Features], NDArray[np.bool_]]:
+        """``{tap: Features}`` of a batch, and (B,) whether they are finite."""
         if not len(batch):
-            return {tap: empty_features(shape, batch.device) for tap, shape in store.codec.taps.items()}
-        features, checksums = store.features(store.index.records_of(batch), batch.device)
+            empty = {tap: empty_features(shape, batch.device) for tap, shape in store.codec.taps.items()}
+            return empty, np.ones(0, np.bool_)
+        features, checksums, finite = store.features(store.index.records_of(batch), batch.device)
         if store is self.compared:
             self._check_pixels(store, checksums, batch)
-        return features
+        return features, finite
 
     def _check_pixels(self, store: TeacherStore, checksums: list[int | None], batch: Batch) -> None:
         """Compare the pixels of the student with those that the teacher received.
@@ -116,6 +124,17 @@ class CachedTeachers(AnyTeachers):
 
     def __getitem__(self, name: str) -> Teacher:
         return self.load(name)
+
+
+def _without(teacher: str, features: Mapping[str, Features], finite: Tensor) -> dict[str, Features]:
+    """Features as live teachers return them, where those of some images are not finite: ``finite`` (B,)."""
+    if teacher == BASE:  # the student contains it: its features have to be of all images
+        return {tap: one.map(partial(_fill_nan, rows=~finite)) for tap, one in features.items()}
+    return {tap: one.keep(finite) for tap, one in features.items()}
+
+
+def _fill_nan(x: Tensor, rows: Tensor) -> Tensor:
+    return x.masked_fill(rows.view(-1, *[1] * (x.ndim - 1)), torch.nan)
 
 
 def open_cache(

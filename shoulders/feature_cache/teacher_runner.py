@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,22 +61,29 @@ class TeacherRunner:
         self.max_batch = max(1, min(MAX_BATCH_IMAGES, MAX_BATCH_PIXELS // (self.size[0] * self.size[1])))
 
     def __call__(self, batch: Batch) -> dict[str, Features]:
-        """``{tap: Features}`` in float32 for a batch of any size, as in a run without a cache."""
-        outputs = [self.teachers(part.to(self.device)) for part in batch.split(self.max_batch)]
-        return {tap: concat([output[f"{self.name}/{tap}"] for output in outputs]) for tap in self.taps}
+        """``{tap: Features}`` in float32 for a batch of any size, as in a run without a cache.
+
+        Images of which the features are not finite are not among the rows.
+        """
+        parts = batch.split(self.max_batch)
+        outputs = [self.teachers(part.to(self.device)) for part in parts]
+        return {tap: concat([output[f"{self.name}/{tap}"] for output in outputs], parts) for tap in self.taps}
 
 
-def concat(features: list[Features]) -> Features:
+def concat(features: Sequence[Features], batches: Sequence[Batch]) -> Features:
     """The Features of several batches as those of one."""
     components = {name: torch.cat([one.components()[name] for one in features]) for name in features[0].components()}
-    return Features(components.get("summary"), components.get("spatial"), features[0].grid)
+    rows = None
+    if any(one.rows is not None for one in features):
+        every = torch.arange(sum(map(len, batches)), device=next(iter(components.values())).device)
+        parts = zip(features, every.split([len(batch) for batch in batches]), strict=True)
+        rows = torch.cat([part if one.rows is None else part[one.rows] for one, part in parts])
+    return Features(components.get("summary"), components.get("spatial"), features[0].grid, rows)
 
 
 def numeric_error(teacher: str, error: EncodeError, image: str = "an image") -> NumericError:
-    """The error message for features of a teacher that cannot be stored."""
-    if error.value == error.value and abs(error.value) != float("inf"):
-        return NumericError(
-            f"teachers.{teacher}: {error.field} of {image} contains {error.value:g}, too much for float16; set "
-            f"cache.dtype=bfloat16"
-        )
-    return NumericError(f"teachers.{teacher}: {error.field} of {image} is not finite; check its weights and its size")
+    """The error message for features of a teacher that float16 cannot hold."""
+    return NumericError(
+        f"teachers.{teacher}: {error.field} of {image} contains {error.value:g}, too much for float16; set "
+        f"cache.dtype=bfloat16"
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shoulders.config.sections import Cache
@@ -18,7 +19,7 @@ from shoulders.feature_cache.codec import Codec
 from shoulders.feature_cache.fingerprint import Fingerprint, Size, differences
 from shoulders.feature_cache.index import Numbers, RecordIndex
 from shoulders.feature_cache.metadata import CHANNELS, LAYOUT, MANIFEST, read_json
-from shoulders.feature_cache.records import TRAILER_BYTES, pixel_checksums, salt_of, verify_record
+from shoulders.feature_cache.records import TRAILER_BYTES, is_finite, pixel_checksums, salt_of, verify_record
 from shoulders.feature_cache.shard_files import MAX_OPEN_FILES, ShardFiles
 from shoulders.features import Features
 from shoulders.teachers import Tap
@@ -53,22 +54,31 @@ class TeacherStore:
         self.size, self.command, self.verify = size, command, verify
         self.folder = shards.folder
 
-    def features(self, numbers: Numbers, device: torch.device) -> tuple[dict[str, Features], list[int | None]]:
-        """``{tap: Features}`` of records (B,) on ``device``, and the crc32 of the pixels of each record.
+    def features(
+        self, numbers: Numbers, device: torch.device
+    ) -> tuple[dict[str, Features], list[int | None], NDArray[np.bool_]]:
+        """``{tap: Features}`` of records (B,) on ``device``, and two properties of each record.
+
+        Returns:
+            features: zero where they are not finite.
+            checksums: the crc32 of the pixels.
+            finite: (B,) whether the features are finite.
 
         Raises:
             DataError: as `records`.
         """
         step = len(numbers) if device.type == "cuda" else max(1, CHUNK_BYTES // self.shards.record_bytes)
         checksums: list[int | None] = []
+        finite = np.ones(len(numbers), np.bool_)
 
         def chunks() -> Iterator[Tensor]:
             for start in range(0, len(numbers), step):
                 records = self.records(numbers[start : start + step])
                 checksums.extend(pixel_checksums(records.numpy()))
+                finite[start : start + step] = is_finite(records.numpy())
                 yield records.to(device, non_blocking=True)
 
-        return self.codec.decode_parts(chunks(), len(numbers)), checksums
+        return self.codec.decode_parts(chunks(), len(numbers)), checksums, finite
 
     def records(self, numbers: Numbers, allow_undecodable: bool = False) -> Tensor:
         """Read records (B, record_bytes) uint8.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shoulders.errors import DataError
 from shoulders.feature_cache.metadata import LAYOUT, MANIFEST, read_json, write_json
-from shoulders.feature_cache.records import pixel_checksums
+from shoulders.feature_cache.records import is_finite, pixel_checksums
 from shoulders.feature_cache.teacher_store import TeacherStore
 
 CHUNK_BYTES = 2**24  # read at a time
@@ -29,8 +30,7 @@ def write_manifest(store: TeacherStore, on_records: Callable[[int], object]) -> 
     """
     shards = []
     for shard, count in enumerate(store.shards.counts):
-        undecodable, sha256 = check_shard(store, shard)
-        shards.append({"bytes": count * store.shards.record_bytes, "sha256": sha256, "undecodable": undecodable})
+        shards.append({"bytes": count * store.shards.record_bytes} | check_shard(store, shard))
         on_records(count)
     write_json(store.folder / MANIFEST, {"layout": _sha256(store.folder / LAYOUT), "shards": shards})
 
@@ -48,7 +48,7 @@ def find_faults(store: TeacherStore, on_records: Callable[[int], object]) -> lis
         faults.append(f"{store.folder / LAYOUT}: not the file that belongs to the manifest")
     for shard, entry in enumerate(manifest["shards"]):
         try:
-            if check_shard(store, shard) != (entry["undecodable"], entry["sha256"]):
+            if not check_shard(store, shard).items() <= entry.items():
                 faults.append(f"{store.shards.path(shard)}: not the bytes that were written")
         except DataError as error:
             faults.append(str(error))
@@ -56,13 +56,13 @@ def find_faults(store: TeacherStore, on_records: Callable[[int], object]) -> lis
     return faults
 
 
-def check_shard(store: TeacherStore, shard: int) -> tuple[int, str]:
-    """Read a shard; returns the number of its images that could not be decoded, and its sha256.
+def check_shard(store: TeacherStore, shard: int) -> dict[str, Any]:
+    """Read a shard; returns its ``sha256``, and the number of its records without features, by reason.
 
     Raises:
         DataError: naming the first damaged record.
     """
-    digest, undecodable = hashlib.sha256(), 0
+    digest, undecodable, not_finite = hashlib.sha256(), 0, 0
     first, end = int(store.shards.starts[shard]), int(store.shards.starts[shard + 1])
     step = max(1, CHUNK_BYTES // store.shards.record_bytes)
     for start in range(first, end, step):
@@ -70,7 +70,8 @@ def check_shard(store: TeacherStore, shard: int) -> tuple[int, str]:
         records = store.records(numbers, allow_undecodable=True).numpy()
         digest.update(records.data)
         undecodable += pixel_checksums(records).count(None)
-    return undecodable, digest.hexdigest()
+        not_finite += int((~is_finite(records)).sum())
+    return {"sha256": digest.hexdigest(), "undecodable": undecodable, "not_finite": not_finite}
 
 
 def _sha256(path: Path) -> str:

@@ -132,7 +132,7 @@ def test_each_change_that_affects_features_is_refused_by_name(
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("format", 2, "format was 2, is 1"),
+        ("format", 1, "format was 1, is 2"),
         ("rendering", "nearest", "rendering was nearest, is bicubic"),
         ("torch", "2.99.1", f"torch was 2.99.1, is {torch.__version__.partition('+')[0]}"),
         ("transformers", "9.0", f"transformers was 9.0, is {transformers.__version__}"),
