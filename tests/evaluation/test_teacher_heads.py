@@ -13,16 +13,18 @@ from PIL import Image
 from shoulders.errors import RecipeError
 from shoulders.evaluation.evaluate import evaluate
 from shoulders.evaluation.teacher_heads import evaluate_heads
+from shoulders.student.files import finish_folder
 from shoulders.world import CLASSES, write_world
 from tests.teachers.heads.test_saved import run  # noqa: F401
 from tests.tiny import save_images
 
 
 def name_classes(head: Path, names: list[str]) -> None:
-    """Give a kept head other class names."""
+    """Give a kept head other class names, as if the student had been saved with them."""
     config = json.loads((head / "config.json").read_text())
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     (head / "config.json").write_text(json.dumps(config))
+    finish_folder(head.parents[1])
 
 
 @pytest.fixture
