@@ -22,6 +22,7 @@ from shoulders.student.config import ShouldersConfig
 from shoulders.student.encoder import Encoder
 from shoulders.student.families import BASES
 from shoulders.tasks.frame import ModelInput, whole_frame
+from shoulders.tasks.task import HeadWithInput
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
 from shoulders.transfer.projectors import module_name, teacher_name
@@ -164,7 +165,7 @@ class HeadInput:
         return self.head(self.compute_features(pixels), **({} if self.names is None else {"classes": self.names}))
 
 
-def has_classes(head: HeadInput, names: Sequence[str] | None) -> bool:
+def has_classes(head: HeadWithInput, names: Sequence[str] | None) -> bool:
     """Whether a head keeps all these class names; False where there are none."""
     return bool(names) and set(names or ()) <= set(head.classes)
 

@@ -12,6 +12,7 @@ from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
 from shoulders.evaluation.models import MODELS, check_models, chosen_teachers, recipe_of_run
+from shoulders.evaluation.published import PublishedHead, load_published_head
 from shoulders.inference import HeadInput, has_classes, head_on_student, head_on_teacher, input_size
 from shoulders.model import load
 from shoulders.storage.results import upsert_results
@@ -133,8 +134,11 @@ def evaluate_zero_shot(
 
 def _heads(
     run: Path, teachers: Mapping[str, TeacherSpec], models: Sequence[str], size: tuple[int, int] | None
-) -> Iterator[tuple[str, str, HeadInput]]:
-    """(the model whose features, the teacher whose head, the head with its input)."""
+) -> Iterator[tuple[str, str, HeadInput | PublishedHead]]:
+    """(the model whose features, the teacher whose head, the head with its input).
+
+    Teachers get their images as their own image processors draw them, the student whole at its own size.
+    """
     device = this_device()
     student = load(run).to(device)
     px = input_size(student, size)
@@ -142,8 +146,13 @@ def _heads(
         yield "student", name, head_on_student(student, name, px)
     for name, spec in teachers.items():
         if name in student.heads:
-            teacher = load_teacher(name, spec).to(device)
-            yield name, name, head_on_teacher(load_head(name, spec, teacher).to(device), teacher)
+            yield name, name, load_published_head(name, spec, device) or _head_on_teacher(name, spec)
+
+
+def _head_on_teacher(name: str, spec: TeacherSpec) -> HeadInput:
+    """A teacher's head on whole images at the teacher's size, where no image processor draws them otherwise."""
+    teacher = load_teacher(name, spec).to(this_device())
+    return head_on_teacher(load_head(name, spec, teacher).to(this_device()), teacher)
 
 
 def _keep(run: Path | None, data: Path | str, name: str, teacher: str, head_rows: Sequence[Row]) -> Rows:

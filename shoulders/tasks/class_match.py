@@ -73,16 +73,18 @@ class ClassMatch:
 def match_classes(head_classes: Sequence[str], data_classes: Sequence[str], class_map: ClassMap) -> ClassMatch:
     """The classes of a head that are classes of the data.
 
-    A class of the data is the head's class that ``class_map`` gives; else the one of its name, where case, spaces,
-    underscores and hyphens do not count; else the one of a synonym (ImageNet has "tench, Tinca tinca"). The k-th of
-    several classes of one name (ImageNet has two cranes) is the k-th of that name; where the head has another number
-    of them, they are left out. Classes with numbers alone are the head's where both have equally many.
+    A class of the data is the head's class whose number or name ``class_map`` gives; else the one of its own name.
+    Case, spaces, underscores and hyphens do not count, and a synonym will do (ImageNet has "tench, Tinca tinca"). The
+    k-th of several classes of one name (ImageNet has two cranes) is the k-th of that name; where the head has another
+    number of them, they are left out. Classes with numbers alone are the head's where both have equally many.
 
     Raises:
         RecipeError: no class in common, numbers of which nobody knows the names, or a map that does not fit.
     """
-    heads, data = list(map(synonyms, head_classes)), list(map(synonyms, data_classes))
-    indices = _mapped(head_classes, heads, data_classes, data, class_map)
+    targets = _targets(data_classes, class_map)
+    indices = _by_number(len(head_classes), data_classes, targets)
+    heads = list(map(synonyms, head_classes))
+    data = [synonyms(str(target)) for target in targets]
     names_to_compare: tuple[tuple[Callable[[Names], Names], Callable[[Names], Names]], ...] = (
         (_full, _full),
         (_each, _first),
@@ -91,7 +93,7 @@ def match_classes(head_classes: Sequence[str], data_classes: Sequence[str], clas
     for of_data, of_head in names_to_compare:
         _pair(indices, list(map(of_head, heads)), list(map(of_data, data)))
     if max(indices, default=-1) < 0:
-        indices = _numbered(head_classes, data_classes)
+        indices = _numbered(head_classes, data_classes, class_map)
     return ClassMatch(tuple(head_classes), tuple(data_classes), tuple(indices))
 
 
@@ -145,56 +147,41 @@ def _by_name(classes: Sequence[Names], is_free: Sequence[bool]) -> dict[str, lis
     return by_name
 
 
-def _mapped(
-    head_classes: Sequence[str],
-    heads: Sequence[Names],
-    data_classes: Sequence[str],
-    data: Sequence[Names],
-    given: ClassMap,
-) -> list[int]:
-    """For each class of the head the class of the data that is mapped to it, or -1."""
-    indices = [-1] * len(heads)
-    by_name = {normalize(name): target for name, target in given.items()}
-    for index, names in enumerate(data):
-        target = next((by_name[name] for name in (normalize(data_classes[index]), *names) if name in by_name), None)
-        if target is None:
-            continue
-        head = _head_index(target, heads, data_classes[index])
-        if indices[head] >= 0:
-            raise RecipeError(
-                f"--classes: {data_classes[indices[head]]!r} and {data_classes[index]!r} are both mapped to "
-                f"{head_classes[head]!r} of the head; give it to one of them"
-            )
-        indices[head] = index
-    if given and max(indices) < 0:
+def _targets(data_classes: Sequence[str], class_map: ClassMap) -> list[str | int]:
+    """For each class of the data the name or the number that a map gives, else its own name."""
+    by_name = {normalize(name): target for name, target in class_map.items()}
+    targets: list[str | int] = []
+    for name in data_classes:
+        mapped = [by_name[key] for key in (normalize(name), *synonyms(name)) if key in by_name]
+        targets.append(mapped[0] if mapped else name)
+    if class_map and targets == list(data_classes) and not {*map(normalize, data_classes)} & {*by_name}:
         raise RecipeError(
-            f"--classes: none of its names ({first_names(list(given))}) is a class of the data "
-            f"({first_names(list(data_classes))})"
+            f"--classes: none of its names ({first_names(list(class_map))}) is a class of the data "
+            f"({first_names(data_classes)})"
         )
+    return targets
+
+
+def _by_number(count: int, data_classes: Sequence[str], targets: Sequence[str | int]) -> list[int]:
+    """For each class of the head the class of the data that is mapped to its number, or -1."""
+    indices = [-1] * count
+    for index, target in enumerate(targets):
+        if isinstance(target, str):
+            continue
+        if not 0 <= target < count:
+            raise RecipeError(
+                f"--classes: {data_classes[index]!r} is class {target} of the head, which has 0 to {count - 1}"
+            )
+        if indices[target] >= 0:
+            both = f"{data_classes[indices[target]]!r} and {data_classes[index]!r}"
+            raise RecipeError(f"--classes: {both} are both class {target} of the head; give it to one of them")
+        indices[target] = index
     return indices
 
 
-def _head_index(target: str | int, heads: Sequence[Names], data_class: str) -> int:
-    """The class of the head that a map names, by its number or by a name that fits one class alone."""
-    if isinstance(target, int):
-        candidates = [target] if 0 <= target < len(heads) else []
-    else:
-        wanted = synonyms(target)
-        by_full = [index for index, names in enumerate(heads) if names == wanted]
-        by_first = [index for index, names in enumerate(heads) if names[0] == wanted[0]]
-        by_any = [index for index, names in enumerate(heads) if {*names} & {*wanted}]
-        candidates = next((found for found in (by_full, by_first, by_any) if len(found) == 1), by_any)
-    if len(candidates) != 1:
-        raise RecipeError(
-            f"--classes: {data_class!r} is mapped to {target!r}, which {len(candidates) or 'no'} of the head's "
-            f"{len(heads)} classes are; give a name or a number from 0 to {len(heads) - 1} of one class"
-        )
-    return candidates[0]
-
-
-def _numbered(head_classes: Sequence[str], data_classes: Sequence[str]) -> list[int]:
+def _numbered(head_classes: Sequence[str], data_classes: Sequence[str], class_map: ClassMap) -> list[int]:
     """The data's numbers taken as those of the head's classes, where both have equally many."""
-    if not all(name.isdecimal() for name in data_classes):
+    if class_map or not all(name.isdecimal() for name in data_classes):
         raise RecipeError(
             f"the head ({len(head_classes)} classes: {first_names(head_classes)}) and the data ({len(data_classes)}: "
             f"{first_names(data_classes)}) have no class in common; give --classes with the head's class for each "

@@ -273,7 +273,8 @@ def evaluate_object_head(
         check_sizes(test, positions, frames)
         images += [_common_objects(test.annotations[position], match) for position in positions]
         in_inputs = interpret(head.processor, output, [frame.input_size for frame in frames])
-        detections += [_common_detections(*pair, match) for pair in zip(in_inputs, frames, strict=True)]
+        in_images = (detections_in_image(*pair) for pair in zip(in_inputs, frames, strict=True))
+        detections += [_common_detections(one, match) for one in in_images]
     annotations = Annotations(splits.classes, tuple(images))
     values: dict[str, float] = {}
     has_objects = any((~image.crowd).any() for image in images)
@@ -301,13 +302,18 @@ def _common_objects(image: AnnotatedImage, match: ClassMatch) -> AnnotatedImage:
     )
 
 
-def _common_detections(detections: Detections, frame: Frame, match: ClassMatch) -> Detections:
-    """Detections in the input of a head as detections in the original, with the classes of the data."""
+def _common_detections(detections: Detections, match: ClassMatch) -> Detections:
+    """The detections of classes that head and data have in common, with the classes of the data."""
     classes = np.array(match.indices, dtype=np.int64)[detections.classes]
     kept = classes >= 0
-    boxes = frame.boxes_in_image(detections.boxes[kept])
-    masks = None if detections.masks is None else [detections.masks[index] for index in np.flatnonzero(kept)]
+    masks = detections.masks and tuple(detections.masks[index] for index in np.flatnonzero(kept))
+    return Detections(classes[kept], detections.scores[kept], detections.boxes[kept], masks)
+
+
+def detections_in_image(detections: Detections, frame: Frame) -> Detections:
+    """Detections in the input of a model as detections in the original."""
+    masks = detections.masks
     if masks and not frame.is_whole:
-        whole = torch.from_numpy(decode(masks, frame.input_size))
-        masks = list(encode(frame.maps_in_image(whole, fill=0).numpy()))
-    return Detections(classes[kept], detections.scores[kept], boxes, None if masks is None else tuple(masks))
+        in_input = torch.from_numpy(decode(masks, frame.input_size))
+        masks = encode(frame.maps_in_image(in_input, fill=0).numpy())
+    return replace(detections, boxes=frame.boxes_in_image(detections.boxes), masks=masks)

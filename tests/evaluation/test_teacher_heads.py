@@ -81,8 +81,8 @@ def test_a_head_is_scored_on_the_classes_that_both_have(copied_run: Path, tmp_pa
     settings = rows[0]["settings"]
     assert (settings["classes"], settings["split"]) == (2, "val as given")
     assert settings["input"] == "whole image resized to 32 x 32 px (h x w), bicubic"
-    with pytest.raises(RecipeError, match="--classes: 'couch' is mapped to 'settee', which no of the head's 2 classes"):
-        (tmp_path / "map.json").write_text('{"couch": "settee"}')
+    with pytest.raises(RecipeError, match="--classes: 'couch' is class 2 of the head, which has 0 to 1"):
+        (tmp_path / "map.json").write_text('{"couch": 2}')
         evaluate_heads(copied_run, "semantic", tmp_path / "data", ["student"], classes=tmp_path / "map.json")
 
 

@@ -81,8 +81,8 @@ def find_labelled(path: Path | str, column: str = "image", fit: bool = True) -> 
 
     Args:
         column: of the images in parquet files.
-        fit: whether something is fitted; if not, train may be absent, and without splits all images are evaluated on,
-            those of a plain folder with the classes in their names, see `classes_in_names`.
+        fit: whether something is fitted; if not, only the split to evaluate on counts, and without splits all images
+            are evaluated on, those of a plain folder with the classes in their names, see `classes_in_names`.
 
     Raises:
         RecipeError: nothing at ``path``, or none of the layouts.
@@ -155,7 +155,10 @@ def _named_splits(path: Path, column: str, fit: bool) -> dict[str, LabelledSplit
         for other in (path / (name + suffix) for name in OTHER_VAL_NAMES for suffix in SUFFIXES):
             if other.exists():
                 raise RecipeError(f"{path}: holds {other.name}; rename it to val{other.suffix}")
-    if fit and "train" not in present:
+    if not fit:
+        to_evaluate = "test" if "test" in present else "val"
+        present = {to_evaluate: present[to_evaluate]}
+    elif "train" not in present:
         raise RecipeError(f"{path}: holds {' and '.join(present)}, but no train to fit on; expected {LAYOUTS}")
     return {name: _all_labelled(file, name, open_source(file, column)) for name, file in present.items()}
 

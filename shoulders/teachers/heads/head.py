@@ -102,11 +102,11 @@ class TeacherHead(nn.Module):
     @property
     def classes(self) -> list[str]:
         """The names of the classes, by index."""
-        return [self.label(index) for index in range(max(self.model.config.id2label, default=-1) + 1)]
+        return class_names(self.model.config)
 
     def label(self, index: int) -> str:
-        """The name of a class; transformers' placeholder where the config has none."""
-        return str(self.model.config.id2label.get(index, f"LABEL_{index}"))
+        """The name of a class."""
+        return class_name(self.model.config, index)
 
     def forward(self, taps: TapFeatures, **prompts: Any) -> Any:
         """The output of the head.
@@ -123,6 +123,16 @@ class TeacherHead(nn.Module):
         pixels = torch.zeros(1, 1, 1, 1, device=first.device).expand(len(first), 3, *self.size)  # (B, 3, h, w)
         with stub_outputs(outputs):
             return self.model(pixel_values=pixels, **prompts)
+
+
+def class_names(config: Any) -> list[str]:
+    """The names of the classes that a model distinguishes, by index."""
+    return [class_name(config, index) for index in range(max(config.id2label, default=-1) + 1)]
+
+
+def class_name(config: Any, index: int) -> str:
+    """The name of a class; transformers' placeholder where the config has none."""
+    return str(config.id2label.get(index, f"LABEL_{index}"))
 
 
 def taps_of_teacher(name: str, taps: TapFeatures) -> dict[str, Features]:

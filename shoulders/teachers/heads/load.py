@@ -96,15 +96,22 @@ def load_head(name: str, spec: TeacherSpec | None, teacher: Teacher) -> Head:
 
 
 def read_processor(source: str, revision: str | None = None) -> Any:
+    """The image processor of a checkpoint or one with the same post-processing; None where none loads here."""
+    if (processor := read_own_processor(source, revision)) is not None:
+        return processor
+    settings = read_json(Pretrained("", source, revision), "preprocessor_config.json") or {}
+    class_name = str(settings.get("image_processor_type")).removesuffix("Fast")
+    substitute = PROCESSORS_WITHOUT_TORCHVISION.get(class_name)
+    return getattr(transformers, substitute)() if substitute else None
+
+
+def read_own_processor(source: str, revision: str | None = None) -> Any:
     """The image processor of a checkpoint, or None where it has none that can be loaded on this machine."""
     try:
         with quiet():
             return transformers.AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError):
-        settings = read_json(Pretrained("", source, revision), "preprocessor_config.json") or {}
-        class_name = str(settings.get("image_processor_type")).removesuffix("Fast")
-        substitute = PROCESSORS_WITHOUT_TORCHVISION.get(class_name)
-        return getattr(transformers, substitute)() if substitute else None
+        return None
 
 
 def head_class(config: Any) -> Any:

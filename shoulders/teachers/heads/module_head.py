@@ -133,7 +133,7 @@ def load_module_head(name: str, teacher: Teacher) -> ModuleHead:
         raise teacher_error(name, "taps", f"the head also takes {', '.join(missing)}; the teacher has no such tap")
     kept = ModuleHead(head, {tap: teacher.taps[tap] for tap in head.taps or teacher.taps}, teacher.size)
     try:
-        _check_rebuilt(kept, teacher)
+        _check_rebuilt(kept, _sample_features(teacher))
     except (ValueError, RecipeError) as error:
         raise RecipeError(f"teachers.{name}: its head cannot be kept: {error}") from error
     return kept
@@ -177,7 +177,7 @@ def build_head(code: str, args: Mapping[str, Any], refused: tuple[Path, ...] = (
 
 
 @torch.no_grad()
-def _check_rebuilt(kept: ModuleHead, teacher: Teacher) -> None:
+def _check_rebuilt(kept: ModuleHead, features: Mapping[str, Features]) -> None:
     """Refuse predictions that depend on more than class, arguments and weights of a head, and an image's features."""
     code = describe_code(kept.head)
     with torch.random.fork_rng(devices=[]):
@@ -186,8 +186,7 @@ def _check_rebuilt(kept: ModuleHead, teacher: Teacher) -> None:
         rebuilt.load_state_dict(kept.head.state_dict(), strict=True)
     except RuntimeError as error:
         raise ValueError(f"{code['code']}(**args) has other weights: {' '.join(str(error).split())[:200]}") from error
-    device = next(kept.parameters(), torch.empty(0)).device  # may differ from that of the teacher
-    features, again = _sample_features(teacher, device), ModuleHead(rebuilt, kept.taps, kept.size).to(device)
+    again = ModuleHead(rebuilt, kept.taps, kept.size)
     predictions = _run(kept, features)
     settings = {repr((head.task, head.classes, head.head.taps)) for head in (kept, again)}
     if len(settings) > 1 or not _are_close(predictions, _run(again, features)):
@@ -221,11 +220,11 @@ def _are_close(one: list[list[Tensor]], other: list[list[Tensor]]) -> bool:
 
 
 @torch.no_grad()
-def _sample_features(teacher: Teacher, device: torch.device) -> dict[str, Features]:
-    """A teacher's features of random images."""
+def _sample_features(teacher: Teacher) -> dict[str, Features]:
+    """A teacher's features of random images, on the CPU."""
     pixels = torch.rand(IMAGES, 3, *teacher.size, generator=torch.Generator().manual_seed(0))
     features = teacher(pixels.to(teacher.mean.device))
-    return {tap: one.map(lambda x: x.float().to(device)) for tap, one in features.items()}
+    return {tap: one.map(lambda x: x.float().cpu()) for tap, one in features.items()}
 
 
 def _has_rows(value: Any, count: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoulders.errors import RecipeError
 from shoulders.teachers.heads import ClassScores, Head, ModuleHead, TeacherHead, ZeroShot
+from shoulders.teachers.heads.whole import WholeModel
 
 Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
 
@@ -34,7 +35,7 @@ def post_process(head: Head, output: Any, sizes: Sizes, threshold: float = 0.5) 
     return _post_processor(head)(head, output, list(sizes), threshold)
 
 
-def check_processor(head: Head) -> None:
+def check_processor(head: Head | WholeModel) -> None:
     """Refuse a head whose predictions cannot be computed because it lacks its teacher's image processor.
 
     Raises:
@@ -53,7 +54,7 @@ def needs_prompts(head: Head) -> bool:
     return _post_processor(head) is to_prompted_masks
 
 
-def _post_processor(head: Head) -> Callable[..., list[Any]]:
+def _post_processor(head: Head | WholeModel) -> Callable[..., list[Any]]:
     """The function of `POST_PROCESSORS`, or `MODULE_POST_PROCESSORS`, for a head."""
     if isinstance(head, ModuleHead):
         return MODULE_POST_PROCESSORS[head.task]

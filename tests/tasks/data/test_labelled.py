@@ -91,6 +91,18 @@ def test_a_split_may_lack_classes_that_train_has(tmp_path: Path) -> None:
     assert splits.test.images.classes == ["cat", "dog", "fox"] and splits.n_classes == 3
 
 
+def test_only_the_split_to_evaluate_on_counts_where_nothing_is_fitted(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", ["cat"], 1)  # fewer classes than test
+    write_classes(tmp_path / "test", ["cat", "dog"], 1)
+    splits = find_labelled(tmp_path, fit=False)
+    assert counts(splits.train, splits.test) == (0, 2) and splits.classes == ("cat", "dog")
+    assert splits.how == "test as given"
+    with pytest.raises(DataError, match="train and test differ in their classes"):
+        find_labelled(tmp_path)
+    all_images = find_labelled(tmp_path / "test", fit=False)  # one image per class
+    assert (counts(all_images.test), all_images.how) == ((2,), "all images")
+
+
 @pytest.mark.parametrize(
     "files",
     [
