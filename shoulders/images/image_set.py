@@ -115,7 +115,7 @@ class Collection:
         ranges = self.grey_ranges[self._locate(index)[0]]
         choose_range = partial(ranges.choose, name=partial(self.name, index))
         decoded = decode_with_size(data, max_pixels, min_side, self.upright, choose_range)
-        ranges.print_notes()  # not while decoding, when warnings are ignored
+        ranges.print_notes()
         return decoded
 
     def _locate(self, index: int) -> tuple[str, int]:
