@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import warnings
@@ -34,7 +35,7 @@ from shoulders.inference import (
     run_heads,
 )
 from shoulders.model import ShouldersModel, load
-from shoulders.storage.atomic import write_text
+from shoulders.storage.atomic import write_bytes, write_text
 from shoulders.teachers import load_teacher
 from shoulders.teachers.heads.post_process import post_process
 
@@ -225,10 +226,16 @@ def _save_pictures(out: Path, latent: Features, decoded: Images, by_name: Mappin
     for index, (stem, pixels) in enumerate(decoded):
         original = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         reduced = display_copy(original)  # once for all heads
-        components[index].resize(reduced.size).save(out / f"{stem}-latent.png", compress_level=PNG_LEVEL)
+        _save_picture(components[index].resize(reduced.size), out / f"{stem}-latent.png")
         for name, of_batch in by_name.items():
             picture = draw_prediction(reduced, of_batch[index], size=original.size)
-            picture.save(out / file_name(stem, name, "png"), compress_level=PNG_LEVEL)
+            _save_picture(picture, out / file_name(stem, name, "png"))
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    encoded = io.BytesIO()  # Pillow does not say what went wrong when it writes to a full disk
+    picture.save(encoded, "PNG", compress_level=PNG_LEVEL)
+    write_bytes(path, encoded.getvalue(), durable=False)
 
 
 def picture_stems(names: Sequence[str]) -> dict[str, str]:
@@ -263,7 +270,9 @@ def to_json(prediction: Any, depth_file: Path | None) -> Any:
         if depth_file is None:
             return {"predicted_depth": depth.tolist()}
         depth_file.parent.mkdir(parents=True, exist_ok=True)
-        np.save(depth_file, depth.numpy())
+        encoded = io.BytesIO()
+        np.save(encoded, depth.numpy())
+        write_bytes(depth_file, encoded.getvalue(), durable=False)
         return {"predicted_depth": depth_file.name}
     return [{key: _run_lengths(value) if key == "mask" else value for key, value in one.items()} for one in prediction]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import io
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 
 OnCall = Callable[[str], None]
 OS_CALLS = ("open", "write", "fsync", "rename", "replace", "unlink")  # of `os`: calls that change the disk
-FOLDER_CALLS = ("mkdir", "rmdir")
+WRITING_CALLS = ("mkdir", "os.open", "open", "write", "serialize_file")
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -73,12 +74,32 @@ def watch_os_calls(on_call: OnCall) -> None:
 
 def watch_disk(on_call: OnCall) -> None:
     """Call ``on_call`` before each call that changes the disk, and inside those that write: the file is torn then."""
-    for name in ("write", "fsync", "rename", "replace", "unlink", *FOLDER_CALLS):
+    for name in ("write", "fsync", "rename", "replace", "unlink", "rmdir"):
         before(os, name, on_call)
+    _watch_mkdir(on_call)
     _watch_os_open(on_call)
     for module in (io, builtins):
         _watch_open(module, on_call)
     _watch_safetensors(on_call)
+
+
+def _on_call_of(path: Any, name: str, on_call: OnCall) -> None:
+    """As the system does, errors of functions that take a path name it."""
+    try:
+        on_call(name)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
+
+
+def _watch_mkdir(on_call: OnCall) -> None:
+    original = os.mkdir
+
+    def wrapped(path: Any, *args: Any, **kwargs: Any) -> None:
+        _on_call_of(path, "mkdir", on_call)
+        original(path, *args, **kwargs)
+
+    setattr(os, "mkdir", wrapped)  # noqa: B010
 
 
 def _watch_os_open(on_call: OnCall) -> None:
@@ -86,7 +107,7 @@ def _watch_os_open(on_call: OnCall) -> None:
 
     def wrapped(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         if flags & WRITE_FLAGS:
-            on_call("os.open")
+            _on_call_of(path, "os.open", on_call)
         return original(path, flags, *args, **kwargs)
 
     setattr(os, "open", wrapped)  # noqa: B010
@@ -98,7 +119,7 @@ def _watch_open(module: Any, on_call: OnCall) -> None:
     def wrapped(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         writes = not set("wax+").isdisjoint(mode)
         if writes:
-            on_call("open")
+            _on_call_of(file, "open", on_call)
         opened = original(file, mode, *args, **kwargs)
         if writes:
             on_call("write")  # the file exists and is empty
@@ -120,3 +141,14 @@ def _watch_safetensors(on_call: OnCall) -> None:
             file.write(data)
 
     setattr(safetensors.torch, "serialize_file", wrapped)  # noqa: B010
+
+
+def fill_disk_at(number: int) -> OnCall:
+    """Makes the disk full from a call on: files can be opened and removed, but not created or written."""
+    calls = count(1)
+
+    def on_call(name: str) -> None:
+        if name in WRITING_CALLS and next(calls) >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return on_call

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from shoulders.errors import SpaceError
 
+MAKE_ROOM = "make room and start again; a run continues with --resume"
 MAX_FILE_SYNCS = 100  # for more files than that, one sync of the whole disk is faster
 
 
@@ -57,8 +58,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))  # names of files may hold bytes that are not UTF-8
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     """Write a file atomically.
+
+    Args:
+        durable: whether to wait for the disk, so that the file outlives a loss of power.
 
     Raises:
         SpaceError: the disk is full.
@@ -66,11 +70,26 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_bytes(data)
-        sync(partial)
+        if durable:
+            sync(partial)
         partial.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     except OSError as error:
         partial.unlink(missing_ok=True)
+        raise space_error(error, path) from error
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file; its readers have to tolerate an incomplete last line.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError as error:
         raise space_error(error, path) from error
 
 
@@ -89,7 +108,7 @@ def use_umask(folder: Path, pattern: str = "**/*") -> None:
             path.chmod(mode)
 
 
-def space_error(error: Exception, path: Path, fix: str = "make room and start again with --resume") -> Exception:
+def space_error(error: Exception, path: Path, fix: str = MAKE_ROOM) -> Exception:
     """Translate an error of a full disk.
 
     Args:

@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shoulders.errors import DataError
+from shoulders.storage.atomic import append_text
 from shoulders.storage.json_text import parse_json
 
 
 def append_lines(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Append rows in ASCII: names may hold any character."""
-    with path.open("a", encoding="ascii") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    """Append rows in ASCII: names may hold any character.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    append_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path, keys: Sequence[str], truncate: bool) -> list[dict[str, str]]:

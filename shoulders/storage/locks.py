@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from shoulders.distributed.context import DistContext
 from shoulders.errors import RecipeError
+from shoulders.storage.atomic import write_bytes
 
 RUN_LOCK = ".run"
 
@@ -37,7 +38,8 @@ class FileLocks:
             yield False
             return
         try:
-            self._owner_file(name).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            owner = f"process {os.getpid()} on {socket.gethostname()}"
+            write_bytes(self._owner_file(name), owner.encode(), durable=False)
             yield True
         finally:
             self._owner_file(name).unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from shoulders.config.sections import Train
 from shoulders.distributed.device import environment, peak_memory_gib
-from shoulders.storage.atomic import write_text
+from shoulders.storage.atomic import append_text, write_text
 from shoulders.storage.json_text import parse_json
 
 
@@ -29,6 +29,16 @@ class MetricLogger:
     def __init__(self, out: Path, first_step: int, train: Train, is_main: bool):
         self.path = out / "metrics.jsonl"
         self.is_main = is_main
+        self.state: dict[str, str] = {}
+        self.writer: Any = None
+        self.images, self.since = 0, time.perf_counter()
+        if is_main:
+            self._keep_rows_up_to(first_step)
+            if train.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
+        self._write({"step": first_step, "kind": "run", **environment()})
         interval = 0.1 if sys.stderr.isatty() else 10  # s between two bars: a log file keeps them all
         self.bar = tqdm(
             total=train.steps,
@@ -40,16 +50,6 @@ class MetricLogger:
             smoothing=0.05,
             mininterval=interval,
         )
-        self.state: dict[str, str] = {}
-        self.writer: Any = None
-        self.images, self.since = 0, time.perf_counter()
-        if is_main:
-            self._keep_rows_up_to(first_step)
-            if train.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
-        self._write({"step": first_step, "kind": "run", **environment()})
 
     def advance(self, images: int) -> None:
         """Count a finished step of so many images."""
@@ -96,8 +96,7 @@ class MetricLogger:
     def _write(self, row: dict[str, Any]) -> None:
         if not self.is_main:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_text(self.path, json.dumps(row) + "\n")
         if self.writer is not None:
             for name, value in row.items():
                 if isinstance(value, float):
