@@ -33,11 +33,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "test"):
         save_images(root / "labelled" / split, 8, classes=2)
     teachers = {kind: save_teacher(kind, root / kind).model_dump() for kind in HEADS}
-    train = {"train__steps": 1, "train__batch": 4}
-    recipe = tiny_recipe(root, teachers=teachers, images__holdout=8, keep_heads=list(HEADS), **train)
-    distill(recipe)
+    distill(
+        tiny_recipe(
+            root,
+            teachers=teachers,
+            images__holdout=8,
+            keep_heads=list(HEADS),
+            train__steps=1,
+            train__batch=4,
+        )
+    )
     one_teacher = {"t": teachers["segformer"]}
-    tree = run_tree(root, "unused", teachers=one_teacher, images__holdout=8, **SHORT)
+    tree = run_tree(root, root / "unused", teachers=one_teacher, images__holdout=8, **SHORT)
     (root / "distill.yaml").write_text(yaml.safe_dump(tree))
     (root / "cache.yaml").write_text(yaml.safe_dump(tree | {"images": tree["images"] | {"views": 1}}))
     return root
@@ -97,4 +104,4 @@ def test_a_full_disk_ends_a_command_in_one_line_and_leaves_nothing_half_written(
         for path in folder.rglob("*"):
             check_complete(path)
         assert {path.name for path in (world / "run").iterdir()} <= {path.name for path in folder.iterdir()}
-    assert number >= writes
+    assert number > writes or not every_write

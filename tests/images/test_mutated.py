@@ -11,6 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from shoulders.images import Collection
@@ -83,8 +84,8 @@ original_bytes = cache(lambda name: ORIGINALS[name]())
 class Mutated:
     """A source of damaged images: number ``index`` is always the same."""
 
-    classes = None
-    labels = None
+    classes: list[str] | None = None
+    labels: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return FILES
@@ -105,7 +106,7 @@ class Mutated:
 def load_all(path: Path) -> None:
     """Number of decoded images, and the reason for each other one, as runs load images."""
     warnings.filterwarnings("ignore", category=UserWarning)  # of the range of grey values
-    decoded, skipped = 0, {}
+    decoded, skipped = 0, dict[str, str]()
     for batch in evaluation_batches(Collection({"mutated": Mutated()}), [SIZE], 256, max_pixels=MAX_PIXELS):
         decoded += len(batch)
         skipped |= {one.name: one.reason for one in batch.skipped}
