@@ -27,7 +27,7 @@ INTERFACE = {
     "cache": "{recipe} [overrides]... --estimate --verify --info --json --help",
     "evaluate": (
         "{run} --task --data --models --column --batch --workers --seed --heads --classes --size --finetune "
-        "--scratch-steps --probe --json --help"
+        "--scratch-steps --probe --max-unreadable --json --help"
     ),
     "predict": "{run} {images} --head --probe --out --threshold --max-pixels --no-pictures --no-verify --json --help",
     "report": "{run} --out --json --help",

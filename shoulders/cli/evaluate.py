@@ -46,6 +46,10 @@ def evaluate(
     probe: Annotated[
         str | None, typer.Option(help="A larger head to fit: {probes}; default: linear, or a small dense one.")
     ] = None,
+    max_unreadable: Annotated[
+        float | None,
+        typer.Option(help="Maximum fraction of unreadable images; default: the recipe's images.max_unreadable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate the student, its base and its teachers on a task."""
@@ -55,7 +59,7 @@ def evaluate(
     input_size = _parse_size(size)
     names = models.split(",") if models else None
     settings: dict[str, Any] = {"column": column, "batch": batch, "workers": workers, "size": input_size}
-    settings |= {"on_model": _show_progress}
+    settings |= {"on_model": _show_progress, "max_unreadable": max_unreadable}
     if heads:
         rows = _evaluate_heads(run, task, data, names, settings | {"classes": expand_home(classes)})
     else:

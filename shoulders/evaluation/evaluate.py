@@ -24,6 +24,7 @@ from shoulders.evaluation.models import (
     chosen_teachers,
     models_with_features,
     recipe_of_run,
+    skip_limit,
 )
 from shoulders.evaluation.teacher_heads import evaluate_zero_shot
 from shoulders.features import FeaturesOf
@@ -52,6 +53,7 @@ def evaluate(
     probe: str | None = None,
     step_fraction: float = 1.0,
     adapter_settings: AdapterSettings = DEFAULT_ADAPTER_SETTINGS,
+    max_unreadable: float | None = None,
     trained_models: Mapping[str, Callable[[Any], list[Row]]] | None = None,
     on_model: Callable[[str], None] = lambda name: None,
 ) -> Rows:
@@ -70,6 +72,7 @@ def evaluate(
         size: (h, w) in px of the input of the student and its base; default: that of the student's training.
         finetune: ``adapter``: train the fitted probe and the adapter together, by ``adapter_settings``.
         probe: one of the ``larger_probes`` of the task instead of the default one; ``step_fraction`` shortens the fit.
+        max_unreadable: maximum fraction of unreadable images in a split; default: that of the run's recipe.
         trained_models: {name: splits -> rows} of models that are trained from labels.
         on_model: called with each model's name before it is evaluated.
 
@@ -89,15 +92,16 @@ def evaluate(
     keep = partial(_keep, run if size is None and recipe else None, data, seed)
     fit = _Fit(run, row, splits, batch, workers, seed, finetune, adapter_settings, probe, step_fraction)
     rows: Rows = []
-    for name, px, features_of in models_with_features(run, models, teachers, row.needs_spatial, size):
-        on_model(name)
-        rows += keep(name, *fit.evaluate(name, px, features_of))
-    for name in (name for name in models if name in trained_models):
-        on_model(name)
-        rows += keep(name, trained_models[name](splits), None)
-    return (
-        rows if finetune else rows + evaluate_zero_shot(run, row, data, splits, models, teachers, batch, workers, size)
-    )
+    with skip_limit(recipe, max_unreadable):
+        for name, px, features_of in models_with_features(run, models, teachers, row.needs_spatial, size):
+            on_model(name)
+            rows += keep(name, *fit.evaluate(name, px, features_of))
+        for name in (name for name in models if name in trained_models):
+            on_model(name)
+            rows += keep(name, trained_models[name](splits), None)
+        if not finetune:
+            rows += evaluate_zero_shot(run, row, data, splits, models, teachers, batch, workers, size)
+    return rows
 
 
 @dataclass(frozen=True)

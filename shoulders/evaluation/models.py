@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from shoulders.config.recipe import Recipe, read_recipe
@@ -13,6 +14,7 @@ from shoulders.features import FeaturesOf
 from shoulders.inference import features_of_student, features_of_teacher, input_size
 from shoulders.model import load
 from shoulders.tasks import Task
+from shoulders.tasks.skipped import max_unreadable
 from shoulders.teachers import check_teacher, load_teacher
 
 STUDENTS = ("student", "base")  # these have an adapter
@@ -23,6 +25,12 @@ BASELINE = "scratch"  # the student's architecture, trained from scratch with la
 def recipe_of_run(run: Path) -> Recipe | None:
     """The recipe of a run folder; None in the folder of a student alone."""
     return read_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+
+
+def skip_limit(recipe: Recipe | None, fraction: float | None) -> AbstractContextManager[None]:
+    """A context that limits which fraction of labelled images may be unreadable; default: that of the run's recipe."""
+    fraction = recipe.images.max_unreadable if fraction is None and recipe else fraction
+    return nullcontext() if fraction is None else max_unreadable(fraction)
 
 
 def check_models(models: Sequence[str], recipe: Recipe | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from shoulders.config.sections import TeacherSpec
 from shoulders.distributed.device import this_device
 from shoulders.errors import RecipeError
-from shoulders.evaluation.models import MODELS, check_models, chosen_teachers, recipe_of_run
+from shoulders.evaluation.models import MODELS, check_models, chosen_teachers, recipe_of_run, skip_limit
 from shoulders.evaluation.published import PublishedHead, load_published_head
 from shoulders.inference import HeadInput, has_classes, head_on_student, head_on_teacher, input_size
 from shoulders.model import load
@@ -37,6 +37,7 @@ def evaluate_heads(
     workers: int = 1,
     size: tuple[int, int] | None = None,
     classes: Path | str | None = None,
+    max_unreadable: float | None = None,
     on_model: Callable[[str], None] = lambda name: None,
 ) -> Rows:
     """Evaluate the heads that do a task, on the features of their teachers and of the student.
@@ -73,7 +74,8 @@ def evaluate_heads(
         if isinstance(head.head, ZeroShot) and has_classes(head, splits.classes):
             head = replace(head, names=splits.classes)
         try:
-            head_rows = row.evaluate_head(replace(head, class_map=class_map), splits, batch, workers)
+            with skip_limit(recipe, max_unreadable):
+                head_rows = row.evaluate_head(replace(head, class_map=class_map), splits, batch, workers)
         except RecipeError as error:  # its classes are not those of the data
             refused.append(f"{name}, head of {teacher}: {error}")
             continue

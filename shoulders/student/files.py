@@ -25,6 +25,8 @@ STUDENT_FILES = (
     "heads/*/*.json",
     "heads/*/*.safetensors",
 )
+# arguments of transformers' ``from_pretrained`` with which it reads other files than those that are checked
+OTHER_WEIGHTS = ("variant", "gguf_file")
 
 
 def finish_folder(folder: Path) -> None:
@@ -44,12 +46,18 @@ def check_files(
         subfolder, kwargs: further arguments of transformers' ``from_pretrained``.
 
     Raises:
-        DataError: naming the file.
+        DataError: naming the file, or the argument that names other weights.
     """
     source = kwargs.get("pretrained_model_name_or_path", source)
     if source is None:
         return
     folder = Path(source, subfolder)
+    if given := [name for name in OTHER_WEIGHTS if kwargs.get(name)]:
+        argument = f"{given[0]}={kwargs[given[0]]!r}"
+        raise DataError(f"{source}: {argument} names other weights; a student has one set: leave it out")
+    if subfolder and not folder.is_dir():
+        message = f"no folder {subfolder!r} in it; of a hub model, download the folder and give its path"
+        raise DataError(f"{source}: {message}")
     if folder.is_dir():
         source = folder
         if verify:

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
+from shoulders.config.sections import Images
 from shoulders.errors import DataError
 from shoulders.features import Skipped
 
-MAX_SKIPPED = 0.25  # fraction of the images of a split
 MAX_NAMES = 3  # of each reason
+# of the images of a split; a context, because probes, heads and baselines of all tasks read images
+_MAX_UNREADABLE: ContextVar[float] = ContextVar("max_unreadable", default=Images.model_fields["max_unreadable"].default)
+
+
+@contextmanager
+def max_unreadable(fraction: float) -> Iterator[None]:
+    """A context in which at most this fraction of the images of a split may be skipped."""
+    token = _MAX_UNREADABLE.set(fraction)
+    try:
+        yield
+    finally:
+        _MAX_UNREADABLE.reset(token)
 
 
 def check_skipped(skipped: Sequence[Skipped], total: int) -> None:
     """Refuse a split of which too many images cannot be read; its score would be that of another set.
 
     Raises:
-        DataError: more than `MAX_SKIPPED` of ``total`` images, with counts, names and reasons.
+        DataError: a larger fraction than `max_unreadable` of ``total`` images, with counts, names and reasons.
     """
-    if len(skipped) > MAX_SKIPPED * total:
+    limit = _MAX_UNREADABLE.get()
+    if len(skipped) > limit * total:
         raise DataError(
             f"{len(skipped)} of {total} labelled images cannot be read, {describe_skipped(skipped)}; at most "
-            f"{MAX_SKIPPED:.0%} may be skipped: repair them, or leave them out of the labels too"
+            f"{limit:.3g} of them may be skipped: repair them, leave them out of the labels too, or give "
+            f"--max-unreadable {math.ceil(100 * len(skipped) / total) / 100:.2g}"
         )
 
 

@@ -190,6 +190,10 @@ def test_the_table_counts_test_images_that_are_skipped(world: Path, tmp_path: Pa
     for file in sorted((tmp_path / "data/test").rglob("*.jpg"))[:2]:
         file.write_bytes(file.read_bytes()[:300])
     options = ["--task", "classification", "--data", str(tmp_path / "data"), "--models", "student", "--workers", "0"]
+    refused = run_cli("evaluate", str(world / "run"), *options)
+    assert refused.returncode == 3 and "at most 0.01 of them may be skipped" in refused.stderr
+    assert refused.stderr.endswith("or give --max-unreadable 0.25\n")
+    options += ["--max-unreadable", "0.25"]
     printed = run_cli("evaluate", str(world / "run"), *options).stdout
     assert printed.startswith("classification: scores in %, 6 of 8 images; skipped: 2 damaged ('")
     settings = saved_rows(world / "run", "classification")[-1]["settings"]

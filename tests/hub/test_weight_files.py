@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,9 @@ from transformers import AutoModel
 import shoulders
 from shoulders.config.sections import TeacherSpec
 from shoulders.config.student import Student
-from shoulders.errors import ShouldersError
+from shoulders.errors import DataError, ShouldersError
 from shoulders.hub import Pretrained, check_weight_files
-from shoulders.model import ShouldersBackbone
+from shoulders.model import ShouldersBackbone, ShouldersModel
 from shoulders.student.base import check_base, load_base
 from shoulders.student.files import finish_folder
 from shoulders.teachers import check_teacher, load_teacher
@@ -125,6 +127,23 @@ def test_a_student_with_nothing_but_a_pickle_is_refused(tmp_path: Path) -> None:
         with pytest.raises((ShouldersError, OSError), match=r"model\.safetensors"):
             read(folder)
     assert not (folder / "ran").exists()
+
+
+def test_a_student_in_a_subfolder_is_checked_and_has_one_set_of_weights(tmp_path: Path) -> None:
+    folder = save_student(tmp_path / "students" / "small")
+    shutil.copy(folder / "model.safetensors", folder / "model.old.safetensors")
+    finish_folder(folder)
+    read = partial(ShouldersModel.from_pretrained, tmp_path / "students")
+    read(subfolder="small")
+    with pytest.raises(DataError, match="variant='old' names other weights; a student has one set"):
+        read(subfolder="small", variant="old")
+    with pytest.raises(DataError, match="no folder 'large' in it"):
+        read(subfolder="large")
+    with pytest.raises(DataError, match="no folder 'small' in it; of a hub model, download the folder"):
+        ShouldersModel.from_pretrained("nobody/students", subfolder="small")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "another/model"}')
+    with pytest.raises(DataError, match=r"has an adapter_config\.json"):
+        read(subfolder="small")
 
 
 @pytest.mark.parametrize(
