@@ -6,6 +6,8 @@ from shoulders.report.markup import Html, element, missing, paragraph, section, 
 from shoulders.report.record import RunRecord
 from shoulders.tasks import TASKS
 
+MAX_NAMES = 3  # of images
+
 
 def run_section(record: RunRecord) -> Html:
     """All details of a run."""
@@ -50,9 +52,29 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("time", time_text(record.training_seconds) if record.training_seconds else ""),
         ("speed", f"{speed:.0f} images per second, including the teachers" if speed else ""),
         ("peak memory", f"{max(memory):.1f} GiB" if memory else ""),
+        ("features that are not finite", _not_finite(record)),
+        ("steps without an update", _skipped_steps(record)),
         ("machine", ", ".join(machine)),
         ("versions", ", ".join(f"{name} {environment[name]}" for name in packages if name in environment)),
     ]
+
+
+def _not_finite(record: RunRecord) -> str:
+    """How many images each teacher is left out for, with some of their names."""
+    names: dict[str, list[str]] = {}
+    for row in record.not_finite:
+        names.setdefault(row["teacher"], []).append(row["name"])
+    return "; ".join(
+        f"{teacher}: {len(images)} image{'s' * (len(images) > 1)} "
+        f"({', '.join(images[:MAX_NAMES])}{', ..' * (len(images) > MAX_NAMES)})"
+        for teacher, images in names.items()
+    )
+
+
+def _skipped_steps(record: RunRecord) -> str:
+    """How many steps changed no weight; an empty text for none."""
+    count = max(record.training_values("skipped_steps"), default=0)
+    return f"{count:.0f}: their loss or gradients were not finite" if count else ""
 
 
 def _licenses(record: RunRecord) -> list[Html]:

@@ -13,6 +13,7 @@ import yaml
 
 from shoulders.config.recipe import Recipe, read_recipe
 from shoulders.errors import DataError, RecipeError
+from shoulders.storage.json_lines import read_lines
 from shoulders.storage.json_text import parse_json
 
 BASE = "base"  # the name of the base where it is also a teacher
@@ -33,6 +34,7 @@ class RunRecord:
         rows: rows for the results table: those of ``results.json``, or others that were given.
         metrics: rows of ``metrics.jsonl``.
         student_config: ``config.json`` of the student; {} if the run has no student yet.
+        not_finite: rows of ``not_finite.jsonl``: the ``teacher`` and the ``name`` of an image that it is left out for.
     """
 
     folder: Path
@@ -43,6 +45,7 @@ class RunRecord:
     rows: list[dict[str, Any]]
     metrics: list[dict[str, Any]]
     student_config: dict[str, Any]
+    not_finite: list[dict[str, str]]
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of the recipe as plain data; {} if it is absent."""
@@ -117,7 +120,9 @@ def read_run(folder: Path, rows: Sequence[dict[str, Any]] | None = None) -> RunR
     metrics = _read_log(folder / "metrics.jsonl")
     results = _read_json(folder / "results.json", [])
     config = _read_json(folder / "student" / "config.json", {})
-    return RunRecord(folder, text, tree, recipe, results, results if rows is None else list(rows), metrics, config)
+    not_finite = read_lines(folder / "not_finite.jsonl", ("teacher", "name"), truncate=False)
+    shown = results if rows is None else list(rows)
+    return RunRecord(folder, text, tree, recipe, results, shown, metrics, config, not_finite)
 
 
 def _parse_recipe(path: Path, text: str) -> dict[str, Any]:

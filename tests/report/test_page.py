@@ -246,6 +246,18 @@ def test_a_log_may_have_an_incomplete_line_and_values_that_are_not_finite(run: P
     assert "Training loss" in Page(write_report(folder)).text
 
 
+def test_the_page_counts_what_was_not_finite(run: Path, page: Page, tmp_path: Path) -> None:
+    folder = copy_run(run, tmp_path, "recipe.yaml")
+    rows = [{"step": step, "kind": "train", "skipped_steps": step // 2} for step in range(5)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    masked = [{"teacher": "own", "name": f"{i}.jpg"} for i in range(4)] + [{"teacher": "other", "name": "<b>.jpg"}]
+    (folder / "not_finite.jsonl").write_text("".join(json.dumps(row) + "\n" for row in masked))
+    text = Page(write_report(folder)).text
+    assert "own: 4 images (0.jpg, 1.jpg, 2.jpg, ..); other: 1 image (<b>.jpg)" in text
+    assert "2: their loss or gradients were not finite" in text
+    assert "not finite" not in page.text
+
+
 def test_a_run_records_its_environment(run: Path) -> None:
     record = read_run(run)
     assert record.environment["torch"] == torch.__version__

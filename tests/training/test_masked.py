@@ -15,8 +15,8 @@ from shoulders.config.recipe import Recipe
 from shoulders.distillation import Trainer, distill, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, NumericError
-from shoulders.features import Batch
-from shoulders.teachers import Teachers
+from shoulders.features import Batch, Features
+from shoulders.teachers import Teacher, Teachers
 from shoulders.training.heldout import HeldOutSet
 from shoulders.training.masked import FILE, Masked, MaskReport
 from shoulders.transfer.fvu import fvu
@@ -173,6 +173,21 @@ def test_a_student_that_is_not_finite_on_held_out_images_is_refused(world: Path,
             parameter.mul_(1e30)
     with pytest.raises(NumericError, match="the student's features are not finite for 8 of 8 held-out images"):
         heldout.measure(trainer.student, torch.device("cpu"))
+
+
+class Float16(torch.nn.Module):
+    """Mean colours, computed in float16, in which those of bright images are too large."""
+
+    def forward(self, pixels: torch.Tensor) -> dict[str, Features]:
+        return {"mean": Features((pixels.mean((2, 3)) * 1e5).half(), None)}
+
+
+def test_what_overflows_in_float16_is_left_out() -> None:
+    teachers = Teachers({"own": Teacher(Float16(), (8, 8), mean=(0.0,) * 3, std=(1.0,) * 3)})
+    images = torch.tensor([25, 250, 100, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 8, 8)
+    features = teachers(Batch(torch.arange(4), {(8, 8): images}))["own/mean"]
+    assert features.rows is not None and features.rows.tolist() == [0, 2]
+    assert features.summary is not None and features.summary.isfinite().all()
 
 
 def test_a_list_counts_an_image_once_for_each_teacher(tmp_path: Path) -> None:

@@ -118,6 +118,24 @@ def test_a_batch_that_overflows_costs_its_step_alone(tiny_world: Path, tmp_path:
     assert all_finite(student_weights(tmp_path / "run"))
 
 
+def test_a_spike_of_the_loss_is_clipped_and_logged(tiny_world: Path, tmp_path: Path) -> None:
+    """Features of one image that are a million times too large: a finite loss and gradient, whose update is clipped."""
+    save_images(tmp_path / "images", 60)
+    changes = {"images__path": str(tmp_path / "images"), "train__steps": 8}
+    recipe = overflowing(tiny_world, tmp_path / "run", **changes)
+    mark_images(recipe, training=1, heldout=0)
+    distill(recipe, extra_teachers={"own": marked_teacher(1e6)})
+    rows = metric_rows(tmp_path / "run")
+    assert all(row["skipped_steps"] == 0 for row in rows)
+    losses = sorted(row["loss"] for row in rows)
+    assert losses[-1] > 1e9 and losses[0] < 100
+    assert max(row["gradient_norm"] for row in rows) > 1e3
+    before, after = student_weights(tmp_path / "run"), prepare(recipe, {"own": marked_teacher(1e6)}, SINGLE_PROCESS)
+    initial = after.student.state_dict()
+    moved = max(float((x - initial[name]).abs().max()) for name, x in before.items() if name in initial)
+    assert all_finite(before) and moved < 0.1  # at most the sum of the learning rates of 8 steps, and no more
+
+
 def test_a_streak_counts_over_several_updates() -> None:
     lines: list[str] = []
     steps = SkippedSteps(lines.append, total=2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from shoulders.transfer.fvu import RIDGES, fvu, unexplained
+from shoulders.transfer.fvu import RIDGES, channel_standardized, fvu, is_constant, unexplained
 
 
 def test_a_linear_image_of_the_latent_has_fvu_0_and_noise_has_1() -> None:
@@ -77,3 +79,16 @@ def test_the_ridge_is_selected_between_whole_images() -> None:
     between, inside = (selected_ridge(latents, targets, middle) for middle in (2 * 20, 5 * 20 // 2))
     assert between > 100 * inside
     assert fvu(latents, targets) == pytest.approx(sklearn_fvu(latents, targets, between), rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("image", [1, 30])  # of the half that fits, and of the other
+def test_what_is_not_finite_has_no_fvu(value: float, image: int) -> None:
+    """Before, every channel of such targets counted as constant, and the fvu was 0: everything explained."""
+    x = torch.randn(40, 1, 5, generator=torch.Generator().manual_seed(0))
+    broken = x.clone()
+    broken[image] = value
+    assert math.isnan(fvu(x, broken)) and math.isnan(fvu(broken, x))
+    assert not is_constant(broken)
+    (standardized,) = channel_standardized(broken.flatten(0, 1))
+    assert not standardized.isfinite().all()

@@ -85,3 +85,20 @@ def test_phi_s_stays_one_scalar_where_a_channel_is_far_from_zero() -> None:
     standardizer = Standardizer("phi_s", 6)
     standardizer.fit(moments)
     assert len(standardizer.std.unique()) == 1
+
+
+@pytest.mark.parametrize("kind", ["channel", "phi_s"])
+@pytest.mark.parametrize("constants", [1, 4])
+def test_channels_without_variance_in_bfloat16_stay_finite(kind: str, constants: int) -> None:
+    """What is left of a variance below the steps of bfloat16 is 0: such a channel is centred, and not divided by it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=generator)
+    x[:, :constants] = 300 + 1e-3 * x[:, :constants]  # a step of bfloat16 is 2 there
+    x = x.to(torch.bfloat16)
+    moments = Moments(4)
+    moments.update(x)
+    standardizer = Standardizer(kind, 4)
+    standardizer.fit(moments)
+    standardized = standardizer(x)
+    assert standardized.isfinite().all() and standardized.abs().max() < 10
+    assert torch.allclose(standardizer.inverse(standardized), x.float(), atol=1e-2)
