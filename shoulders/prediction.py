@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -242,7 +243,7 @@ def picture_stems(names: Sequence[str]) -> dict[str, str]:
     """{name of an image: stem of its pictures' file names}: without its extension, unless another has the same."""
 
     def flat(name: str) -> str:
-        return name.replace("/", "-")
+        return re.sub(r"[/\\\x00-\x1f\x7f]", "-", name)  # names in a tar file may hold any character
 
     def short(name: str) -> str:
         return flat(name.rpartition(".")[0] if name.lower().endswith(EXTENSIONS) else name)

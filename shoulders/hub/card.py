@@ -16,7 +16,10 @@ def write_card(
         patch_size: px.
         teachers: {name: {"source", "revision", "license"}}.
     """
-    rows = [f"| {name} | {teacher['source']} | {teacher['license']} |" for name, teacher in teachers.items()]
+    rows = [
+        f"| {name} | {teacher['source']} | {teacher.get('revision') or '-'} | {teacher['license']} |"
+        for name, teacher in teachers.items()
+    ]
     card = [
         "---",
         "library_name: transformers",
@@ -34,8 +37,8 @@ def write_card(
         "",
         "It was distilled from these models; the licenses of all of them apply to it.",
         "",
-        "| teacher | source | license |",
-        "|---|---|---|",
+        "| teacher | source | revision | license |",
+        "|---|---|---|---|",
         *rows,
     ]
     (folder / "README.md").write_text("\n".join(card) + "\n")

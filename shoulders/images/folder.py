@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shoulders.images.decode import Undecodable
 from shoulders.images.passed_over import list_names
-from shoulders.images.source import MAX_FILE_BYTES, NameList, is_image_name, label_at
+from shoulders.images.source import NameList, check_file_size, is_image_name, label_at
 
 HIDDEN = (b".", b"__MACOSX")  # beginnings of names that are passed over; macOS puts the latter into zip files
 
@@ -40,8 +39,7 @@ class Folder:
         """The contents of the file."""
         with open(os.path.join(self.root, self.names[index]), "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > MAX_FILE_BYTES:
-                raise Undecodable(f"file too large: {size} bytes, at most {MAX_FILE_BYTES}")
+            check_file_size(size)
             return file.read()
 
     def label(self, index: int) -> int | None:

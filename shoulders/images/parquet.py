@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 
 from shoulders.errors import DataError, RecipeError
 from shoulders.images.decode import Undecodable
-from shoulders.images.source import label_at
+from shoulders.images.source import check_file_size, label_at
 from shoulders.storage.json_text import parse_json
 
 LABEL = "label"  # the column of the classes
 TEXT = ("string", "large_string", "string_view")  # types of pyarrow
+# the errors of pyarrow are subclasses of these
+ERRORS = (OSError, ValueError, NotImplementedError, KeyError, TypeError, IndexError)
+BUFFER_BYTES = 2**16  # so that the first rows can be read without all others
+FIRST_ROWS = 8
 MAX_CACHE_BYTES = 2**28  # 256 MiB of row groups in memory in each process
 
 
@@ -87,6 +91,7 @@ class Parquet:
         data = cell["bytes"] if isinstance(cell, dict) else cell
         if data is None:
             raise Undecodable("no bytes in this row")
+        check_file_size(len(data))
         return data
 
     def label(self, index: int) -> int | None:
@@ -133,16 +138,18 @@ def _inspect(path: str, column: str) -> tuple[list[int], NDArray[np.int64] | Non
     """Number of rows of each row group, labels, class names, and types of the other columns of one file."""
     parquet = _pyarrow()
     try:
-        with parquet.ParquetFile(path) as opened:
+        with parquet.ParquetFile(path, buffer_size=BUFFER_BYTES) as opened:
             schema = opened.schema_arrow
             if column not in schema.names:
                 raise RecipeError(f"{path}: no column {column!r}; set column to one of {schema.names}")
             leaf = _leaf(schema, column)
             group_sizes = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-            _check_embedded(path, opened.metadata, leaf)
+            if sum(group_sizes) > os.path.getsize(path):
+                raise ValueError(f"it claims to hold {sum(group_sizes)} rows, more than it has bytes")
+            _check_embedded(path, opened, leaf)
             columns = {field.name: str(field.type) for field in schema if field.name != column}
             return group_sizes, *_labels(opened), columns
-    except (OSError, ValueError) as error:  # the errors of pyarrow are subclasses of these
+    except ERRORS as error:
         fault = " ".join(str(error).split())
         raise DataError(f"{path}: not a complete parquet file ({fault}); fetch or write it again") from error
 
@@ -157,18 +164,20 @@ def _leaf(schema: Any, column: str) -> str:
     raise RecipeError(f"column {column!r} holds {kind}, an image column binary or a struct with bytes; set column")
 
 
-def _check_embedded(path: str, metadata: Any, leaf: str) -> None:
-    """Refuse a file without images: ``Dataset.to_parquet`` of an image folder writes paths without bytes."""
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        for column in (row_group.column(number) for number in range(row_group.num_columns)):
-            if column.path_in_schema != leaf or column.statistics is None or not column.statistics.has_null_count:
-                continue
-            if column.statistics.null_count == row_group.num_rows > 0:
-                raise DataError(
-                    f"{path}: {leaf} is empty, the images were not embedded; write the file again after "
-                    'ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
-                )
+def _check_embedded(path: str, opened: Any, leaf: str) -> None:
+    """Refuse a file without images: ``Dataset.to_parquet`` of an image folder writes paths without bytes.
+
+    The first rows are read: pyarrow ends the process where the statistics of a damaged column are asked for.
+    """
+    if opened.metadata.num_rows == 0:
+        return
+    batches = opened.iter_batches(FIRST_ROWS, row_groups=[0], columns=[leaf], use_threads=False)
+    cells = (cell for batch in batches for cell in batch.column(0).to_pylist())
+    if all((cell["bytes"] if isinstance(cell, dict) else cell) is None for cell in cells):
+        raise DataError(
+            f"{path}: {leaf} is empty, the images were not embedded; write the file again after "
+            'ds.with_format("arrow").map(datasets.table.embed_table_storage, batched=True)'
+        )
 
 
 def _labels(opened: Any) -> tuple[NDArray[np.int64] | None, list[str] | None]:

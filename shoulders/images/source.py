@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shoulders.images.decode import READS_AVIF
+from shoulders.images.decode import READS_AVIF, Undecodable
 
 EXTENSIONS = (
     ".jpg",
@@ -71,6 +71,16 @@ class NameList:
     def __getitem__(self, index: int) -> bytes:
         start = self.ends[index - 1] if index > 0 else 0
         return self.text[start : self.ends[index]]
+
+
+def check_file_size(size: int) -> None:
+    """Refuse an encoded image of too many bytes.
+
+    Raises:
+        Undecodable: with the limit.
+    """
+    if size > MAX_FILE_BYTES:
+        raise Undecodable(f"file too large: {size} bytes, at most {MAX_FILE_BYTES}")
 
 
 def is_image_name(name: bytes) -> bool:

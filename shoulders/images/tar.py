@@ -13,9 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from shoulders.errors import DataError
-from shoulders.images.decode import Undecodable
 from shoulders.images.passed_over import PassedOver, list_names
-from shoulders.images.source import MAX_FILE_BYTES, NameList, is_image_name, label_at
+from shoulders.images.source import NameList, check_file_size, is_image_name, label_at
 
 MAX_LABEL_BYTES = 2**16  # a larger .cls or .json file is not read
 Label = tuple[bytes, int]  # name of the member that holds it, and the label
@@ -65,8 +64,7 @@ class TarShards:
     def read(self, index: int) -> bytes:
         """The encoded image."""
         shard, offset, size = self.offsets[index].tolist()
-        if size > MAX_FILE_BYTES:
-            raise Undecodable(f"file too large: {size} bytes, at most {MAX_FILE_BYTES}")
+        check_file_size(size)
         # the file is opened for each read: forked workers share no descriptor, and any number of shards is possible
         descriptor = os.open(self.paths[shard], os.O_RDONLY)
         try:

@@ -7,6 +7,9 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from shoulders.errors import DataError
+from shoulders.hub import why_refused
+
 
 class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
     """Everything that rebuilds a student's modules, as plain data beside its weights.
@@ -52,5 +55,11 @@ class ShouldersConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def base_config(self) -> PreTrainedConfig:
-        """The base's config as its own transformers class."""
+        """The base's config as its own transformers class.
+
+        Raises:
+            DataError: it describes too large a model.
+        """
+        if reason := why_refused(self.base or {}):
+            raise DataError(f"the config of the student's base: {reason}")
         return AutoConfig.for_model(**(self.base or {}))
