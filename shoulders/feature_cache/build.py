@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,6 @@ from torch import Tensor
 from tqdm import tqdm
 from zlib_ng import zlib_ng
 
-from shoulders.distributed.signals import catch_signals
 from shoulders.errors import DataError, Interrupted
 from shoulders.feature_cache.codec import Codec, EncodeError
 from shoulders.feature_cache.index import Numbers, RecordIndex
@@ -68,13 +67,16 @@ class Builder:
         spec: of the cache.
         settings: how the work is divided.
         log: prints one line.
+        signals: those that were received so far, see `catch_signals`.
 
     Raises:
         DataError: the cache has shards of another number of records.
     """
 
-    def __init__(self, spec: CacheSpec, settings: BuildSettings, log: Callable[[str], None]) -> None:
-        self.spec, self.settings, self.log = spec, settings, log
+    def __init__(
+        self, spec: CacheSpec, settings: BuildSettings, log: Callable[[str], None], signals: Sequence[int] = ()
+    ) -> None:
+        self.spec, self.settings, self.log, self.signals = spec, settings, log, signals
         self.locks = FileLocks(spec.path / ".locks")
         images, max_unreadable = spec.images.collection, spec.recipe.images.max_unreadable
         self.skipped = SkipReport(spec.path / "skipped.jsonl", len(images), max_unreadable)
@@ -82,7 +84,6 @@ class Builder:
         limit = spec.recipe.transfer.max_not_finite
         self.masked = MaskReport(spec.path / NOT_FINITE_FILE, totals, limit, images.name_of_id, log)
         self.masked.resume()
-        self.signals: list[int] = []
         for name in filter(spec.has_layout, spec.fingerprints):
             store = spec.store(name)
             if store.shards.counts != spec.counts[name]:
@@ -99,31 +100,43 @@ class Builder:
         self.spec.path.mkdir(parents=True, exist_ok=True)
         names, has_logged = self.spec.unfinished(), False
         views = sum(map(self.spec.missing_records, names))
-        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar, catch_signals() as self.signals:
+        with tqdm(total=views, unit=" views", leave=False, disable=None) as bar:
             while missing := self.spec.missing_by_shard(names):
                 with ExitStack() as locks:
                     block = self._lock_block(missing, locks)
                     if block:
                         self._compute_block(block, bar)
                         continue
-                if self.signals:
-                    raise Interrupted(self.signals[0])
+                self._stop_if_signalled()
                 if not has_logged:
                     self.log(f"waiting for {self.locks.holder(SHARD.format(min(missing)))}")
                     has_logged = True
                 time.sleep(self.settings.poll_s)
 
     def write_manifests(self) -> None:
-        """Verify all shards and write the manifests; one process does it, and the others wait."""
+        """Verify all shards and write the manifests; one process does it, and the others wait.
+
+        Raises:
+            Interrupted: after SIGTERM, SIGINT or SIGUSR1.
+        """
         while names := self.spec.unfinished():
             with self.locks.claim("finish") as is_ours:
                 if is_ours:
                     views = sum(len(self.spec.indices[name]) for name in names)
                     with tqdm(total=views, unit=" records", leave=False, disable=None) as bar:
                         for name in names:
-                            write_manifest(self.spec.store(name), bar.update)
+                            write_manifest(self.spec.store(name), partial(self._advance, bar))
             if not is_ours:
+                self._stop_if_signalled()
                 time.sleep(self.settings.poll_s)
+
+    def _advance(self, bar: tqdm, records: int) -> None:
+        bar.update(records)
+        self._stop_if_signalled()
+
+    def _stop_if_signalled(self) -> None:
+        if self.signals:
+            raise Interrupted(self.signals[0])
 
     def views_to_draw(self, names: Iterable[str]) -> int:
         """Number of views in the missing shards of some teachers."""
@@ -186,8 +199,7 @@ class Builder:
         """The packed records of one teacher; a record is empty if its image could not be decoded, or its features are
         not finite."""
         for numbers, batch in batches:
-            if self.signals:
-                raise Interrupted(self.signals[0])
+            self._stop_if_signalled()
             _, records = store.index.select(self.spec.index.views_of(numbers))
             if not len(records):
                 continue

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from shoulders.config.recipe import Recipe, as_recipe
+from shoulders.distributed.signals import catch_signals
 from shoulders.errors import DataError, printable
 from shoulders.feature_cache.build import DEFAULT_SETTINGS, Builder, BuildSettings
 from shoulders.feature_cache.codec import Codec
@@ -49,17 +50,19 @@ def build_cache(
         DataError: the folder holds a cache of something else, or a damaged one; it stays as it is.
         NumericError: the features of a teacher cannot be stored.
         SpaceError: the disk is too small, or full.
+        Interrupted: after SIGTERM, SIGINT or SIGUSR1.
     """
     recipe, started = as_recipe(recipe), time.perf_counter()
-    spec = CacheSpec(recipe, extra_teachers, settings.shard_records)
-    builder = Builder(spec, settings, log)
-    if spec.unfinished():
-        check_writable("cache.path", spec.path)
-        check_space(spec.path, needed_bytes(spec))
-        builder.compute_shards()
-        builder.write_manifests()
-    builder.locks.remove_stale()
-    return info_cache(recipe) | {"seconds": time.perf_counter() - started}
+    with catch_signals() as signals:
+        spec = CacheSpec(recipe, extra_teachers, settings.shard_records)
+        builder = Builder(spec, settings, log, signals)
+        if spec.unfinished():
+            check_writable("cache.path", spec.path)
+            check_space(spec.path, needed_bytes(spec))
+            builder.compute_shards()
+            builder.write_manifests()
+        builder.locks.remove_stale()
+        return info_cache(recipe) | {"seconds": time.perf_counter() - started}
 
 
 def verify_cache(recipe: Recipe, *, extra_teachers: Mapping[str, Teacher] = NO_TEACHERS) -> dict[str, Any]:

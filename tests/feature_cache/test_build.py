@@ -6,10 +6,12 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ import torch
 
 from shoulders.config.recipe import Recipe
 from shoulders.errors import DataError, Interrupted, NumericError, RecipeError, SpaceError
-from shoulders.feature_cache import estimate_cache, info_cache, verify_cache
+from shoulders.feature_cache import build as build_module
+from shoulders.feature_cache import commands, estimate_cache, info_cache, verify_cache
 from shoulders.feature_cache.spec import build_command
 from shoulders.features import Features
 from shoulders.teachers import Teacher
 from shoulders.teachers.pure import IMAGES
-from tests.crashes import fork, kill_at, watch_os_calls
+from tests.crashes import before, fork, kill_at, watch_os_calls
 from tests.feature_cache.toy import (
     SMALL_SHARDS,
     Colours,
@@ -192,6 +195,27 @@ def test_a_build_stopped_by_a_signal_keeps_complete_shards(number: signal.Signal
     assert stop.value.exit_code == 128 + number
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "cache/one/manifest.json").exists()
     assert build(recipe, stopping)["teachers"][0]["finished"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(build_module, "write_layout"), (build_module, "write_manifest"), (commands, "info_cache")]
+)
+def test_a_signal_before_the_first_shard_and_after_the_last_one_ends_a_build_with_its_code(
+    owner: Any, name: str, root: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    recipe = toy_recipe(root, tmp_path / "cache", cache__pca=3)
+
+    def work() -> None:
+        before(owner, name, lambda name: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            build(recipe)
+        except Interrupted as stop:
+            sys.exit(stop.exit_code)
+
+    assert fork(work) == 143
+    assert not list(tmp_path.rglob("*.partial"))
+    build(recipe)
+    assert contents(tmp_path / "cache") == expected
 
 
 def test_a_waiting_builder_names_the_process_that_holds_the_lock(root: Path, tmp_path: Path) -> None:
