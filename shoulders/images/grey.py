@@ -16,6 +16,7 @@ MAX_SAMPLES = 64  # images of a source that its ranges are chosen from
 INTEGER_MAXIMA = (255, 1023, 4095, 16383, 65535)  # of 8, 10, 12, 14 and 16 bits
 MIN_USED = 0.1  # fraction of the range between the 1st and the 99th percentile of an image
 MAX_CHECKED = 2**16  # values of an image
+COUNTS = {10**power for power in range(10)}  # of images with the same fault, at which a note is kept
 
 
 class SourceRanges:
@@ -30,11 +31,11 @@ class SourceRanges:
     def __init__(self, source: ImageSource) -> None:
         self.source = source
         self.ranges: dict[str, GreyRange] | None = None  # by kind, as `deep_values` has it
-        self.warned = False  # of an image that does not fit
+        self.faults: dict[str, set[str]] = {}  # {what is wrong: names of images}
         self.notes: list[str] = []  # to be printed
 
     def choose(self, values: NDArray[np.generic], kind: str, name: Callable[[], str]) -> GreyRange:
-        """The values that become black and white in an image; a note is kept if it hardly uses this range.
+        """The values that become black and white in an image; a note is kept of the 1st, 10th, .. that does not fit.
 
         Args:
             values: of the image.
@@ -44,9 +45,8 @@ class SourceRanges:
         if self.ranges is None:
             self.ranges = self._sample()
         bounds = (0.0, 255.0) if kind == "colour" else self.ranges.get(kind) or choose_range(*_limits(values), kind)
-        if not self.warned and (fault := _fault(values, bounds, kind)):
-            self.warned = True
-            self.notes.append(f"{name()}: {fault} (further images are not named)")
+        if fault := _fault(values, bounds, kind):
+            self._count(fault, name())
         return bounds
 
     def print_notes(self) -> None:
@@ -55,6 +55,14 @@ class SourceRanges:
         worker = get_worker_info()
         for note in notes if worker is None or worker.id == 0 else ():
             warnings.warn(note, stacklevel=3)
+
+    def _count(self, fault: str, name: str) -> None:
+        names = self.faults.setdefault(fault, set())
+        if name not in names:
+            names.add(name)
+            if len(names) in COUNTS:
+                count = f"{len(names)} images so far" if len(names) > 1 else "further images are counted"
+                self.notes.append(f"{name}: {fault} ({count})")
 
     def _sample(self) -> dict[str, GreyRange]:
         """The range of each kind of values, and one line about them."""

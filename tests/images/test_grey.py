@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from shoulders.images import Collection, open_source
+from shoulders.images.grey import MAX_SAMPLES
 from tests.images.test_decode import encode, png_chunk
 
 RAMP = np.tile(np.arange(256, dtype=np.int64), (16, 1))
@@ -101,6 +102,26 @@ def test_an_image_that_hardly_uses_its_range_is_named_once(tmp_path: Path, image
         for index in (0, 1):
             images.pixels(index, 10**6, None)
     assert [str(one.message).startswith(name) for one in caught].count(True) == 1
+
+
+def test_images_beyond_the_range_of_the_samples_are_counted(tmp_path: Path) -> None:
+    usual, bright = tiff((RAMP * 4).astype(np.uint16)), tiff((RAMP * 40).astype(np.uint16))
+    sampled = {*np.linspace(0, 199, MAX_SAMPLES).astype(int).tolist()}
+    others = [number for number in range(200) if number not in sampled][:12]
+    names = [f"{number:03}" for number in range(200)]
+    (tmp_path / "scans").mkdir()
+    for number, name in enumerate(names):
+        (tmp_path / "scans" / f"{name}.tif").write_bytes(bright if number in others else usual)
+    images = Collection({"scans": open_source(tmp_path / "scans")})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for index in (*others, *others):  # an image is counted once
+            images.pixels(index, 10**6, None)
+    fault = "values outside of the range from 0 to 1023 are clipped"
+    assert [str(one.message) for one in caught][1:] == [
+        f"{names[others[0]]}.tif: {fault} (further images are counted)",
+        f"{names[others[9]]}.tif: {fault} (10 images so far)",
+    ]
 
 
 def test_photos_of_8_bits_are_decoded_without_a_word(tmp_path: Path) -> None:

@@ -26,11 +26,17 @@ def normalized(mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     return (photo() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
+def pale() -> Tensor:
+    """A sheet without black: normalized by .5 and .5 it is inside of -.5 to 1, as microscopy often is."""
+    return torch.where(torch.arange(32) < 2, 0.3, 0.95).expand(2, 3, 32, 32)
+
+
 WRONG: dict[str, tuple[Callable[[], Tensor], str]] = {
     "bytes": (lambda: (photo() * 255).to(torch.uint8), "got torch.uint8; divide bytes by 255"),
     "0 to 255": (lambda: photo() * 255, r"got values from .* to 255; divide bytes by 255"),
     "normalized": (lambda: normalized(MEAN, STD), "leave out mean and std"),
     "-1 to 1": (lambda: normalized((0.5,) * 3, (0.5,) * 3), "got values from -1 to 1;"),
+    "pale, -1 to 1": (lambda: pale() * 2 - 1, "got values from -0.4 to 0.9;"),
     "black at -1": (lambda: photo() * 0 - 1, "got values from -1 to -1;"),
     "not finite": (lambda: photo() * float("nan"), "got values from nan to nan"),
     "channels last": (lambda: photo().movedim(1, 3), r"got \(2, 32, 32, 3\)"),
@@ -56,6 +62,11 @@ def test_what_resizing_leaves_of_the_range_is_accepted() -> None:
     resized = torch.nn.functional.interpolate(edges, (80, 80), mode="bicubic")
     assert resized.min() < -0.1 and resized.max() > 1.1
     check_pixels(resized)
+    lines = (torch.arange(96) % 6 < 2).float().expand(1, 3, 96, 96)
+    for contrast in (0.5, 0.8, 1.0):
+        for size in (64, 80, 224):
+            check_pixels(contrast * torch.nn.functional.interpolate(lines, (size, size), mode="bicubic"))
+    check_pixels(pale())
     check_pixels(photo().bfloat16())
     check_pixels(photo()[:0])
 
