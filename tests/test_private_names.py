@@ -14,6 +14,7 @@ NAMED_TUPLE = {"_asdict", "_replace", "_fields"}  # public in spite of their nam
 # private names of other packages, by file: there is no public way to do the same
 THIRD_PARTY = {
     "shoulders/cli/__init__.py": {"_exit"},  # os: documented
+    "shoulders/distributed/context.py": {"_exit"},
     "shoulders/distributed/sharding.py": {"_lazy_init"},  # torch: which module is the root of FSDP
     "shoulders/hub/fast.py": {"_linear_pointwise", "_reorder_linear_weight", "_version"},  # torch: packed weights
     "shoulders/hub/files.py": {"_CACHED_NO_EXIST"},  # huggingface_hub: a file known to be absent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from shoulders.distributed.peers import Peers
 from shoulders.errors import RankLost, printable
 
 TIMEOUT = timedelta(minutes=2)  # of one exchange: a lost rank ends the others within it
+STUCK_MARGIN = timedelta(seconds=20)  # after the timeout of an exchange
 NCCL_MARGIN = timedelta(minutes=1)  # NCCL aborts the process after its timeout: gloo reports a lost rank before that
 EXCHANGE_FAILED = ("gloo", "NCCL", "Application timeout")  # phrases in errors of torch
 
@@ -102,11 +104,13 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> Iterator[DistContext]:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield DistContext(0, 1, device)
         return
-    store, rank, world_size = _meet(timeout)
+    with _end_if_stuck(timeout):
+        store, rank, world_size = _meet(timeout)
     signs = store.clone()  # type: ignore[attr-defined]  # missing in the types of torch
     with Peers(distributed.PrefixStore("signs", signs), rank, world_size, timeout) as peers:
         try:
-            control_group = _init_groups(store, rank, world_size, device, timeout)
+            with _end_if_stuck(timeout):
+                control_group = _init_groups(store, rank, world_size, device, timeout)
             yield DistContext(rank, world_size, device, control_group, peers)
         except RuntimeError as error:
             if not _is_failed_exchange(error):
@@ -115,6 +119,23 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> Iterator[DistContext]:
             raise peers.lost() from error
         finally:
             _destroy_groups(device, is_rank_lost=isinstance(sys.exception(), RankLost))
+
+
+@contextmanager
+def _end_if_stuck(timeout: timedelta) -> Iterator[None]:
+    """End the process if this context takes too long: torch waits forever for a store whose process is stopped."""
+    timer = threading.Timer((timeout + STUCK_MARGIN).total_seconds(), _end_process)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_process() -> None:
+    print("shoulders: another rank, or what started it, is stopped; start all ranks again", file=sys.stderr, flush=True)
+    os._exit(RankLost.exit_code)
 
 
 def _meet(timeout: timedelta) -> tuple[distributed.Store, int, int]:

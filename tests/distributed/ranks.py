@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 import shoulders.cli
 from shoulders.distributed.context import DistContext, init_distributed
 from shoulders.errors import DataError, NumericError
@@ -37,12 +39,14 @@ SLOW_WRITE_S = 3 * TIMEOUT_S
 distillation = importlib.import_module("shoulders.distillation")
 # event -> owner and name of the function at which it happens
 EVENTS: dict[str, tuple[Any, str]] = {
+    "meet": (distributed, "init_process_group"),
+    "groups": (distributed, "new_group"),
     "load": (distillation, "prepare"),
     "step": (step.TrainStep, "__call__"),
     "evaluate": (heldout.HeldOutSet, "measure"),
     "gather": (DistContext, "gather"),
     "save": (distillation.Trainer, "save"),
-    "write": (checkpoint, "manifest_entry"),
+    "write": (checkpoint, "write_manifest"),
 }
 
 
@@ -118,6 +122,7 @@ def start_rank(rank: int, port: int, job: dict[str, Any]) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (folder / f"stderr.{rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the job prints its result
     if (folder / str(rank)).exists():
         os.chdir(folder / str(rank))
     distillation.init_distributed = partial(init_distributed, timeout=timedelta(seconds=TIMEOUT_S))  # type: ignore[attr-defined]
@@ -127,8 +132,12 @@ def start_rank(rank: int, port: int, job: dict[str, Any]) -> int:
     return 0
 
 
-def wait_for(ranks: list[int], folder: Path) -> list[tuple[int | None, float]]:
-    """Exit code, and seconds from the fault to the end of every rank; those that remain too long are killed."""
+def wait_for(ranks: list[int], folder: Path, grace: float) -> list[tuple[int | None, float]]:
+    """Exit code, and seconds from the fault to the end of every rank; those that remain are killed.
+
+    Args:
+        grace: seconds from the fault until the last one is killed, if all others have ended.
+    """
     ended: dict[int, tuple[int | None, float]] = {}
     fault = folder / "fault"
     began = time.time()
@@ -140,7 +149,7 @@ def wait_for(ranks: list[int], folder: Path) -> list[tuple[int | None, float]]:
                 ended[process] = os.waitstatus_to_exitcode(status), seconds
         since = time.time() - (fault.stat().st_mtime if fault.exists() else began)
         others_ended = fault.exists() and len(ended) == len(ranks) - 1
-        if since > PATIENCE_S or (others_ended and since > SLOW_WRITE_S + TIMEOUT_S):
+        if since > PATIENCE_S or (others_ended and since > grace):
             for process in set(ranks) - ended.keys():  # a stopped one
                 os.kill(process, signal.SIGKILL)
                 os.waitpid(process, 0)
@@ -156,9 +165,11 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = Path(job["folder"])
+    (folder / "fault").unlink(missing_ok=True)
     ranks = [start_rank(rank, port, job) for rank in range(len(job["recipes"]))]
+    grace = 0 if job["fault"].get("kind") in ("stop", "loop") else PATIENCE_S
     results = []
-    for rank, (code, seconds) in enumerate(wait_for(ranks, folder)):
+    for rank, (code, seconds) in enumerate(wait_for(ranks, folder, grace)):
         lines = (folder / f"stderr.{rank}").read_text().splitlines()
         results.append({"code": code, "seconds": seconds, "stderr": lines})
     print(json.dumps(results))

@@ -122,6 +122,8 @@ def test_a_killed_rank_ends_the_other_with_one_line(tiny_world: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("rank", "event", "count"),
     [
+        (1, "meet", 1),
+        (1, "groups", 1),
         (1, "load", 1),
         (1, "step", 3),
         (1, "gather", 4),
@@ -138,6 +140,14 @@ def test_a_stopped_rank_ends_the_other_wherever_it_stops(
     ended = fail(tiny_world, tmp_path, rank, event, count, "stop")
     assert ended[rank].code is None
     assert_one_line(ended[1 - rank], f"rank {rank} of 2 is lost: killed or stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["meet", "groups"])
+def test_a_main_rank_that_stops_at_the_start_ends_the_other(event: str, tiny_world: Path, tmp_path: Path) -> None:
+    """The store in which the ranks meet is in the main rank's process, and does not answer any more."""
+    _, survivor = fail(tiny_world, tmp_path, 0, event, 1, "stop")
+    assert_one_line(survivor, "another rank, or what started it, is stopped")
 
 
 @pytest.mark.slow
