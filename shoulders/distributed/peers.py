@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -93,7 +94,8 @@ class Peers:
     def lost(self) -> RankLost:
         """The error of a failed exchange: names the rank that caused it, and its own error if it had one."""
         self._leave(RankLost.exit_code, "")
-        self._watch_ends()
+        with _ignore_sigterm():  # torchrun sends it when a rank has died, and the reason would not be printed
+            self._watch_ends()
         for rank, sign in self.signs.items():
             if sign.reason:
                 return RankLost(f"rank {rank} ended: {sign.reason}", sign.exit_code or RankLost.exit_code)
@@ -169,6 +171,19 @@ class Peers:
             sign = Sign(**json.loads(content))
             if sign != self.signs[rank]:
                 self.signs[rank], self.changed_at[rank] = sign, time.monotonic()
+
+
+@contextmanager
+def _ignore_sigterm() -> Iterator[None]:
+    """Ignore SIGTERM within this context, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _explain_end(error: BaseException | None) -> tuple[int, str]:

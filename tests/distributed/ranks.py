@@ -74,6 +74,15 @@ def run_ranks(folder: Path, recipes: list[Path], *options: str, **fault: Any) ->
     return [Ended(**one) for one in json.loads(done.stdout)]
 
 
+def run_torchrun(folder: Path, recipe: Path, **fault: Any) -> tuple[int, list[str]]:
+    """Run both ranks with torchrun; returns its exit code, and the lines that rank 0 wrote to stderr."""
+    job = {"folder": str(folder), "recipes": [str(recipe)] * 2, "options": [], "fault": fault}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "tests.distributed.ranks", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    return done.returncode, (folder / "stderr.0").read_text().splitlines()
+
+
 def loop() -> None:
     """Run forever without an exchange."""
     while True:
@@ -112,14 +121,9 @@ def install(folder: Path, event: str, count: int, kind: str) -> None:
     setattr(owner, name, wrapped)
 
 
-def start_rank(rank: int, port: int, job: dict[str, Any]) -> int:
-    """Fork a rank; returns its process id."""
-    child = os.fork()
-    if child:
-        return child
+def run_rank(rank: int, job: dict[str, Any]) -> None:
+    """Run a rank in this process."""
     folder, fault = Path(job["folder"]), job["fault"]
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(job["recipes"]))}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (folder / f"stderr.{rank}").open("w") as file:
         os.dup2(file.fileno(), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the job prints its result
@@ -129,6 +133,15 @@ def start_rank(rank: int, port: int, job: dict[str, Any]) -> int:
     if fault.get("rank") == rank:
         install(folder, fault["event"], fault["count"], fault["kind"])
     shoulders.cli.main(["distill", job["recipes"][rank], *job["options"]])
+
+
+def start_rank(rank: int, port: int, job: dict[str, Any]) -> int:
+    """Fork a rank; returns its process id."""
+    if child := os.fork():
+        return child
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(job["recipes"]))}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_rank(rank, job)
     return 0
 
 
@@ -159,8 +172,10 @@ def wait_for(ranks: list[int], folder: Path, grace: float) -> list[tuple[int | N
 
 
 def main() -> None:
-    """Run the job on the command line, and print how its ranks ended."""
+    """Run the job on the command line, and print how its ranks ended; as one rank where torchrun starts it."""
     job = json.loads(sys.argv[1])
+    if "RANK" in os.environ:  # started by torchrun
+        return run_rank(int(os.environ["RANK"]), job)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -18,7 +18,7 @@ from torch import distributed
 
 from shoulders.distributed.peers import Peers
 from shoulders.errors import DataError, RankLost
-from tests.distributed.ranks import TIMEOUT_S, Ended, run_ranks
+from tests.distributed.ranks import TIMEOUT_S, Ended, run_ranks, run_torchrun
 from tests.runs import run_tree
 from tests.tiny import metric_rows, save_convnext, save_tiny_world
 
@@ -168,7 +168,7 @@ def test_a_rank_that_leaves_a_step_is_named(kind: str, message: str, tiny_world:
 @pytest.mark.parametrize(
     ("rank", "event", "kind", "message", "code"),
     [
-        (0, "write", "disk", "a/file: no space left on the disk", 5),
+        (0, "write", "disk", "step-00000004: no space left on the disk", 5),
         (1, "load", "data", "a/shard: damaged", 3),
         (1, "step", "nan", "not finite on one rank", 4),
         (0, "evaluate", "data", "a/shard: damaged", 3),
@@ -179,7 +179,22 @@ def test_an_error_on_one_rank_ends_both_with_the_same_reason(
 ) -> None:
     ended = fail(tiny_world, tmp_path, rank, event, 1, kind)
     assert_one_line(ended[rank], message, code)
-    assert_one_line(ended[1 - rank], f"rank {rank} ended: {message}", code)
+    assert_one_line(ended[1 - rank], message, code)
+    assert f"rank {rank} ended: " in ended[1 - rank].stderr[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "stop"])
+def test_torchrun_ends_with_one_line_of_the_rank_that_is_left(kind: str, tiny_world: Path, tmp_path: Path) -> None:
+    code, survivor = run_torchrun(
+        tmp_path, write_recipe(tiny_world, tmp_path), rank=1, event="step", count=6, kind=kind
+    )
+    assert code == 1  # that of torchrun itself
+    errors = [line for line in survivor if line.startswith("shoulders: ")]
+    assert len(errors) == 1 and "rank 1 of 2 is lost" in errors[0] and "resume from step-00000004" in errors[0], (
+        survivor
+    )
+    assert not [line for line in survivor if "Traceback" in line or "gloo" in line], survivor
 
 
 @pytest.mark.slow
