@@ -18,6 +18,7 @@ from shoulders.errors import DataError, RecipeError
 from shoulders.inference import run_heads
 from shoulders.model import load
 from shoulders.prediction import picture_stems, predict, to_json
+from shoulders.student.files import finish_folder
 from shoulders.teachers.heads import taps_of_teacher
 from shoulders.world import draw
 from tests.teachers.heads.test_saved import run  # noqa: F401
@@ -96,6 +97,7 @@ def test_control_characters_in_names_are_escaped(run: Path, tmp_path: Path) -> N
     for text in (done.stdout, done.stderr):
         assert "\x1b" not in text and "\\x1b[31m\\n" in text
     assert len(done.stdout.splitlines()) == 5  # titles, a line, one row, an empty line, and where the files are
+    finish_folder(student)
     for file in folder.iterdir():
         file.write_bytes(b"no image")
     done = run_shoulders("predict", student, folder, "--out", tmp_path / "out")
