@@ -17,6 +17,7 @@ from torch import Tensor
 from shoulders.config.sections import TeacherSpec
 from shoulders.evaluation.published import PublishedHead, load_published_head
 from shoulders.evaluation.teacher_heads import evaluate_heads
+from shoulders.tasks import TASKS
 from shoulders.tasks.average_precision import Detections
 from shoulders.tasks.data.coco import decode, encode
 from shoulders.tasks.detection import boxes_of_output
@@ -160,6 +161,27 @@ def test_what_is_cropped_away_has_no_prediction() -> None:
     predicted = frame.maps_in_image(torch.ones(4, 4, dtype=torch.int64), fill=-1)
     assert predicted[0].tolist() == [-1, 1, 1, 1, 1, -1]
     assert frame.boxes_in_image(np.array([[0.0, 0, 4, 4]])).tolist() == [[1, 0, 5, 4]]
+
+
+def test_pixels_that_are_cropped_away_count_as_missed(tmp_path: Path) -> None:
+    head = published("mobilenet_v2_segmenter", tmp_path / "model", "MobileNetV2ImageProcessor", CROPPED)
+    labels = np.random.default_rng(0).integers(0, 2, SIZE).astype(np.uint8)
+    for folder, image in (("images", to_pil(photo())), ("annotations", Image.fromarray(labels))):
+        (tmp_path / "data" / folder / "test").mkdir(parents=True)
+        image.save(tmp_path / "data" / folder / "test/a.png")
+    (tmp_path / "data/classes.json").write_text('["LABEL_0", "LABEL_1"]')
+    splits = TASKS["semantic"].find_splits(tmp_path / "data", "image", fit=False)
+    scores = {row["metric"]: row["value"] for row in TASKS["semantic"].evaluate_head(head, splits, 4, 0)}
+    output, frame = output_of(head, photo())
+    (top, left), (h, w) = (-frame.top, -frame.left), frame.input_size  # of what is left of the photo
+    assert 0 < left and h <= SIZE[0] and left + w <= SIZE[1] and h * w < labels.size
+    (inside,) = head.processor.post_process_semantic_segmentation(output, target_sizes=[(h, w)])
+    predicted = np.full(SIZE, 2)
+    predicted[top : top + h, left : left + w] = inside.numpy()
+    assert scores["pixel_accuracy"] == pytest.approx((predicted == labels).mean())
+    for k in (0, 1):
+        iou = ((predicted == k) & (labels == k)).sum() / ((predicted == k) | (labels == k)).sum()
+        assert scores[f"IoU/LABEL_{k}"] == pytest.approx(iou)
 
 
 def test_a_size_in_the_recipe_scales_what_the_processor_does(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_pixel_accuracy_equals_that_computed_by_hand(scenes: Path) -> None:
 
 def test_top1_among_the_classes_that_both_have(scenes: Path, tmp_path: Path) -> None:
     """The classes are in the names of the files, written in another way; one of them the head lacks."""
-    head, source = shipped_head("classifier"), scenes / "studio" / "classification" / "test"
+    head, source = shipped_head("classifier"), scenes / "neon" / "classification" / "test"
     chosen = [CLASSES[i] for i in (1, 3, 4, 6)]
     files = [(file, name) for name in chosen for file in sorted((source / name).glob("*.png"))]
     for number, (file, name) in enumerate(files):
