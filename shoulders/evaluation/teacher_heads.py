@@ -101,8 +101,10 @@ def _class_map(task: Task, data: Path | str, file: Path | str | None) -> ClassMa
 def _classes_left_out(rows: Rows) -> list[str]:
     """One line for each head that is evaluated on some of the classes alone."""
     lines = {
-        row["head"]: f"classes that head and data do not share, {row['settings']['classes_left_out']}; scores of the "
-        f"head of {row['head']} are of {row['settings']['classes']} classes"
+        row[
+            "head"
+        ]: f"classes that head and data do not share: {row['settings']['classes_left_out']}; classes that the "
+        f"head of {row['head']} is scored on: {row['settings']['classes']}"
         for row in rows
         if "classes_left_out" in row["settings"]
     }

@@ -60,7 +60,7 @@ class ClassMatch:
             return {}
         parts = [f"{len(of_head)} of the head ({first_names(of_head)})"] if of_head else []
         if of_data:
-            parts.append(f"{len(of_data)} of the data ({first_names(of_data)}; {labels_left_out} {unit})")
+            parts.append(f"{len(of_data)} of the data ({first_names(of_data)}; {unit}: {labels_left_out})")
         return {
             "classes": len(self.common),
             "head_classes_left_out": len(of_head),

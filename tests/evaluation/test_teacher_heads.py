@@ -73,7 +73,7 @@ def test_a_head_is_scored_on_the_classes_that_both_have(copied_run: Path, tmp_pa
     Image.fromarray(np.eye(32, dtype=np.uint8) + 1).save(tmp_path / "data/annotations/val/a.png")
     (tmp_path / "data/classes.json").write_text('["rug", "Cat", "couch"]')
     (tmp_path / "map.json").write_text('{"couch": "sofa"}')
-    with pytest.warns(UserWarning, match=r"do not share, 1 of the data \('rug'; 0 pixels\); .* of 2 classes"):
+    with pytest.warns(UserWarning, match=r"do not share: 1 of the data \('rug'; pixels: 0\); .* scored on: 2"):
         rows = evaluate_heads(
             copied_run, "semantic", tmp_path / "data", ["student"], workers=0, classes=tmp_path / "map.json"
         )

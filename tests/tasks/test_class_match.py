@@ -73,7 +73,7 @@ def test_what_is_left_out_is_counted_and_named() -> None:
         "head_classes_left_out": 4,
         "data_classes_left_out": 1,
         "labels_left_out": 7,
-        "classes_left_out": "4 of the head ('N/A', 'bicycle', 'N/A', ..) and 1 of the data ('unicorn'; 7 objects)",
+        "classes_left_out": "4 of the head ('N/A', 'bicycle', 'N/A', ..) and 1 of the data ('unicorn'; objects: 7)",
     }
     assert not match_classes(COCO, COCO, {}).settings(0, "objects")
 

@@ -103,7 +103,7 @@ def test_top1_among_the_classes_that_both_have(scenes: Path, tmp_path: Path) -> 
     assert (row["n"], row["value"]) == (len(files), pytest.approx(sum(hits) / len(files)))
     settings = row["settings"]
     assert (settings["classes"], settings["head_classes_left_out"]) == (4, len(head.classes) - 4)
-    assert "1 of the data ('unicorn'; 1 images)" in str(settings["classes_left_out"])
+    assert "1 of the data ('unicorn'; images: 1)" in str(settings["classes_left_out"])
     assert settings["split"] == "all images"
 
 
