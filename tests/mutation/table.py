@@ -35,6 +35,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "tests/student/test_encoder.py",
     ),
     "tasks/average_precision.py": ("tests/tasks/test_average_precision.py", "tests/tasks/data/test_coco.py"),
+    "tasks/probe.py": ("tests/tasks/test_probe.py",),
     "training/optimizers.py": ("tests/training/test_optimizers.py",),
     "transfer/balance.py": ("tests/transfer/test_balance.py", "tests/transfer/test_losses.py"),
     "transfer/distances.py": ("tests/transfer/test_distances.py", "tests/transfer/test_losses.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shoulders.errors import NumericError
 from shoulders.tasks.data.masks import find_masks
 from shoulders.tasks.feature_bank import FeatureBank, minibatches
-from shoulders.tasks.probe import ProbeSettings, SpatialProbe, fit_head, fit_probe
+from shoulders.tasks.probe import LARGER_PROBE_SETTINGS, ProbeSettings, SpatialProbe, fit_head, fit_probe
 from tests.tasks.scenes import SIZE, colours, save_masks
 
 SETTINGS = ProbeSettings(lrs=(0.1,), weight_decay=0.2, schedule="constant", warmup_steps=4, batch=3)
@@ -93,6 +95,27 @@ def test_steps_are_epochs_within_their_limits() -> None:
     assert [settings.steps(images) for images in (1, 100, 10_000)] == [50, 200, 1000]
     assert settings.steps(100, fraction=0.1) == 20
     assert settings.steps(1, fraction=1e-9) == 1
+
+
+def test_the_default_fit_has_20_epochs_of_16_images_and_400_to_20000_steps() -> None:
+    settings = ProbeSettings(lrs=(0.1,), weight_decay=0.2, schedule="cosine")
+    assert [settings.steps(images) for images in (319, 320, 800, 10**6)] == [400, 400, 1000, 20_000]
+    assert settings.steps(336) == 420 and settings.warmup_steps == 0
+
+
+def test_the_settings_of_larger_probes_are_those_of_the_published_rows() -> None:
+    expected = ProbeSettings((5e-4,), 0.01, "warmup_cosine", 50, 16, 40, 1000, 20_000, 1.0, None, 1, False, True)
+    assert expected == LARGER_PROBE_SETTINGS
+
+
+@pytest.mark.parametrize("check_loss", [None, False, True])
+def test_a_loss_that_is_not_finite_is_refused_where_it_is_checked(check_loss: bool | None, data: Path) -> None:
+    settings = SETTINGS if check_loss is None else replace(SETTINGS, check_loss=check_loss)
+    bank = FeatureBank(colours, find_masks(data).train, SIZE, 8, 0)
+    targets = torch.full((len(bank),), torch.inf)
+    refused = pytest.raises(NumericError, match="the loss of Sequential is no longer finite; check the features")
+    with refused if check_loss else nullcontext():
+        fit_head(probe(settings), bank, targets, 2, 0.1, 2, seed=0)
 
 
 def test_without_val_the_selected_fit_is_repeated_with_all_of_train(data: Path) -> None:

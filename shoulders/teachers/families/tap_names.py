@@ -19,7 +19,7 @@ def _dpt_blocks(config: Any) -> tuple[str, ...]:
 
 def _beit_blocks(config: Any) -> tuple[str, ...]:
     # the head takes the hidden states out_indices - 1, and the first hidden state is before all blocks
-    return tuple(f"block{i - 2}" for i in sorted(config.out_indices))
+    return tuple(f"block{i - 2}" for i in sorted(config.out_indices) if i > 1)
 
 
 def _stages(config: Any) -> tuple[str, ...]:

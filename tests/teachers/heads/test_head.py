@@ -133,6 +133,16 @@ def test_taps_that_no_head_takes_are_no_default(tmp_path: Path) -> None:
     assert classifier.taps["stage3"].spatial == bare.taps["stage3"].spatial
 
 
+def test_a_beit_segmenter_that_takes_the_input_of_its_blocks_is_a_teacher_without_a_head(tmp_path: Path) -> None:
+    config = TINY["beit_segmenter"]().config
+    config.out_indices = [1, 2, 3, 5]
+    hf.BeitForSemanticSegmentation(config).save_pretrained(tmp_path)
+    spec = TeacherSpec(model=str(tmp_path))
+    assert list(load_teacher("t", spec).taps) == ["block0", "block1", "block3"]
+    with pytest.raises(RecipeError, match="its head takes the input of the first block, which no tap holds"):
+        check_head("t", spec)
+
+
 def run_model(model_type: str, model: Any, pixels: Tensor) -> Any:
     """The output of a whole model for normalized pixels."""
     if model_type.startswith("siglip2"):
