@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from shoulders.student.encoder import Encoder
 from shoulders.student.families import BASES
 from shoulders.tasks.frame import ModelInput, whole_frame
 from shoulders.tasks.task import HeadWithInput
+from shoulders.tasks.vector_probes import image_vectors
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
 from shoulders.transfer.projectors import module_name, teacher_name
@@ -67,6 +69,27 @@ def all_taps(teacher: Teacher) -> FeaturesOf:
         by_tap = teacher(batch.to(device).pixels(teacher.size)).values()
         maps = [_resize(features.to_map(), grid) for features in by_tap if features.spatial is not None]
         return Features.from_map(torch.cat(maps, 1))
+
+    return features_of
+
+
+def concatenated_teachers(teachers: Sequence[Teacher], spatial: bool) -> FeaturesOf:
+    """The features of several teachers side by side, each with its own input: what a probe uses of each.
+
+    Spatial features are resized to the finest of the teachers' grids, so that none of them is averaged. Numbers are as
+    the teachers compute them: probes standardize each channel, or compare vectors of unit length.
+
+    Args:
+        spatial: spatial features, of teachers that all have them; else `image_vectors`.
+    """
+    each = [features_of_teacher(teacher, spatial) for teacher in teachers]
+
+    def features_of(batch: Batch) -> Features:
+        outputs = [one(batch) for one in each]
+        if not spatial:
+            return Features(torch.cat([image_vectors(features) for features in outputs], 1), None)
+        grid = max((features.grid for features in outputs), key=math.prod)
+        return Features.from_map(torch.cat([_resize(features.to_map(), grid) for features in outputs], 1))
 
     return features_of
 

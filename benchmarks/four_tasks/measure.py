@@ -94,7 +94,7 @@ def evaluate_probes(
     splits = TASKS[job.task].find_splits(labels / job.labels, "image")
     splits = subsample(splits) if isinstance(splits, LabelledSplits) else splits
     for probe_seed in probe_seeds:
-        scores = TASKS[job.task].fit_probe(features_of, splits, size, BATCH, 0, probe_seed)
+        scores = TASKS[job.task].fit_probe(features_of, splits, [size], BATCH, 0, probe_seed)
         yield make_rows(job, kind, scores, seed, probe_seed)
 
 

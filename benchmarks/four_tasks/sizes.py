@@ -45,7 +45,7 @@ def evaluate_at_size(job: Job, kind: str, student: ShouldersModel, splits: Any, 
     if kind == "teacher_head":
         scores = TASKS[job.task].evaluate_head(head_on_student(student, job.teacher, size), splits, BATCH, 0)
     else:
-        scores = TASKS[job.task].fit_probe(features_of_student(student, size), splits, size, BATCH, 0, 0)
+        scores = TASKS[job.task].fit_probe(features_of_student(student, size), splits, [size], BATCH, 0, 0)
     by_metric = {row["metric"]: row for row in scores}
     names = {metric: name_in_rows(names, kind) for metric, names in job.metrics.items()}
     return [

@@ -21,7 +21,10 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Labelled images: class folders, index masks or COCO files.")],
     models: Annotated[
         str | None,
-        typer.Option(help="Of student, base, teachers, names of teachers, scratch; default: student,base,teachers."),
+        typer.Option(
+            help="Of student, base, teachers, names of teachers, concatenated (all teachers side by side), scratch; "
+            "default: student,base,teachers."
+        ),
     ] = None,
     column: Annotated[str, typer.Option(help="The image column of parquet files.")] = "image",
     batch: Annotated[int, typer.Option(help="Images per batch.", min=1)] = 64,

@@ -15,7 +15,7 @@ from shoulders.config.sections import Cache, Images, TeacherSpec, Train, Transfe
 from shoulders.config.student import Conv, Student
 from shoulders.errors import RecipeError
 
-RESERVED_NAMES = ("base", "joint", "scratch", "student", "teachers")  # they have a meaning of their own
+RESERVED_NAMES = ("base", "concatenated", "joint", "scratch", "student", "teachers")  # they have a meaning of their own
 
 
 def check_name(teacher: str) -> None:

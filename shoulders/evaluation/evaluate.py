@@ -16,8 +16,10 @@ from shoulders.errors import RecipeError
 from shoulders.evaluation.finetune_models import AdapterSettings, adapter_model
 from shoulders.evaluation.models import (
     BASELINE,
+    CONCATENATED,
     MODELS,
     STUDENTS,
+    EvaluatedModel,
     check_finetune,
     check_models,
     check_spatial,
@@ -25,9 +27,9 @@ from shoulders.evaluation.models import (
     models_with_features,
     recipe_of_run,
     skip_limit,
+    teachers_side_by_side,
 )
 from shoulders.evaluation.teacher_heads import evaluate_zero_shot
-from shoulders.features import FeaturesOf
 from shoulders.model import load
 from shoulders.storage.results import upsert_results
 from shoulders.tasks import Row, Task, check_probe, find_task
@@ -61,13 +63,14 @@ def evaluate(
 
     The rows of a model are saved in ``results.json`` of the run folder as soon as it is evaluated, in place of those of
     the same task, data, model, metric and finetuning, and its default probe in ``probes/``; neither at another size.
+    No probe of ``concatenated`` is saved.
 
     Args:
         run: a run folder, or a student's folder (which has no teachers).
         task: a name in `shoulders.tasks.TASKS`.
         data: labelled images, see the ``find_splits`` of the task; ``column`` is their name in parquet files.
-        models: ``student``, ``base``, ``teachers``, teachers by name, or names in ``trained_models``; default: the
-            first three, or the first two with ``finetune``.
+        models: ``student``, ``base``, ``teachers``, teachers by name, ``concatenated`` (the features of all teachers
+            side by side), or names in ``trained_models``; default: the first three, or the first two with ``finetune``.
         batch: images per batch; ``workers`` processes or threads decode; ``seed`` is that of all fits.
         size: (h, w) in px of the input of the student and its base; default: that of the student's training.
         finetune: ``adapter``: train the fitted probe and the adapter together, by ``adapter_settings``.
@@ -87,15 +90,16 @@ def evaluate(
     check_probe(row, probe or row.probe_head.name, finetune)
     _check(models, recipe, finetune, trained_models)
     teachers = chosen_teachers(run, recipe, models)
+    side_by_side = teachers_side_by_side(run, recipe, models, row)
     splits = row.find_splits(data, column)
     check_spatial(teachers, row)
     keep = partial(_keep, run if size is None and recipe else None, data, seed)
     fit = _Fit(run, row, splits, batch, workers, seed, finetune, adapter_settings, probe, step_fraction)
     rows: Rows = []
     with skip_limit(recipe, max_unreadable):
-        for name, px, features_of in models_with_features(run, models, teachers, row.needs_spatial, size):
-            on_model(name)
-            rows += keep(name, *fit.evaluate(name, px, features_of))
+        for model in models_with_features(run, models, teachers, side_by_side, row.needs_spatial, size):
+            on_model(model.name)
+            rows += keep(model.name, *fit.evaluate(model))
         for name in (name for name in models if name in trained_models):
             on_model(name)
             rows += keep(name, trained_models[name](splits), None)
@@ -119,25 +123,27 @@ class _Fit:
     probe: str | None
     step_fraction: float
 
-    def evaluate(self, name: str, size: tuple[int, int], features_of: FeaturesOf) -> tuple[list[Row], Probe | None]:
+    def evaluate(self, model: EvaluatedModel) -> tuple[list[Row], Probe | None]:
         """The rows of a model, and its probe if that is to be saved."""
         is_default = self.probe in (None, self.task.probe_head.name)
         fit_probe = self.task.fit_probe if is_default else self.task.larger_probes[str(self.probe)]
         heads: list[nn.Module] = []
         rows = fit_probe(
-            features_of,
+            model.features_of,
             self.splits,
-            size,
+            model.sizes,
             self.batch,
             self.workers,
             self.seed,
             on_head=heads.append,
             step_fraction=self.step_fraction,
+            **({"widths": model.widths} if model.widths else {}),
         )
-        probe = Probe(self.task.name, name, self.splits.classes, size, heads[0])
+        rows = [Row(**{**row, "settings": row["settings"] | model.settings}) for row in rows]
+        probe = Probe(self.task.name, model.name, self.splits.classes, model.sizes[0], heads[0])
         if self.finetune:
             rows, probe = self.finetune_adapter(rows, probe)
-        return rows, probe if is_default else None
+        return rows, probe if is_default and model.name != CONCATENATED else None
 
     def finetune_adapter(self, probe_rows: list[Row], probe: Probe) -> tuple[list[Row], Probe]:
         """Train a fitted probe and the adapter together; the new rows, and the probe with its adapter."""

@@ -61,7 +61,7 @@ def evaluate_heads(
     """
     run, row = Path(run), find_task(task)
     recipe = recipe_of_run(run)
-    check_models(models, recipe)
+    check_models(models, recipe, MODELS)
     class_map, splits = _class_map(row, data, classes), row.find_splits(data, column, fit=False)
     teachers = chosen_teachers(run, recipe, models, with_heads=True)
     rows: Rows = []

@@ -19,11 +19,12 @@ KINDS = {
     "teacher_head": "teacher head",
     "student_probe": "probe on student",
     "base_probe": "probe on base",
+    "concatenated_probe": "probe on all teachers, concatenated",
     "student_finetuned": "student, adapter finetuned",
     "base_finetuned": "base, adapter finetuned",
     "scratch": "from scratch",
 }
-PROBES = ("student_probe", "base_probe", "teacher_probe")
+PROBES = ("student_probe", "base_probe", "concatenated_probe", "teacher_probe")
 
 
 class Cell(NamedTuple):
@@ -75,6 +76,8 @@ def kind_of(row: Row) -> str:
         return "teacher_head" if model == "student" else "teacher"
     if model == "scratch":
         return "scratch"
+    if model == "concatenated":
+        return "concatenated_probe"
     if model in ("student", "base"):
         return f"{model}_{'finetuned' if finetuned else 'probe'}"
     return "teacher_probe"

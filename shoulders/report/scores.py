@@ -12,6 +12,7 @@ from shoulders.report.results import KINDS, Cell, Line
 EXPLANATIONS = {
     "teacher_head": "Teacher head: the teacher’s own head on the student’s features, without labels or training.",
     "student_probe": "Probe: a small head trained with labels on frozen features, the same for student and base.",
+    "concatenated_probe": "Concatenated: the same probe on the features of all teachers side by side, which all run.",
     "student_finetuned": "Adapter finetuned: the probe and the adapter trained together with labels.",
     "scratch": "From scratch: the student’s architecture trained with labels alone, at equal training cost.",
 }

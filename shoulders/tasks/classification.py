@@ -30,30 +30,32 @@ NUM_BEST_CLASSES = 5  # that a prediction lists
 def fit_classification_probes(
     features_of: FeaturesOf,
     splits: LabelledSplits,
-    size: Size,
+    sizes: Sequence[Size],
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
     on_head: Callable[[nn.Module], object] = lambda head: None,
     step_fraction: float = 1.0,
+    widths: Sequence[int] = (),
 ) -> list[Row]:
     """Rows of every probe of one model, from labelled images to scores.
 
     Args:
-        features_of: Features of a batch, rendered at ``size``, on whichever device it computes.
+        features_of: Features of a batch, rendered at ``sizes``, on whichever device it computes.
         splits: see `find_labelled`.
-        size: (h, w) of the model's input in px.
+        sizes: (h, w) in px of the inputs that ``features_of`` needs.
         batch: images per batch.
         workers: processes that decode.
         seed: of what is held out of train, and of the few-shot draws.
         on_head: called with the fitted `LinearHead`.
         step_fraction: shortens fits that take steps; these do not.
+        widths: channels of each of several models whose vectors are side by side, see `LabelledVectors`.
     """
     started_at = time.perf_counter()
 
     def extract(split: LabelledSplit) -> LabelledVectors:
         return extract_vectors(
-            features_of, evaluation_batches(split.images, [size], batch, split.indices, workers=workers)
+            features_of, evaluation_batches(split.images, list(sizes), batch, split.indices, workers=workers), widths
         )
 
     train, test = extract(splits.train), extract(splits.test)

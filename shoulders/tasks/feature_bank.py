@@ -25,6 +25,8 @@ HELD_OUT_FRACTION = 0.2
 EVAL_BATCH = 16
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
+Rendered = dict[tuple[int, int], Tensor]  # {(h, w): pixels (B, 3, h, w) uint8}
+
 
 class FeatureBank(Generic[T]):
     """Features of the readable images of a split, each drawn whole at the input size, whatever its aspect.
@@ -32,7 +34,7 @@ class FeatureBank(Generic[T]):
     Args:
         features_of: Features of a batch, on whichever device it computes.
         split: the images.
-        size: (h, w) in px that ``features_of`` needs.
+        sizes: (h, w) in px of the inputs that ``features_of`` needs.
         batch: images per batch.
         workers: threads that decode.
         max_bytes: see `MAX_STORED_BYTES`.
@@ -52,27 +54,28 @@ class FeatureBank(Generic[T]):
         self,
         features_of: FeaturesOf,
         split: AnnotatedSplit[T],
-        size: tuple[int, int],
+        sizes: Sequence[tuple[int, int]],
         batch: int,
         workers: int,
         max_bytes: int = MAX_STORED_BYTES,
     ) -> None:
-        self.features_of, self.split, self.size, self.batch, self.workers = features_of, split, size, batch, workers
+        self.features_of, self.split, self.sizes, self.batch, self.workers = features_of, split, sizes, batch, workers
         self.skipped: list[Skipped] = []
         self.device = torch.device("cpu")
         self.stored: Tensor | None = None  # (readable, C, H, W) float16
         readable: list[int] = []
         for positions, pixels in self._render(np.arange(len(split.indices)), self.skipped):
             if not readable:
-                shape = (len(split.indices), *self._compute(positions[:1], pixels[:1]).shape[1:])
+                first = {size: images[:1] for size, images in pixels.items()}
+                shape = (len(split.indices), *self._compute(positions[:1], first).shape[1:])
                 if 2 * math.prod(shape) <= max_bytes:
                     self.stored = torch.empty(shape, dtype=torch.float16)
             if self.stored is not None:  # else this pass only finds out which images can be read
                 self.stored[len(readable) : len(readable) + len(positions)] = self._compute(positions, pixels)
             readable += positions
         if not readable:
-            first = self.skipped[0]
-            raise DataError(f"none of {len(self.skipped)} images can be read; the first: {first.name} ({first.reason})")
+            name, reason = self.skipped[0].name, self.skipped[0].reason
+            raise DataError(f"none of {len(self.skipped)} images can be read; the first: {name} ({reason})")
         check_skipped(self.skipped, len(split.indices))
         self.readable = np.array(readable, dtype=np.int64)  # positions in the split
         self.indices = np.arange(len(readable))  # (n,) in `readable` and `stored`
@@ -107,10 +110,10 @@ class FeatureBank(Generic[T]):
         return self.split.images.ids[self.split.indices[self.readable[self.indices]]]
 
     @torch.no_grad()
-    def _compute(self, positions: Sequence[int], pixels: Tensor) -> Tensor:
+    def _compute(self, positions: Sequence[int], rendered: Rendered) -> Tensor:
         """(B, C, H, W) float16 on the CPU, the same whether stored or computed again."""
         ids = torch.from_numpy(self.split.images.ids[self.split.indices[list(positions)]])
-        features = self.features_of(Batch(ids, {self.size: pixels}))
+        features = self.features_of(Batch(ids, rendered))
         if features.spatial is None:
             raise RecipeError("these features have no spatial component, which this task needs; leave the model out")
         self.device = features.spatial.device
@@ -120,21 +123,23 @@ class FeatureBank(Generic[T]):
             raise NumericError(f"features of {first}, or of its batch, are not finite: check the weights")
         return to_float16(maps).cpu()
 
-    def _render(self, positions: NDArray[np.int64], skipped: list[Skipped]) -> Iterator[tuple[list[int], Tensor]]:
-        """Positions of images and their pixels (B, 3, h, w) uint8, per batch; unreadable ones go to `skipped`."""
+    def _render(self, positions: NDArray[np.int64], skipped: list[Skipped]) -> Iterator[tuple[list[int], Rendered]]:
+        """Positions of images and their pixels, per batch; unreadable ones go to `skipped`."""
         # threads, not processes: Pillow and torch release the lock, and the annotations need not be copied
         with ThreadPoolExecutor(self.workers) if self.workers else nullcontext() as pool:
             for start in range(0, len(positions), self.batch):
                 of_batch = positions[start : start + self.batch].tolist()
                 drawn = list((pool.map if pool else map)(self._draw, of_batch))
                 skipped += [image for image in drawn if isinstance(image, Skipped)]
-                pairs = [pair for pair in zip(of_batch, drawn, strict=True) if isinstance(pair[1], Tensor)]
-                if pairs:
-                    yield [position for position, _ in pairs], torch.stack([image for _, image in pairs])  # type: ignore[misc]
+                readable = [image for image in drawn if not isinstance(image, Skipped)]
+                if readable:
+                    kept = [pair[0] for pair in zip(of_batch, drawn, strict=True) if not isinstance(pair[1], Skipped)]
+                    yield kept, {size: torch.stack([image[size] for image in readable]) for size in self.sizes}
 
-    def _draw(self, position: int) -> Tensor | Skipped:
-        image = read_image(self.split, position, max(self.size))
-        return image if isinstance(image, Skipped) else render(image, WHOLE_IMAGE, self.size)
+    def _draw(self, position: int) -> Rendered | Skipped:
+        """An image (3, h, w) at each size."""
+        image = read_image(self.split, position, max(max(size) for size in self.sizes))
+        return image if isinstance(image, Skipped) else {size: render(image, WHOLE_IMAGE, size) for size in self.sizes}
 
 
 def to_float16(maps: Tensor) -> Tensor:

@@ -244,7 +244,7 @@ class ObjectTask:
         workers: int,
     ) -> tuple[dict[str, float], int]:
         """The metrics of the default probe."""
-        bank = FeatureBank(features_of, split, size, batch, workers)
+        bank = FeatureBank(features_of, split, [size], batch, workers)
         return self.probe.evaluate(head, bank, self.splits.classes), len(bank)
 
 

@@ -122,7 +122,7 @@ def fit_probe(
     probe: SpatialProbe,
     features_of: FeaturesOf,
     splits: AnnotatedSplits[Any],
-    size: Size,
+    sizes: Sequence[Size],
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
@@ -134,7 +134,7 @@ def fit_probe(
     Args:
         features_of: Features of a batch, on whichever device it computes.
         splits: the labelled images.
-        size: (h, w) of the model's input in px.
+        sizes: (h, w) in px of the inputs that ``features_of`` needs.
         batch: images per batch while features are computed.
         workers: threads that decode.
         seed: of the head's initial weights and of the order of images.
@@ -142,7 +142,7 @@ def fit_probe(
         step_fraction: of the usual number of steps.
     """
     started_at = time.perf_counter()
-    banks = _compute_banks(features_of, splits, size, batch, workers, probe.settings.select)
+    banks = _compute_banks(features_of, splits, sizes, batch, workers, probe.settings.select)
     computed_at = time.perf_counter()
     fit = _fit_and_select(probe, banks, splits.classes, seed, step_fraction)
     on_head(fit.head)
@@ -179,10 +179,10 @@ class _Banks:
 
 
 def _compute_banks(
-    features_of: FeaturesOf, splits: AnnotatedSplits[Any], size: Size, batch: int, workers: int, select: bool
+    features_of: FeaturesOf, splits: AnnotatedSplits[Any], sizes: Sequence[Size], batch: int, workers: int, select: bool
 ) -> _Banks:
     def compute(split: AnnotatedSplit[Any]) -> FeatureBank[Any]:
-        return FeatureBank(features_of, split, size, batch, workers)
+        return FeatureBank(features_of, split, sizes, batch, workers)
 
     train, test = compute(splits.train), compute(splits.test)
     if not select:

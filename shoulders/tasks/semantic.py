@@ -172,7 +172,7 @@ class SemanticTask:
         workers: int,
     ) -> tuple[dict[str, float], int]:
         """The metrics of the probe."""
-        bank = FeatureBank(features_of, split, size, batch, workers)
+        bank = FeatureBank(features_of, split, [size], batch, workers)
         return evaluate_segmentation(head, bank, self.splits.classes), len(bank)
 
 

@@ -166,7 +166,7 @@ class Task:
         needs_spatial: whether features need a spatial component.
         fit_probe: fits and evaluates the default probe: (features_of, splits, input sizes, batch, workers, seed,
             on_head=, step_fraction=) -> rows. ``on_head`` is called with the fitted head, ``step_fraction`` shortens
-            the fit.
+            the fit. Without ``needs_spatial``, also widths=, see `LabelledVectors`, for several models side by side.
         probe_head: the head of the default probe.
         finetune: splits -> the task for training from pixels to labels.
         evaluate_head: evaluates a teacher's head: (head, splits, batch, workers) -> rows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,17 +33,29 @@ class LabelledVectors:
         labels: (n,) int64.
         ids: (n,) int64, the stable id of each image.
         skipped: images that could not be read and are not among the n.
+        widths: channels of each of several models whose vectors are side by side, C in all; (): of one model.
     """
 
     x: Tensor
     labels: Tensor
     ids: Tensor
     skipped: tuple[Skipped, ...] = ()
+    widths: tuple[int, ...] = ()
+
+    def unit(self) -> Tensor:
+        """(n, C) of unit length, to be compared by cosine.
+
+        Of several models, each vector is of the same length before they are one (as arXiv 2305.15347 does), so that
+        no model counts more because its numbers are larger: the cosine is the mean of those of the models.
+        """
+        if not self.widths:
+            return F.normalize(self.x)
+        return F.normalize(torch.cat([F.normalize(x) for x in self.x.split(self.widths, 1)], 1))
 
 
 @torch.no_grad()
-def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch]) -> LabelledVectors:
-    """One vector per image, see `image_vectors`.
+def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch], widths: Sequence[int] = ()) -> LabelledVectors:
+    """One vector per image, see `image_vectors`; ``widths`` are those of `LabelledVectors`.
 
     Raises:
         DataError: if the images have no labels, there are none, or too many cannot be read.
@@ -69,7 +81,7 @@ def extract_vectors(features_of: FeaturesOf, batches: Iterable[Batch]) -> Labell
     if not x.isfinite().all():
         bad = int((~x.isfinite().all(1)).sum())
         raise NumericError(f"features of {bad} of {len(x)} images are not finite: check the weights")
-    return LabelledVectors(x, torch.cat(labels), torch.cat(ids), tuple(skipped))
+    return LabelledVectors(x, torch.cat(labels), torch.cat(ids), tuple(skipped), tuple(widths))
 
 
 def image_vectors(features: Features) -> Tensor:
@@ -117,10 +129,10 @@ def knn_top1(
 ) -> tuple[float, Settings]:
     """Weighted vote of the 20 nearest by cosine, temperature 0.07 (DINO, arXiv 2104.14294)."""
     k, temperature = min(20, len(train.x)), 0.07
-    bank = F.normalize(train.x).T.contiguous()  # (C, n)
+    bank = train.unit().T.contiguous()  # (C, n)
     chunk = max(1, 2**25 // len(train.x))  # 128 MB of similarities
     predicted = []
-    for queries in F.normalize(test.x).split(chunk):
+    for queries in test.unit().split(chunk):
         similarity, neighbours = (queries @ bank).topk(k)  # (chunk, k) each
         votes = torch.zeros(len(queries), n_classes)
         votes.scatter_add_(1, train.labels[neighbours], (similarity / temperature).exp())
@@ -186,7 +198,7 @@ def few_shot_top1(
         return None
     first = counts.cumsum(0) - counts  # (K,), where a class begins once the images are sorted by class
     generator = torch.Generator().manual_seed(seed)
-    x, test_x = F.normalize(train.x), F.normalize(test.x)
+    x, test_x = train.unit(), test.unit()
     values = []
     for _ in range(FEW_SHOT_DRAWS):
         order = torch.randperm(len(x), generator=generator)

@@ -89,7 +89,10 @@ def test_the_methods_of_a_recipe_are_those_of_the_losses() -> None:
         ("train.steps=0", "train.steps: Input should be greater than or equal to 1 (got 0)"),
         ("transfer.t2s=both", "transfer.t2s: Input should be 'none', 'each' or 'joint' (got 'both')"),
         ("student.adapter.kind=houlsby", "student.adapter: Input tag 'houlsby'"),
-        ("teachers.base.model=a/b", "teacher name 'base': use letters, digits and _; reserved names are base, joint"),
+        (
+            "teachers.base.model=a/b",
+            "teacher name 'base': use letters, digits and _; reserved names are base, concatenated",
+        ),
         ("teachers.joint.model=a/b", "teacher name 'joint'"),
         ("teachers.one.module=a:b", "teachers.one: give either model (hub id or folder) or module"),
         ("teachers.one.weight=2", "teachers.one.weight only counts with transfer.balance: fixed"),

@@ -168,7 +168,9 @@ def test_only_models_with_an_adapter_are_finetuned(world: Path) -> None:
 def test_unknown_tasks_and_models_are_refused(world: Path) -> None:
     with pytest.raises(RecipeError, match="'flying' is not one of classification, detection, semantic, instance"):
         evaluate(world / "run", "flying", world / "masks")
-    with pytest.raises(RecipeError, match="no nobody in this run; choose from student, base, teachers, scratch, "):
+    with pytest.raises(
+        RecipeError, match="no nobody in this run; choose from student, base, teachers, concatenated, scratch, "
+    ):
         evaluate(world / "run", "semantic", world / "masks", ("nobody",))
     with pytest.raises(RecipeError, match="scratch is trained by .*evaluate_with_baseline"):
         evaluate(world / "run", "semantic", world / "masks", ("scratch",))

@@ -21,6 +21,7 @@ def evaluated() -> list[dict[str, Any]]:
         *result_rows("student", "instance", INK, "masker", mask_AP=0.4, mask_AP_low=0.3, mask_AP_high=0.5, AP=0.98),
         *result_rows("student", "instance", OTHER, AP=0.97, mask_AP=0.5),
         *result_rows("base", "instance", OTHER, AP=0.96, mask_AP=0.3),
+        *result_rows("concatenated", "instance", OTHER, AP=0.94, mask_AP=0.45),
         *result_rows("scratch", "instance", OTHER, AP=0.95, mask_AP=0.2),
         *result_rows("student", "inheritance", INK, fvu_spread=1.4),
     ]
@@ -30,7 +31,8 @@ def test_a_line_has_a_cell_for_each_kind_of_measurement() -> None:
     (line,) = table_lines(evaluated())
     assert (line.task.name, line.data, line.head) == ("instance", "ink", "masker")
     values = {kind: cell.value for kind, cell in line.cells.items()}
-    assert values == {"teacher": 0.8, "teacher_head": 0.4, "student_probe": 0.5, "base_probe": 0.3, "scratch": 0.2}
+    probes = {"student_probe": 0.5, "base_probe": 0.3, "concatenated_probe": 0.45}
+    assert values == {"teacher": 0.8, "teacher_head": 0.4, **probes, "scratch": 0.2}
     assert (line.cells["teacher"].low, line.cells["teacher"].high) == (0.7, 0.9)
     assert line.retention == pytest.approx(0.5)
     assert line.best == "student_probe"  # the teacher is excluded

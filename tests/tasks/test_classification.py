@@ -135,6 +135,31 @@ def test_few_shot_is_the_nearest_mean_of_the_drawn_images() -> None:
     assert vector_probes.few_shot_top1(3, train, None, test, 2, seed=0) is None
 
 
+def test_of_several_models_each_vector_counts_the_same() -> None:
+    # two models side by side, the numbers of the second are a hundred times larger
+    x = torch.tensor([[3.0, 4.0, 0.0, 600.0], [0.0, 5.0, 800.0, 600.0], [0.0, 0.0, 100.0, 0.0]])
+    vectors = LabelledVectors(x, torch.tensor([0, 1, 1]), torch.arange(3), widths=(2, 2))
+    half = 0.5**0.5
+    expected = torch.tensor([[0.6, 0.8, 0.0, 1.0], [0.0, 1.0, 0.8, 0.6], [0.0, 0.0, half**-1, 0.0]]) * half
+    torch.testing.assert_close(vectors.unit(), expected)  # the third has no direction in the first model
+    first, second = (LabelledVectors(part, vectors.labels, vectors.ids).unit() for part in x.split(2, 1))
+    cosines = (first @ first.T + second @ second.T) / 2
+    torch.testing.assert_close((vectors.unit() @ vectors.unit().T)[:2, :2], cosines[:2, :2])
+
+
+def test_nearest_neighbours_and_few_shots_of_several_models_compare_them_alike() -> None:
+    def vectors(rows: list[list[float]], labels: list[int], widths: tuple[int, ...]) -> LabelledVectors:
+        return LabelledVectors(torch.tensor(rows), torch.tensor(labels), torch.arange(len(rows)), widths=widths)
+
+    # the first model is sure of class 0, the second prefers class 1 a little, with larger numbers
+    train, test = [[1.0, 0.0, 60.0, 80.0], [0.0, 1.0, 80.0, 60.0]], [[1.0, 0.0, 80.0, 60.0]]
+    for widths, expected in (((2, 2), 1.0), ((), 0.0)):
+        fitted, tested = vectors(train, [0, 1], widths), vectors(test, [0], widths)
+        assert vector_probes.knn_top1(fitted, None, tested, 2, seed=0)[0] == expected
+        few_shot = vector_probes.few_shot_top1(1, fitted, None, tested, 2, seed=0)
+        assert few_shot is not None and few_shot[0] == expected
+
+
 @pytest.mark.parametrize("with_val", [True, False])
 def test_separable_clusters_are_classified_perfectly(with_val: bool) -> None:
     train, test = clusters(120, 3, 16, 0.05, seed=1), clusters(60, 3, 16, 0.05, seed=2)
@@ -192,7 +217,7 @@ def test_from_a_folder_of_images_to_rows(tmp_path: Path) -> None:
         return Features.from_map(batch.pixels((4, 4)) - 0.5)
 
     with max_unreadable(0.1):
-        rows = fit_classification_probes(colours, find_labelled(tmp_path), (4, 4), batch=7)
+        rows = fit_classification_probes(colours, find_labelled(tmp_path), [(4, 4)], batch=7)
     assert by_metric(rows) == dict.fromkeys(vector_probes.PROBES, 1.0)
     settings = rows[0]["settings"]
     assert (settings["split"], settings["skipped"], settings["k"]) == ("80/20 by image id", 1, 20)

@@ -123,7 +123,7 @@ def test_finetuning_a_fitted_probe_raises_its_score(data: dict[str, Path]) -> No
     def features_of(batch: Batch) -> Features:
         return net(batch.pixels(SIZE))
 
-    probe_rows = TASKS["semantic"].fit_probe(features_of, splits, SIZE, on_head=heads.append)
+    probe_rows = TASKS["semantic"].fit_probe(features_of, splits, [SIZE], on_head=heads.append)
     task = TASKS["semantic"].finetune(splits)
 
     def build() -> FinetuneModel:

@@ -53,10 +53,10 @@ def test_it_learns_what_the_features_show(
     if probe.task != "semantic":
         pytest.importorskip("faster_coco_eval")
     splits = TASKS[probe.task].find_splits(data[probe.task], "image")
-    blind = by_metric(fit_probe(small(probe, 20), constant, splits, SIZE))
+    blind = by_metric(fit_probe(small(probe, 20), constant, splits, [SIZE]))
     assert blind.get(metric, 0.0) < least / 2
     heads: list[nn.Module] = []
-    rows = fit_probe(small(probe, steps), colours, splits, SIZE, on_head=heads.append)
+    rows = fit_probe(small(probe, steps), colours, splits, [SIZE], on_head=heads.append)
     assert by_metric(rows)[metric] >= least
     assert all(row["task"] == probe.task and row["settings"]["head"] == probe.name and row["n"] == 8 for row in rows)
     assert rows[0]["settings"]["steps"] == steps and not heads[0].training
@@ -66,7 +66,7 @@ def test_it_learns_what_the_features_show(
 @pytest.mark.parametrize("build", [RTDetr, Mask2Former])
 def test_the_loss_falls_and_two_fits_are_equal(build: Callable[..., nn.Module], data: dict[str, Path]) -> None:
     probe = replace(small(instance.MASK2FORMER, 20), build=partial(build, size=replace(SMALL, denoising_queries=10)))
-    bank = FeatureBank(colours, TASKS["instance"].find_splits(data["instance"], "image").train, SIZE, 8, 0)
+    bank = FeatureBank(colours, TASKS["instance"].find_splits(data["instance"], "image").train, [SIZE], 8, 0)
     targets = [objects.object_target(image, bank.grid, masks=True) for image in bank.annotations]
     before = torch.random.get_rng_state()
     losses: list[list[float]] = [[], []]
@@ -115,7 +115,7 @@ class NanHead(nn.Module):
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(data: dict[str, Path]) -> None:
-    bank = FeatureBank(colours, find_masks(data["semantic"]).train, SIZE, 8, 0)
+    bank = FeatureBank(colours, find_masks(data["semantic"]).train, [SIZE], 8, 0)
     probe = replace(
         small(semantic.UPERNET, 3),
         build=lambda width, n_classes: NanHead(),

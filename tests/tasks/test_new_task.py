@@ -41,18 +41,19 @@ class MeanHead(nn.Module):
 def fit_age_probe(
     features_of: FeaturesOf,
     splits: LabelledSplits,
-    size: tuple[int, int],
+    sizes: Sequence[tuple[int, int]],
     batch: int = 64,
     workers: int = 0,
     seed: int = 0,
     on_head: Callable[[nn.Module], object] = lambda head: None,
     step_fraction: float = 1.0,
+    widths: Sequence[int] = (),
 ) -> list[Row]:
     torch.manual_seed(seed)
-    (first,) = evaluation_batches(splits.train.images, [size], 1, splits.train.indices[:1], workers=workers)
+    (first,) = evaluation_batches(splits.train.images, list(sizes), 1, splits.train.indices[:1], workers=workers)
     head = MeanHead(image_vectors(features_of(first)).shape[1], splits.n_classes)
     on_head(head)
-    values, n = AgeTask(splits).evaluate(head, features_of, splits.test, size, batch, workers)
+    values, n = AgeTask(splits).evaluate(head, features_of, splits.test, sizes[0], batch, workers)
     return rows_of("age", values, n, 0.0, {"head": "mean"})
 
 

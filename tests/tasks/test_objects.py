@@ -38,7 +38,7 @@ def shorter(probe: SpatialProbe, min_steps: int) -> SpatialProbe:
 def fit(
     probe: SpatialProbe, features_of: FeaturesOf, splits: AnnotatedSplits[AnnotatedImage], **settings: Any
 ) -> list[Row]:
-    return fit_probe(probe, features_of, splits, SIZE, **settings)
+    return fit_probe(probe, features_of, splits, [SIZE], **settings)
 
 
 def by_metric(rows: list[Row]) -> dict[str, float]:
@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_rows(tmp_path: Path) -> None:
 
 def fit_boxes(path: Path, steps: int, values: list[float] | None = None) -> ProbeFit:
     """A fit whose state has these values when it is evaluated."""
-    bank = FeatureBank(colours, find_objects(path).train, SIZE, 8, 0)
+    bank = FeatureBank(colours, find_objects(path).train, [SIZE], 8, 0)
     waiting = iter(values or ())
     score = None if values is None else lambda head: next(waiting)
     return fit_head(BOXES, bank, BOXES.targets(bank, 2), 2, 3e-3, steps, 0, score)

@@ -63,7 +63,7 @@ def test_a_fit_equals_a_reference_loop(
 ) -> None:
     steps, lr = 9, 0.1
     settings = replace(SETTINGS, schedule=schedule, max_grad_norm=max_grad_norm, ema=ema)
-    bank = FeatureBank(colours, find_masks(data).train, SIZE, 8, 0)
+    bank = FeatureBank(colours, find_masks(data).train, [SIZE], 8, 0)
     targets = torch.arange(len(bank)).float()
     fitted = fit_head(probe(settings), bank, targets, 2, lr, steps, seed=5).head
 
@@ -122,10 +122,10 @@ def test_without_val_the_selected_fit_is_repeated_with_all_of_train(data: Path) 
     settings = replace(SETTINGS, lrs=(0.1, 0.3, 0.2), min_steps=1, epochs=6)
     heads: list[nn.Module] = []
     values = [0.5, 0.9, 0.9, 0.4]  # of the three candidates, and on test
-    (row, _) = fit_probe(probe(settings, values), colours, find_masks(data), SIZE, seed=3, on_head=heads.append)
+    (row, _) = fit_probe(probe(settings, values), colours, find_masks(data), [SIZE], seed=3, on_head=heads.append)
     assert (row["value"], row["settings"]["lr"], row["settings"]["train"]) == (0.4, 0.3, 10)
     assert row["settings"]["steps"] == 6 * 10 // 3
-    bank = FeatureBank(colours, find_masks(data).train, SIZE, 8, 0)
+    bank = FeatureBank(colours, find_masks(data).train, [SIZE], 8, 0)
     expected = fit_head(probe(settings), bank, torch.arange(10).float(), 2, 0.3, 20, seed=3).head
     for ours, theirs in zip(heads[0].parameters(), expected.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -133,7 +133,7 @@ def test_without_val_the_selected_fit_is_repeated_with_all_of_train(data: Path) 
 
 def test_without_val_a_selected_number_of_steps_is_repeated(data: Path) -> None:
     settings = replace(SETTINGS, min_steps=1, epochs=6, num_evals=2)  # evaluated after 8 and 16 steps on 8 images
-    (row, _) = fit_probe(probe(settings, [0.9, 0.5, 0.4]), colours, find_masks(data), SIZE)
+    (row, _) = fit_probe(probe(settings, [0.9, 0.5, 0.4]), colours, find_masks(data), [SIZE])
     assert (row["value"], row["settings"]["steps"]) == (0.4, 8)
 
 
@@ -141,7 +141,7 @@ def test_with_val_the_selected_fit_is_the_result(tmp_path: Path) -> None:
     splits = find_masks(save_masks(tmp_path, {"train": 6, "val": 3, "test": 4}))
     settings = replace(SETTINGS, lrs=(0.1, 0.2), min_steps=4, epochs=0, num_evals=2)
     values = [0.1, 0.3, 0.8, 0.2, 0.4]  # of each candidate after 2 and 4 steps, and on test
-    rows = fit_probe(probe(settings, values), colours, splits, SIZE)
+    rows = fit_probe(probe(settings, values), colours, splits, [SIZE])
     assert [(row["metric"], row["value"]) for row in rows] == [("value", 0.4), ("images", 4)]
     described = rows[0]["settings"]
     assert (described["lr"], described["steps"], described["selected_on"]) == (0.2, 2, "val")
@@ -152,7 +152,7 @@ def test_without_selection_val_is_not_used(tmp_path: Path) -> None:
     for file in (tmp_path / "images/val").iterdir():
         file.unlink()
     settings = replace(SETTINGS, min_steps=4, epochs=0, select=False)
-    rows = fit_probe(probe(settings, [0.7]), colours, splits, SIZE)
+    rows = fit_probe(probe(settings, [0.7]), colours, splits, [SIZE])
     described = rows[0]["settings"]
     assert (rows[0]["value"], described["train"], described["skipped"]) == (0.7, 6, 0)
     assert described["selected_on"] == "nothing: the settings are fixed" and described["parameters"] == 3 + 1 + 2 * 3

@@ -25,7 +25,7 @@ PROBE = replace(semantic.PROBE, settings=replace(semantic.PROBE.settings, min_st
 
 
 def fit(features_of: FeaturesOf, path: Path, **settings: Any) -> list[Row]:
-    return fit_probe(PROBE, features_of, find_masks(path), SIZE, **settings)
+    return fit_probe(PROBE, features_of, find_masks(path), [SIZE], **settings)
 
 
 def by_metric(rows: list[Row]) -> dict[str, float]:
@@ -53,7 +53,7 @@ def test_metrics_equal_those_of_scikit_learn() -> None:
 
 def test_pixels_are_counted_at_the_size_of_the_masks_without_the_ignored_ones(tmp_path: Path) -> None:
     splits = find_masks(save_masks(tmp_path))
-    test = FeatureBank(colours, splits.test, SIZE, 3, 0)
+    test = FeatureBank(colours, splits.test, [SIZE], 3, 0)
     head = semantic.linear_head(3, 3).eval()
     predicted, labels = [], []
     for index in range(len(test)):
