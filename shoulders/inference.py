@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,13 @@ from shoulders.model import ShouldersModel
 from shoulders.student.config import ShouldersConfig
 from shoulders.student.encoder import Encoder
 from shoulders.student.families import BASES
-from shoulders.tasks.frame import ModelInput, whole_frame
-from shoulders.tasks.task import HeadWithInput
-from shoulders.tasks.vector_probes import image_vectors
 from shoulders.teachers import Teacher
 from shoulders.teachers.heads import Head
 from shoulders.transfer.projectors import module_name, teacher_name
+
+if TYPE_CHECKING:
+    from shoulders.tasks.frame import ModelInput
+    from shoulders.tasks.task import HeadWithInput
 
 MIN_STRIDE_PX = 8  # of a teacher's input between the tokens that a spatial probe uses
 
@@ -82,6 +83,8 @@ def concatenated_teachers(teachers: Sequence[Teacher], spatial: bool) -> Feature
     Args:
         spatial: spatial features, of teachers that all have them; else `image_vectors`.
     """
+    from shoulders.tasks.vector_probes import image_vectors
+
     each = [features_of_teacher(teacher, spatial) for teacher in teachers]
 
     def features_of(batch: Batch) -> Features:
@@ -181,6 +184,8 @@ class HeadInput:
 
     def draw(self, pixels: Tensor, size: tuple[int, int]) -> ModelInput:
         """The whole image at the size of the model; ``size`` is that of the original."""
+        from shoulders.tasks.frame import ModelInput, whole_frame  # `predict` needs no task
+
         return ModelInput({"pixels": render(pixels, WHOLE_IMAGE, self.size).float() / 255}, whole_frame(size))
 
     def compute_output(self, pixels: Tensor) -> Any:

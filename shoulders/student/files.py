@@ -84,4 +84,6 @@ def _check_manifest(folder: Path) -> None:
     try:
         check_manifest(folder, STUDENT_FILES)
     except DataError as error:
-        raise DataError(f"{error}; copy the whole folder again, or load it with verify=False") from error
+        raise DataError(
+            f"{error}; copy the whole folder again, or load it with verify=False (predict --no-verify)"
+        ) from error
