@@ -111,7 +111,7 @@ def test_the_settings_of_larger_probes_are_those_of_the_published_rows() -> None
 @pytest.mark.parametrize("check_loss", [None, False, True])
 def test_a_loss_that_is_not_finite_is_refused_where_it_is_checked(check_loss: bool | None, data: Path) -> None:
     settings = SETTINGS if check_loss is None else replace(SETTINGS, check_loss=check_loss)
-    bank = FeatureBank(colours, find_masks(data).train, SIZE, 8, 0)
+    bank = FeatureBank(colours, find_masks(data).train, [SIZE], 8, 0)
     targets = torch.full((len(bank),), torch.inf)
     refused = pytest.raises(NumericError, match="the loss of Sequential is no longer finite; check the features")
     with refused if check_loss else nullcontext():
