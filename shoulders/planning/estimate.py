@@ -45,6 +45,7 @@ from shoulders.teachers import Teacher, Teachers, load_teacher
 from shoulders.training.batches import MAX_IMAGES
 from shoulders.training.heldout import MAX_TOKENS
 from shoulders.training.int8_check import check_int8
+from shoulders.training.masked import check_finite, masked_images
 from shoulders.training.preflight import check_training, check_writable
 from shoulders.training.step import TrainStep
 from shoulders.transfer.fvu import fvu
@@ -74,6 +75,7 @@ def plan(
     Raises:
         RecipeError: the recipe cannot work, or there are several processes.
         DataError: as `shoulders.distillation.distill`.
+        NumericError: the features of a teacher are not finite for most images.
     """
     recipe, processes = as_recipe(recipe), int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1:
@@ -83,8 +85,16 @@ def plan(
         check_writable("out", recipe.out)
         check_int8(recipe, dist.log)
         trainer = prepare(recipe, extra_teachers, dist)
+        _check_teachers(trainer)
         available = size.memory_bytes(dist.device) if available_bytes is None else available_bytes
         return _measure(trainer, extra_teachers, available)
+
+
+def _check_teachers(trainer: Trainer) -> None:
+    """Refuse a teacher whose features are not finite: its part of a step would be measured without images."""
+    batch = _micro_batch(trainer, trainer.step).split(MAX_IMAGES)[0]
+    masked = masked_images(trainer.step.teacher_features(batch), batch, trainer.teachers.sources)
+    check_finite(masked, batch, trainer.images.collection.name_of_id)
 
 
 def _measure(trainer: Trainer, extra_teachers: Mapping[str, Teacher], available: int) -> dict[str, Any]:

@@ -129,6 +129,20 @@ class MaskReport:
         )
 
 
+def check_finite(masked: Iterable[Masked], batch: Batch, name_of: Callable[[int], str]) -> None:
+    """Refuse a teacher whose features are not finite for most images of a batch.
+
+    Raises:
+        NumericError: naming it.
+    """
+    names: dict[str, list[str]] = {}
+    for teacher, image in masked:
+        names.setdefault(teacher, []).append(name_of(image))
+    for teacher, images in names.items():
+        if 2 * len(images) > len(batch):
+            raise not_finite(teacher, len(batch) - len(images), len(batch), images)
+
+
 def not_finite(teacher: str, count: int, images: int, masked: Collection[str]) -> NumericError:
     """The refusal of a teacher with finite features of too few images.
 

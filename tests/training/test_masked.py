@@ -16,6 +16,7 @@ from shoulders.distillation import Trainer, distill, prepare
 from shoulders.distributed.context import DistContext
 from shoulders.errors import DataError, NumericError
 from shoulders.features import Batch, Features
+from shoulders.planning import plan
 from shoulders.teachers import Teacher, Teachers
 from shoulders.training.heldout import HeldOutSet
 from shoulders.training.masked import FILE, Masked, MaskReport
@@ -107,6 +108,11 @@ def test_a_teacher_that_is_never_finite_is_named_without_standardizers(world: Pa
     raw = recipe(world, tmp_path / "run", transfer__max_not_finite=1.0, transfer__standardize="none")
     with pytest.raises(NumericError, match="teachers.own: its features are finite for 0 of 8 images only"):
         distill(raw, extra_teachers={"own": marked_teacher(math.nan, everywhere=True)})
+
+
+def test_a_plan_refuses_a_teacher_that_is_never_finite(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(NumericError, match="teachers.own: its features are finite for 0 of 8 images only"):
+        plan(recipe(world, tmp_path / "run"), extra_teachers={"own": marked_teacher(math.nan, everywhere=True)})
 
 
 def test_the_limit_stops_a_run_and_a_higher_one_continues_it(world: Path, tmp_path: Path) -> None:
