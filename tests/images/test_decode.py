@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from shoulders.images.decode import Undecodable, decode, decode_with_size
@@ -106,6 +106,10 @@ def transparent_grey() -> bytes:
     return encode(image, "PNG")
 
 
+def srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
 def several_frames(kind: str) -> bytes:
     later = [Image.new("RGB", (40, 24), "blue")]
     return encode(quadrants(), kind, save_all=True, append_images=later)
@@ -118,7 +122,9 @@ EXPECTED: dict[str, tuple[Callable[[], bytes], str]] = {
     "cmyk tiff": (lambda: encode(quadrants().convert("CMYK"), "TIFF"), "RGBW"),
     "ycbcr tiff": (lambda: encode(quadrants().convert("YCbCr"), "TIFF"), "RGBW"),
     "mpo of a phone": (lambda: several_frames("MPO"), "RGBW"),
+    "jpeg with a colour profile": (lambda: encode(quadrants(), "JPEG", icc_profile=srgb_profile()), "RGBW"),
     "png": (lambda: encode(quadrants(), "PNG"), "RGBW"),
+    "png with a colour profile": (lambda: encode(quadrants(), "PNG", icc_profile=srgb_profile()), "RGBW"),
     "bmp": (lambda: encode(quadrants(), "BMP"), "RGBW"),
     "ppm": (lambda: encode(quadrants(), "PPM"), "RGBW"),
     "webp": (lambda: encode(quadrants(), "WEBP", lossless=True), "RGBW"),
