@@ -123,6 +123,20 @@ EQUIVALENT: dict[tuple[str, str, str, str], str] = {
         "-1",
         "-2",
     ): "numpy takes any negative number as the length that is left.",
+    ("tasks/probe.py", "fit_probe", "64", "65"): "Images per batch: speed and memory only.",
+    (
+        "tasks/probe.py",
+        "fit_probe",
+        "0",
+        "1",
+    ): "Threads that decode: speed only. (Of the seed, a test fails.)",
+    ("tasks/probe.py", "_train_steps", "loss.detach()", "(yield loss)"): "Its value alone is used.",
+    (
+        "tasks/probe.py",
+        "<module>",
+        "@torch.no_grad()",
+        "def _move_average(average: nn.Module, head: nn.Module, decay: float) -> None:",
+    ): "Torch's update runs without gradient, and buffers have none.",
     (
         "training/optimizers.py",
         "Optimizers.step",
