@@ -14,12 +14,12 @@ from shoulders.tasks.data.coco import AnnotatedImage
 from shoulders.tasks.data.objects import find_objects
 from shoulders.tasks.data.splits import AnnotatedSplit
 from shoulders.tasks.heads.transformers import RTDetr, transformers_loss
+from shoulders.tasks.object_heads import evaluate_object_head
 from shoulders.tasks.objects import (
     CORNERS,
     ObjectTask,
     dense_probe,
     detect_with_processor,
-    evaluate_object_head,
     object_scores,
     predict_objects,
 )

@@ -106,9 +106,7 @@ def test_the_published_weights_have_the_accuracy_of_their_card(
     distill(tiny_recipe(tmp_path, teachers=teachers, keep_heads=["detector"], train__steps=1, images__holdout=8))
     (tmp_path / "map.json").write_text('{"pedestrian": "person"}')
     classes = tmp_path / "map.json" if data == "pennfudan" else None
-    with (
-        nullcontext() if classes is None else pytest.warns(UserWarning, match="scores of the head of detector are of 1")
-    ):
+    with nullcontext() if classes is None else pytest.warns(UserWarning, match="head of detector is scored on: 1"):
         rows = evaluate_heads(
             tmp_path / "run", "detection", shared_data / data, ["detector"], workers=0, classes=classes
         )

@@ -22,7 +22,7 @@ from shoulders.tasks.average_precision import Detections
 from shoulders.tasks.data.coco import decode, encode
 from shoulders.tasks.detection import boxes_of_output
 from shoulders.tasks.frame import Frame, whole_frame
-from shoulders.tasks.objects import detections_in_image
+from shoulders.tasks.object_heads import detections_in_image
 from tests.evaluation.test_teacher_heads import copied_run  # noqa: F401
 from tests.teachers.conftest import TINY
 from tests.teachers.heads.test_saved import run  # noqa: F401
