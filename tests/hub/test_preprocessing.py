@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
 
 from shoulders.hub.preprocessing import Preprocessing, parse_preprocessing
 
@@ -72,6 +75,28 @@ def test_normalized_pixels_are_those_of_the_image_processor(tree: dict[str, Any]
     mean, std = torch.tensor(parsed.mean), torch.tensor(parsed.std)
     ours = (bytes_ / 255 - mean[:, None, None]) / std[:, None, None]
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"include_top": False},
+        {"do_normalize": False},
+        {"rescale_offset": True, "rescale_factor": 1 / 127.5},
+        {"image_std": [0.47853944, 0.4732864, 0.47434163], "resample": 0},  # as published; squared, those of ImageNet
+    ],
+)
+def test_efficientnet_divides_by_its_deviation_twice(settings: dict[str, Any]) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    tree = {"image_processor_type": "EfficientNetImageProcessor", "size": 8, **settings}
+    processor = EfficientNetImageProcessorPil(**{**settings, "size": {"height": 8, "width": 8}})
+    expected = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
+    parsed = parse_preprocessing(tree, DEFAULT, "efficientnet")
+    mean, std = torch.tensor(parsed.mean).view(3, 1, 1), torch.tensor(parsed.std).view(3, 1, 1)
+    torch.testing.assert_close(
+        (torch.from_numpy(image).movedim(2, 0) / 255 - mean) / std, expected, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
