@@ -24,7 +24,8 @@ from shoulders.tasks.task import HeadWithInput, Metric, ProbeHead, Row, Size, Ta
 from shoulders.tasks.teacher_head_eval import head_outputs, head_rows
 from shoulders.tasks.vector_probes import LabelledVectors, evaluate_vectors, extract_vectors, image_vectors, top1
 
-NUM_BEST_CLASSES = 5  # that a prediction lists
+NUM_BEST_CLASSES = 5  # that a prediction lists, and that top-5 counts
+MIN_TOP5_CLASSES = 10  # of fewer, five classes would be half of all or more
 
 
 def fit_classification_probes(
@@ -127,7 +128,10 @@ class ClassificationTask:
 
 
 def evaluate_classification_head(head: HeadWithInput, splits: LabelledSplits, batch: int, workers: int) -> list[Row]:
-    """Top-1 of a teacher's head on the test images of the classes that the head has, among these classes alone."""
+    """Top-1 of a teacher's head on the test images of the classes that the head has, among these classes alone.
+
+    From ten classes on, also top-5: the fraction of the images whose class is among the five of the highest logits.
+    """
     started_at = time.perf_counter()
     match = match_classes(head.classes, splits.classes, head.class_map)
     if len(match.common) < 2:
@@ -139,13 +143,17 @@ def evaluate_classification_head(head: HeadWithInput, splits: LabelledSplits, ba
         raise DataError(f"none of the {len(labels)} test images is of a class that the head has")
     true_classes = torch.from_numpy(test.labels())
     skipped: list[Skipped] = []
-    hits = n = 0
+    hits, n = dict.fromkeys(("top1", "top5") if len(match.common) >= MIN_TOP5_CLASSES else ("top1",), 0), 0
     for positions, _, output in head_outputs(head, test.images, test.indices, batch, workers, skipped):
         logits = output.logits.cpu().masked_fill(indices < 0, -math.inf)  # (B, classes of the head)
-        hits += int((indices[logits.argmax(-1)] == true_classes[positions]).sum())
+        hits["top1"] += int((indices[logits.argmax(-1)] == true_classes[positions]).sum())
+        if "top5" in hits:
+            best = indices[logits.topk(NUM_BEST_CLASSES).indices]  # (B, 5)
+            hits["top5"] += int((best == true_classes[positions, None]).any(1).sum())
         n += len(positions)
     settings = {"split": splits.how, **match.settings(len(labels) - len(test.indices), "images")}
-    return head_rows("classification", {"top1": hits / n}, n, started_at, skipped, head, settings)
+    values = {metric: count / n for metric, count in hits.items()}
+    return head_rows("classification", values, n, started_at, skipped, head, settings)
 
 
 def class_label(split: LabelledSplit, position: int, classes: Sequence[str]) -> list[dict[str, Any]]:

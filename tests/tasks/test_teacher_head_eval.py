@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,44 @@ def test_top1_among_the_classes_that_both_have(scenes: Path, tmp_path: Path) -> 
     assert (settings["classes"], settings["head_classes_left_out"]) == (4, len(head.classes) - 4)
     assert "1 of the data ('unicorn'; images: 1)" in str(settings["classes_left_out"])
     assert settings["split"] == "all images"
+
+
+def head_with_logits(logits: Tensor, classes: list[str]) -> HeadInput:
+    """A head whose output for an image is the row of ``logits`` that the red of its first pixel names."""
+
+    class Head:
+        def __init__(self) -> None:
+            self.classes, self.processor = classes, None
+
+        def __call__(self, rows: dict[str, Tensor]) -> SimpleNamespace:
+            return SimpleNamespace(logits=logits[rows["rows"]])
+
+    compute: Any = lambda pixels: {"rows": (pixels[:, 0, 0, 0] * 255).round().long()}  # noqa: E731
+    head: Any = Head()
+    return HeadInput(head, (8, 8), compute)
+
+
+@pytest.mark.parametrize(("shared", "top5"), [(10, 0.75), (9, None)])
+def test_top5_is_the_fraction_of_images_of_one_of_the_five_best_classes(
+    shared: int, top5: float | None, tmp_path: Path
+) -> None:
+    names = [f"class{i}" for i in range(shared)]
+    # the rank of the true class among the classes of the data: 0, 4, 5, 2; other classes of the head are above all
+    ranks, logits = (0, 4, 5, 2), torch.full((4, shared + 3), 9.0)
+    for image, rank in enumerate(ranks):
+        logits[image, :shared] = torch.arange(shared).roll(image - rank).neg().float()
+        (tmp_path / "test" / names[image]).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (image, 0, 0)).save(tmp_path / "test" / names[image] / "0.png")
+    for name in names[len(ranks) :]:
+        (tmp_path / "test" / name).mkdir()
+        Image.new("RGB", (8, 8), (0, 0, 0)).save(tmp_path / "test" / name / "0.png")
+    head = head_with_logits(logits, [*names, "one", "two", "three"])
+    splits = TASKS["classification"].find_splits(tmp_path, "image", fit=False)
+    kept = np.flatnonzero(splits.test.labels() < len(ranks))
+    rows = TASKS["classification"].evaluate_head(head, replace(splits, test=splits.test.take(kept)), 3, 0)
+    values = {"top1": 0.25} | ({} if top5 is None else {"top5": top5})
+    assert {row["metric"]: (row["value"], row["n"]) for row in rows} == {name: (v, 4) for name, v in values.items()}
+    assert rows[0]["metric"] == "top1" and rows[0]["settings"]["classes"] == shared
 
 
 def test_data_of_one_common_class_is_refused(scenes: Path, tmp_path: Path) -> None:
