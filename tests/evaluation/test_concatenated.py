@@ -11,7 +11,9 @@ import yaml
 from torch import Tensor, nn
 
 from shoulders.config.recipe import read_recipe
+from shoulders.config.sections import TeacherSpec
 from shoulders.errors import RecipeError
+from shoulders.evaluation.models import models_with_features
 from shoulders.evaluation.teacher_heads import evaluate_heads
 from shoulders.features import Batch, Features, FeaturesOf
 from shoulders.images import evaluation_batches
@@ -47,6 +49,14 @@ def two_teachers() -> list[Teacher]:
     ]
 
 
+def first_teacher() -> Teacher:
+    return two_teachers()[0]
+
+
+def second_teacher() -> Teacher:
+    return two_teachers()[1]
+
+
 def two_images() -> Batch:
     generator = torch.Generator().manual_seed(0)
     pixels = {size: torch.randint(0, 256, (2, 3, *size), generator=generator, dtype=torch.uint8) for size in SIZES}
@@ -60,6 +70,20 @@ def test_vectors_are_side_by_side_each_of_the_input_of_its_teacher() -> None:
     second = batch.pixels(SIZES[1]).unflatten(2, (2, 8)).unflatten(4, (6, 8)).mean((3, 5)).mean((2, 3))  # mean token
     assert features.spatial is None and features.summary is not None
     torch.testing.assert_close(features.summary, torch.cat([first, second], 1))
+
+
+@pytest.mark.parametrize(("spatial", "widths"), [(False, (2, 3)), (True, ())])
+def test_the_model_has_the_inputs_and_widths_of_its_teachers(spatial: bool, widths: tuple[int, ...]) -> None:
+    names = ("first", "second", "first_again")
+    specs = [TeacherSpec(module=f"{__name__}:{name}_teacher") for name in ("first", "second", "first")]
+    chosen = dict(zip(names[: 2 + spatial], specs, strict=False))
+    (model,) = models_with_features(Path(), [], {}, chosen, spatial, None)
+    assert (model.name, model.sizes, model.widths) == ("concatenated", SIZES, widths)
+    assert model.settings == {"teachers": ", ".join(chosen)}
+    components = model.features_of(two_images()).components()
+    assert {name: part.shape[-1] for name, part in components.items()} == (
+        {"spatial": 9} if spatial else {"summary": 5}
+    )
 
 
 def test_spatial_features_are_side_by_side_on_the_finest_grid() -> None:
