@@ -13,6 +13,7 @@ from shoulders.errors import RecipeError
 from shoulders.features import Features
 
 Sizes = Sequence[tuple[int, int]]  # (h, w) of each original image in px
+CLASSIFICATION = "classification"  # the task whose predictions are scores of classes
 
 
 class TaskHead(nn.Module, ABC):
@@ -131,7 +132,7 @@ def _are_masks(predictions: Any, sizes: Sizes, n_classes: int) -> bool:
 
 # {task: (whether predictions have its form, the form in words)}
 FORMS: dict[str, tuple[Callable[[Any, Sizes, int], bool], str]] = {
-    "classification": (_are_scores, "a tensor of scores (B, K) in [0, 1]"),
+    CLASSIFICATION: (_are_scores, "a tensor of scores (B, K) in [0, 1]"),
     "semantic": (_are_class_maps, "a list of B tensors (h, w) of class indices"),
     "detection": (_are_boxes, "a list of B {scores: (n,), labels: (n,), boxes: (n, 4)}"),
     "instance": (_are_masks, "a list of B {scores: (n,), labels: (n,), masks: (n, h, w) of booleans}"),

@@ -21,6 +21,7 @@ from shoulders.teachers import Tap, TaskHead, Teacher
 from shoulders.teachers.checkpoint import teacher_error
 from shoulders.teachers.families import TapFeatures
 from shoulders.teachers.heads.head import ClassScores
+from shoulders.teachers.task_head import CLASSIFICATION
 
 IMAGES, ORIGINAL_SIZE = 2, (48, 64)  # that a head is run on before it is kept; (h, w) of the originals in px
 
@@ -73,7 +74,7 @@ class ModuleHead(nn.Module):
         outputs = self.head(inputs)
         if not isinstance(outputs, dict) or not all(_has_rows(value, count) for value in outputs.values()):
             raise RecipeError(f"{self.class_name}: must return {{name: tensor}} with B = {count} first in every tensor")
-        if self.task != "classification":
+        if self.task != CLASSIFICATION:
             return outputs
         scores = self.head.predict(outputs, [self.size] * count, 0.0)  # (B, K)
         logits = scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
