@@ -55,8 +55,7 @@ class Muon(torch.optim.Muon):
         matrices = [matrix for group in self.param_groups for matrix in group["params"] if matrix.grad is not None]
         before = [matrix.detach().clone() for matrix in matrices]
         for matrix in matrices:  # a gradient that equals the momentum leaves the momentum as it is
-            momentum = self.state[matrix].get("momentum_buffer", torch.zeros_like(matrix.grad))
-            matrix.grad = torch.where(finite, matrix.grad, momentum)
+            matrix.grad = torch.where(finite, matrix.grad, self.state[matrix].get("momentum_buffer", 0.0))
         self.step()
         for matrix, old in zip(matrices, before, strict=True):
             matrix.copy_(torch.where(finite, matrix, old))
@@ -113,6 +112,10 @@ class MuonAdamW:
                 optimizer.step()
             else:
                 optimizer.step_where(finite)
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients of all parameters."""
         for p in (*self.parameters, *self.matrices.values()):
             p.grad = None
 

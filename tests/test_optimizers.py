@@ -102,3 +102,31 @@ def test_averages_move_towards_the_values_by_one_minus_decay() -> None:
         assert torch.equal(average, old.lerp(value.detach(), 0.25)) and not average.requires_grad
     with pytest.raises(ValueError, match="shorter"):
         ema_update(averages, values[:2], 0.75)
+
+
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_step_and_an_average_that_are_not_finite_change_nothing(bad: int) -> None:
+    """As on a GPU, where nothing waits for the value: bit for bit as if that step had not been."""
+
+    def trained(skip: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((6, 4), (3, 5), (7,))
+        matrix, decayed, bias = (nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes)
+        optimizer = MuonAdamW([matrix], [decayed], [bias], 0.1, 0.1)
+        averages = [p.detach().clone() for p in optimizer.parameters]
+        for step in range(6):
+            gradients = [torch.randn(p.shape, generator=generator) for p in optimizer.parameters]
+            if step == bad and skip:
+                continue
+            for p, gradient in zip(optimizer.parameters, gradients, strict=True):
+                p.grad = gradient * math.nan if step == bad else gradient
+            finite = None if skip else torch.tensor(step != bad)
+            optimizer.step(0.01 * (step + 1), finite)
+            ema_update(averages, optimizer.parameters, 0.3 + 0.1 * step, finite)
+        owners = optimizer.owners().values()
+        states = [x for one, held in owners for x in one.state[held].values()]
+        return [*(p.detach() for p in optimizer.parameters), *averages, *states]
+
+    guarded, reference = trained(skip=False), trained(skip=True)
+    assert len(guarded) == 3 + 3 + 1 + 3 + 3
+    assert all(torch.equal(one, other) for one, other in zip(guarded, reference, strict=True))

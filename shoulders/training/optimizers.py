@@ -34,7 +34,12 @@ class Optimizers:
         stay as they are.
         """
         norm = clip_grad_norm(self.parameters.values(), self.train.clip)
-        finite = norm.isfinite()
+        finite: Tensor | None = norm.isfinite()
+        if norm.device.type == "cpu":  # which knows the value at once; a GPU would have to be waited for
+            if not finite:
+                self.optimizer.clear_gradients()
+                return norm
+            finite = None
         self.optimizer.step(self.lr(number), finite)
         # the first averages are short, else the initial weights would remain for 1 / (1 - ema) steps
         decay = min(self.train.ema or 0.0, (1 + number) / (10 + number))
@@ -68,7 +73,8 @@ class Optimizers:
         owners = self.optimizer.owners()
         for name, p in self.parameters.items():
             optimizer, held = owners[p]
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[held].items()}
+            state = optimizer.state[held] or _empty_state(optimizer, held)  # of a run without a first update
+            tensors |= {f"{key}.{name}": value for key, value in state.items()}
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
