@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from shoulders.errors import RankLost, printable
 TIMEOUT = timedelta(minutes=2)  # of one exchange: a lost rank ends the others within it
 STUCK_MARGIN = timedelta(seconds=20)  # after the timeout of an exchange
 NCCL_MARGIN = timedelta(minutes=1)  # NCCL aborts the process after its timeout: gloo reports a lost rank before that
+_SESSION = itertools.count()  # the ranks of a program meet as often
 EXCHANGE_FAILED = ("gloo", "NCCL", "Application timeout")  # phrases in errors of torch
 
 
@@ -106,6 +108,7 @@ def init_distributed(timeout: timedelta = TIMEOUT) -> Iterator[DistContext]:
         return
     with _end_if_stuck(timeout):
         store, rank, world_size = _meet(timeout)
+    store = distributed.PrefixStore(f"{next(_SESSION)}", store)  # torchrun keeps what an earlier session wrote
     signs = store.clone()  # type: ignore[attr-defined]  # missing in the types of torch
     with Peers(distributed.PrefixStore("signs", signs), rank, world_size, timeout) as peers:
         try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +21,7 @@ from torch import distributed
 
 from shoulders.distributed.peers import Peers
 from shoulders.errors import DataError, RankLost
-from tests.distributed.ranks import TIMEOUT_S, Ended, run_ranks, run_torchrun
+from tests.distributed.ranks import ROOT, TIMEOUT_S, Ended, run_ranks, run_torchrun
 from tests.runs import run_tree
 from tests.tiny import metric_rows, save_convnext, save_tiny_world
 
@@ -260,3 +263,23 @@ def test_ranks_with_other_files_at_the_same_paths_are_refused(
     recipe.write_text(yaml.safe_dump(run_tree(Path("world"), Path("run"))))
     for ended in run_ranks(tmp_path, [recipe] * 2):
         assert_one_line(ended, f"{key}: differs between ranks 0 and 1; give every rank the same files", 2)
+
+
+TWICE = """
+from shoulders.distributed.context import init_distributed
+for number in range(3):
+    with init_distributed() as dist:
+        dist.barrier()
+        assert dist.gather((dist.rank, number)) == [(0, number), (1, number)]
+"""
+
+
+@pytest.mark.slow
+def test_a_program_may_join_more_than_once(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(TWICE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "program.py")], env=env, capture_output=True, text=True, timeout=MAX_S
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
