@@ -93,3 +93,13 @@ def test_the_example_of_own_models_and_images_works(tmp_path: Path) -> None:
     assert {one["label"] for one in prediction["mine"]} == {"cat", "dog"}
     with pytest.raises(DataError, match="heads/mine: its code 'mine:Head' cannot be used: no Python module 'mine'"):
         load(tmp_path / "runs" / "mine").head("mine")  # elsewhere, without the code
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    for page in DOCS.glob("*.md"):
+        file = Path()
+        for name, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page.read_text()):
+            file = ROOT / name if name else file
+            if name or test:
+                assert file.is_file(), f"{page.name}: {name}"
+                assert not test or f"def {test}(" in file.read_text(), f"{page.name}: {file.name}::{test}"

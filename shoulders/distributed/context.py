@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
+from tqdm import tqdm
 
 from shoulders.distributed.device import this_device
 from shoulders.distributed.peers import Peers
@@ -49,9 +50,9 @@ class DistContext:
         return self.rank == 0
 
     def log(self, line: str) -> None:
-        """Print a line to stderr, on the main rank."""
+        """Print a line to stderr, above a progress bar, on the main rank."""
         if self.is_main:
-            print(printable(line), file=sys.stderr, flush=True)
+            tqdm.write(printable(line), file=sys.stderr)
 
     def mean(self, value: Tensor) -> Tensor:
         """Mean of a tensor over the ranks."""
