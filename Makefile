@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      run the method in five minutes: four teachers, one student, four tasks, a page"
+	@echo "make demo      run the method in eight minutes: four teachers, one student, four tasks, a page"
 	@echo "make test      run the tests that every change must pass (WORKERS=2 processes)"
 	@echo "make test-all  run the slow tests too"
 	@echo "make check     check lint, format and types"
