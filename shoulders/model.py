@@ -101,6 +101,12 @@ class ShouldersPreTrainedModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             finish_folder(Path(save_directory))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles and copies hold config and weights: what transformers hooks into a forward cannot be pickled."""
+        trainable = [name for name, weight in self.named_parameters() if weight.requires_grad]
+        heads = getattr(self, "heads", {})
+        return _rebuild, (type(self), self.config, self.state_dict(), trainable, self.training, heads)
+
 
 class ShouldersModel(ShouldersPreTrainedModel):
     """The student: ``model(pixels).latent`` are its Features, ``model.predict_teacher_features(pixels)`` its teachers'.
@@ -269,6 +275,25 @@ class ShouldersBackbone(BackboneMixin, ShouldersPreTrainedModel):
         check_pixels(pixel_values)
         features = self.student.encoder(pixel_values, self.out_features)
         return BackboneOutput(feature_maps=tuple(features[layer].to_map() for layer in self.out_features))
+
+
+def _rebuild(
+    kind: type[ShouldersPreTrainedModel],
+    config: ShouldersConfig,
+    weights: Mapping[str, Tensor],
+    trainable: Sequence[str],
+    training: bool,
+    heads: Mapping[str, Path],
+) -> ShouldersPreTrainedModel:
+    """A model from what its pickle holds, without a draw from the global generators."""
+    with torch.random.fork_rng(devices=[]):
+        model = kind(config)
+    model.load_state_dict(weights, assign=True)  # of the same type, on the same device
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in trainable)
+    if isinstance(model, ShouldersModel):
+        model.heads = dict(heads)
+    return model.train(training)
 
 
 def build_student(base: PreTrainedModel, config: ShouldersConfig) -> ShouldersModel:

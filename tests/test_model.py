@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
@@ -209,14 +210,21 @@ def test_features_of_contradicting_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_student_can_be_pickled(kind: str) -> None:
-    """Before its first forward, in which transformers adds hooks that cannot be pickled."""
+def test_a_student_can_be_pickled_and_copied(kind: str) -> None:
+    """After a forward too, in which transformers adds hooks that cannot be pickled."""
     ours, pixels = make_student(kind), torch.rand(1, 3, 32, 32)
+    ours.heads = {"classifier": Path("heads/classifier")}
+    expected, state = ours.predict_teacher_features(pixels), torch.get_rng_state()
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
-    copies = torch.load(file, weights_only=False), pickle.loads(pickle.dumps(ours))  # noqa: S301
-    expected = ours.predict_teacher_features(pixels)
+    copies = torch.load(file, weights_only=False), pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)  # noqa: S301
+    assert torch.equal(torch.get_rng_state(), state)
     for again in copies:
+        assert (again.training, again.heads) == (ours.training, ours.heads)
+        flags = [{name: p.requires_grad for name, p in one.named_parameters()} for one in (ours, again)]
+        assert flags[0] == flags[1] and set(flags[0].values()) == {True, False}
+        places = [{weight.data_ptr() for weight in one.parameters() if weight.numel()} for one in (ours, again)]
+        assert not places[0] & places[1]
         for tap, features in again.predict_teacher_features(pixels).items():
             assert torch.equal(features.components()["spatial"], expected[tap].components()["spatial"])
