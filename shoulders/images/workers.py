@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -23,6 +24,7 @@ from shoulders.errors import DataError, ProcessLost
 from shoulders.images.view_datasets import Rendered, Views
 
 GRACE_S = 20  # a worker that receives SIGTERM ends after this time, so that the main process can save a checkpoint
+EXIT_S = 2  # a worker that stops answering has an exit code after this time
 MAX_NAMED = 3  # workers in a message
 
 
@@ -62,7 +64,7 @@ def prefetch(views: Views, items: Iterable[NDArray[np.int64]], workers: int) -> 
             if isinstance(rendered, DataError):
                 raise rendered
             yield rendered
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:  # a batch cannot be received when its sender has died
         lost = _lost_workers(processes, views)
         if not lost:
             raise
@@ -91,6 +93,10 @@ def _keep_child_handler() -> Iterator[None]:
 
 def _lost_workers(processes: Sequence[BaseProcess], views: Views) -> str:
     """Which workers died, of what, and the image that each decoded last; empty if none died."""
+    ended = wait([process.sentinel for process in processes], EXIT_S) if processes else []
+    for process in processes:
+        if process.sentinel in ended:
+            process.join()  # its exit code comes shortly after
     exit_codes = {process.pid: process.exitcode for process in processes}
     lost = []
     for number, (pid, index) in enumerate(views.decoding.tolist()):

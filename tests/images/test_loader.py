@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +230,28 @@ def test_a_lost_worker_and_its_image_are_named(
     assert lost.value.exit_code == 70
     assert not multiprocessing.active_children()
     assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_worker_that_dies_while_its_batch_is_received_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch is in memory that its worker shares, and the connection breaks before the process has an exit code."""
+    images, count = open_set(folder), multiprocessing.get_context("fork").Value("i", 0)
+
+    def decode(self: Collection, index: int, *args: Any, pixels: Any = Collection.pixels) -> Any:
+        if count.value == 20:  # in the third batch of the only worker
+            resource_sharer.stop()
+            count.value += 1
+            time.sleep(1)
+            os._exit(3)
+        count.value += 1
+        return pixels(self, index, *args)
+
+    monkeypatch.setattr(Collection, "pixels", decode)
+    stream = batches(images, SIZES, Images.model_validate({"workers": 1}), batch=8, seed=3, steps=100)
+    next(stream)
+    while count.value <= 20:
+        time.sleep(0.01)
+    with pytest.raises(ProcessLost, match=r"worker 0 \(process \d+\) died \(exit code 3\); .*'\d+\.jpg'"):
+        next(stream)
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs real photos (set SHOULDERS_DATA)")
