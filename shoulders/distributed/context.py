@@ -168,6 +168,6 @@ def _destroy_groups(device: torch.device, is_rank_lost: bool) -> None:
 
 
 def _is_failed_exchange(error: RuntimeError) -> bool:
-    """Whether an exchange failed, which says nothing of the reason."""
+    """Whether an exchange failed; its reason is not part of such an error."""
     is_phrase_in = any(phrase in str(error) for phrase in EXCHANGE_FAILED)
     return isinstance(error, distributed.DistError) or is_phrase_in

@@ -42,7 +42,7 @@ def evaluate_heads(
 ) -> Rows:
     """Evaluate the heads that do a task, on the features of their teachers and of the student.
 
-    Scores are of the classes that head and data have in common; a warning tells which were left out.
+    Scores are of the classes that head and data have in common; a warning names those that are left out.
 
     Args:
         models: ``student``: all heads that it keeps; ``teachers``, names of teachers: those of their heads that the

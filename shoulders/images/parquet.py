@@ -167,7 +167,7 @@ def _leaf(schema: Any, column: str) -> str:
 def _check_embedded(path: str, opened: Any, leaf: str) -> None:
     """Refuse a file without images: ``Dataset.to_parquet`` of an image folder writes paths without bytes.
 
-    The first rows are read: pyarrow ends the process where the statistics of a damaged column are asked for.
+    The first rows are read, not the statistics of the column: where these are damaged, pyarrow ends the process.
     """
     if opened.metadata.num_rows == 0:
         return
